@@ -1,0 +1,1 @@
+"""Deep equilibrium models versus bilevel learning, for regularized inverse problems."""

@@ -1,0 +1,147 @@
+"""What a run is: one validated, immutable configuration, and the profiles that choose its size."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+MNIST_SIDE, MNIST_TRAIN, MNIST_TEST, BLUR_SIDE = 28, 60_000, 10_000, 5
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(ValueError):
+    """A value that makes no sense, in one line: the parameter, what it was and what is allowed."""
+
+
+class RunConfig(BaseModel):
+    """One training run. The defaults are the paper's for MNIST.
+
+    Attributes:
+        dataset: where the images come from.
+        model: `bilevel` (`C = A`) or `deq` (free `C`).
+        task: the operator `K`.
+        noise: standard deviation of the Gaussian noise added after `K`, images being in [-1, 1].
+        tau: step size; also the threshold of softshrink.
+        gamma: weight of the regularizer.
+        lam: weight `lambda` of the data term.
+        sigma: activation of the experts.
+        size: side of the images in pixels; below 28, MNIST is averaged over blocks.
+        train_images, test_images: how many images of each split, the first ones.
+        batch_size: images in an optimizer step.
+        epochs: passes over the training images.
+        learning_rate, final_learning_rate: Adam's, with a cosine decay over all steps.
+        solver: for the fixed point and for the adjoint equation.
+        tol: relative residual at which a sample has converged.
+        max_steps: evaluations of the step map at most, in each solve.
+        memory, regularization, beta: of Anderson acceleration.
+        seed: of every random number.
+        time_budget: seconds of training after which the run is stopped and marked `out of time`.
+
+    Raises:
+        ConfigError: a value is of the wrong type, outside its range, or at odds with another one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    dataset: Literal["mnist"] = "mnist"
+    model: Literal["bilevel", "deq"] = "bilevel"
+    task: Literal["denoising", "inpainting", "deblurring"] = "denoising"
+    noise: NonNegative = 0.1
+    tau: Positive = 0.5
+    gamma: NonNegative = 0.1
+    lam: Positive = 1.0
+    sigma: Literal["relu", "softshrink", "identity"] = "relu"
+    size: Annotated[int, Field(ge=1, le=MNIST_SIDE)] = MNIST_SIDE
+    train_images: Annotated[int, Field(ge=1, le=MNIST_TRAIN)] = MNIST_TRAIN
+    test_images: Annotated[int, Field(ge=1, le=MNIST_TEST)] = MNIST_TEST
+    batch_size: Count = 100
+    epochs: Count = 100
+    learning_rate: Positive = 1e-3
+    final_learning_rate: NonNegative = 1e-6
+    solver: Literal["anderson", "plain"] = "anderson"
+    tol: Positive = 1e-3
+    max_steps: Count = 50
+    memory: Count = 5
+    regularization: Positive = 1e-4
+    beta: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    time_budget: Positive = 3600.0
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_one_line(error)) from None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if MNIST_SIDE % self.size:
+            raise ValueError(f"size: got {self.size}, allowed: a divisor of {MNIST_SIDE}")
+        if self.task == "deblurring" and self.size < BLUR_SIDE:
+            raise ValueError(
+                f"task: got 'deblurring' of {self.size}x{self.size} images, allowed: images of at "
+                f"least the blur's {BLUR_SIDE}x{BLUR_SIDE}"
+            )
+        if self.batch_size > self.train_images:
+            raise ValueError(
+                f"batch_size: got {self.batch_size}, allowed: at most train_images = {self.train_images}"
+            )
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate: got {self.final_learning_rate}, allowed: at most "
+                f"learning_rate = {self.learning_rate}"
+            )
+        return self
+
+
+def _one_line(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors(include_url=False):
+        if problem["type"] == "value_error":
+            problems.append(str(problem["ctx"]["error"]))
+            continue
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            problems.append(f"{name}: no such parameter, allowed: {', '.join(RunConfig.model_fields)}")
+            continue
+        message = problem["msg"].removeprefix("Input should be ")
+        problems.append(f"{name}: got {problem['input']!r:.80}, allowed: {message}")
+    return "; ".join(problems)
+
+
+PROFILES: dict[str, dict[str, dict[str, Any]]] = {
+    # The pipeline's parts in seconds, for the tests.
+    "smoke": {
+        "all": {"size": 14, "train_images": 200, "test_images": 100, "epochs": 2, "noise": 0.5},
+    },
+    # Pictures that one can read, in minutes on two cores.
+    "quick": {
+        "all": {"train_images": 4_000, "test_images": 500, "noise": 0.1},
+        "denoising": {"epochs": 16, "noise": 1.0},
+        "inpainting": {"epochs": 2},
+        "deblurring": {"epochs": 2},
+    },
+    # The paper's sizes, which are the defaults of `RunConfig`.
+    "paper": {
+        "all": {},
+        "denoising": {"noise": 0.5},
+    },
+}
+"""What each profile changes in the defaults: for all tasks, then for one task."""
+
+
+def profile_config(profile: str, task: str, **values: Any) -> RunConfig:
+    """The configuration of a profile for a task, with the given values on top (None: the profile's).
+
+    Raises:
+        ConfigError: the profile is unknown, or a value is refused by `RunConfig`.
+    """
+    if profile not in PROFILES:
+        raise ConfigError(f"profile: got {profile!r}, allowed: {', '.join(PROFILES)}")
+    chosen = PROFILES[profile]["all"] | PROFILES[profile].get(task, {})
+    given = {name: value for name, value in values.items() if value is not None}
+    return RunConfig(**chosen | {"task": task} | given)

@@ -1,0 +1,83 @@
+"""The two models: fixed points of one step map, with tied (bilevel) or free (DEQ) synthesis weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lib.operators import Operator
+from lib.regularizer import FieldsOfExperts
+from lib.solvers import StepMap
+
+MODELS = ("bilevel", "deq")
+
+
+class FixedPointModel(nn.Module):
+    """Reconstruction as a fixed point of `T(u) = u - tau (lambda K^T (K u - f) + field(u))`.
+
+    With tied weights the field is `grad R` and `T` is one step of gradient descent on the lower level
+    `lambda/2 ||K u - f||^2 + R(u)`: the bilevel model. With a free `C` it is the deep equilibrium model.
+
+    Args:
+        operator: `K`.
+        regularizer: the learned field; tied or free.
+        tau: step size, a number or `(*stack)`.
+        lam: weight `lambda` of the data term, a number or `(*stack)`.
+        gamma: weight of the regularizer, a number or `(*stack)`.
+    """
+
+    tau: Tensor
+    lam: Tensor
+    gamma: Tensor
+
+    def __init__(
+        self,
+        operator: Operator,
+        regularizer: FieldsOfExperts,
+        tau: float | Tensor,
+        lam: float | Tensor,
+        gamma: float | Tensor,
+    ) -> None:
+        super().__init__()
+        self.operator = operator
+        self.regularizer = regularizer
+        for name, value in (("tau", tau), ("lam", lam), ("gamma", gamma)):
+            self.register_buffer(name, torch.as_tensor(value).to(regularizer.A))
+
+    def step_map(self, f: Tensor) -> StepMap:
+        """`T` for the data `f`, `(*stack, batch, C, H, W)`."""
+        K, Ktf = self.operator, self.operator.adjoint(f)
+        tau, lam = self.tau[..., None, None, None, None], self.lam[..., None, None, None, None]
+
+        def T(u: Tensor) -> Tensor:
+            data_gradient = lam * (K.normal(u) - Ktf)
+            return u - tau * (data_gradient + self.regularizer.field(u, self.gamma, self.tau))
+
+        return T
+
+    def lower_level(self, u: Tensor, f: Tensor) -> Tensor:
+        """`lambda/2 ||K u - f||^2 + R(u)` of every image, `(*stack, batch)`; `R` is that of `A, b`."""
+        misfit = (self.operator.forward(u) - f).square().sum((-3, -2, -1))
+        return self.lam[..., None] / 2 * misfit + self.regularizer.energy(u, self.gamma, self.tau)
+
+
+def build_model(
+    model: str,
+    operator: Operator,
+    weights: tuple[Tensor, Tensor, Tensor],
+    activation: str,
+    *,
+    tau: float | Tensor,
+    lam: float | Tensor,
+    gamma: float | Tensor,
+) -> FixedPointModel:
+    """The bilevel model (`C = A`) or the DEQ (`C` a parameter of its own) from weights `A, b, C`.
+
+    Raises:
+        ValueError: the model is unknown.
+    """
+    if model not in MODELS:
+        raise ValueError(f"model: got {model!r}, allowed: {', '.join(MODELS)}")
+    A, b, C = weights
+    regularizer = FieldsOfExperts(A, b, None if model == "bilevel" else C, activation)
+    return FixedPointModel(operator, regularizer, tau, lam, gamma)

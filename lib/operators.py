@@ -1,0 +1,144 @@
+"""Forward operators `K` of the three inverse problems, each with its exact adjoint.
+
+Images are tensors of shape `(..., H, W)`; any leading dimensions are treated as a batch.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+TASKS = ("denoising", "inpainting", "deblurring")
+
+
+class Operator(Protocol):
+    """A linear operator `K` between images, with `<K u, v> = <u, K^T v>`."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """`K u`, shape `(..., H, W)`."""
+
+    def adjoint(self, v: Tensor) -> Tensor:
+        """`K^T v`, shape `(..., H, W)`."""
+
+    def normal(self, u: Tensor) -> Tensor:
+        """`K^T K u`, shape `(..., H, W)`, where it is cheaper than the two in turn."""
+
+
+class Identity:
+    """`K u = u`: denoising."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return u
+
+    def adjoint(self, v: Tensor) -> Tensor:
+        return v
+
+    def normal(self, u: Tensor) -> Tensor:
+        return u
+
+
+class Mask:
+    """`K u = m * u` pixel by pixel: inpainting. `K` is an orthogonal projection, so `K^T = K`.
+
+    Args:
+        mask: `(H, W)`, one where a pixel is observed and zero where it is lost.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.mask.to(u) * u
+
+    def adjoint(self, v: Tensor) -> Tensor:
+        return self.forward(v)
+
+    def normal(self, u: Tensor) -> Tensor:
+        return self.forward(u)
+
+
+class CircularBlur:
+    """Circular convolution with a kernel whose centre is the middle entry: deblurring.
+
+    In the Fourier domain `K` multiplies by the kernel's transfer function and `K^T` by its complex
+    conjugate, for every image size that is at least the kernel's.
+
+    Args:
+        kernel: `(p, q)`, point spread function.
+    """
+
+    def __init__(self, kernel: Tensor) -> None:
+        self.kernel = kernel
+        self._transfer: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
+
+    def transfer(self, u: Tensor) -> Tensor:
+        """Transfer function `(H, W // 2 + 1)` of the kernel on the grid of `u`."""
+        key = (u.shape[-2:], u.dtype, u.device)
+        if key not in self._transfer:
+            height, width = u.shape[-2:]
+            p, q = self.kernel.shape
+            if p > height or q > width:
+                raise ValueError(f"blur kernel: got {p}x{q}, allowed: at most the image's {height}x{width}")
+            padded = torch.zeros(height, width, dtype=u.dtype, device=u.device)
+            padded[:p, :q] = self.kernel.to(padded)
+            centred = padded.roll((-(p // 2), -(q // 2)), dims=(0, 1))
+            self._transfer[key] = torch.fft.rfft2(centred)
+        return self._transfer[key]
+
+    def forward(self, u: Tensor) -> Tensor:
+        return _filtered(u, self.transfer(u))
+
+    def adjoint(self, v: Tensor) -> Tensor:
+        return _filtered(v, self.transfer(v).conj())
+
+    def normal(self, u: Tensor) -> Tensor:
+        return _filtered(u, self.transfer(u).abs().square())
+
+
+def _filtered(u: Tensor, transfer: Tensor) -> Tensor:
+    filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(u) * transfer, s=u.shape[-2:])
+    return filtered
+
+
+def top_rows_mask(height: int, width: int) -> Tensor:
+    """Mask `(height, width)` that loses the top third of the rows, rounded up (10 of 28)."""
+    mask = torch.ones(height, width)
+    mask[: -(-height // 3)] = 0
+    return mask
+
+
+def central_block_mask(height: int, width: int) -> Tensor:
+    """Mask `(height, width)` that loses a central block of a quarter of each side."""
+    mask = torch.ones(height, width)
+    rows, columns = height // 4, width // 4
+    top, left = (height - rows) // 2, (width - columns) // 2
+    mask[top : top + rows, left : left + columns] = 0
+    return mask
+
+
+def diagonal_motion_kernel(size: int) -> Tensor:
+    """Point spread function `eye(size) / size` of a motion along the diagonal."""
+    return torch.eye(size) / size
+
+
+def forward_operator(task: str, height: int, width: int, *, faces: bool = False) -> Operator:
+    """The operator `K` that the paper uses for a task on images of `height x width` pixels.
+
+    Args:
+        task: one of `TASKS`.
+        height, width: image size in pixels.
+        faces: faces have a central block masked and an 11x11 blur; MNIST has its top rows masked
+            and a 5x5 blur.
+
+    Raises:
+        ValueError: the task is unknown.
+    """
+    if task == "denoising":
+        return Identity()
+    if task == "inpainting":
+        return Mask((central_block_mask if faces else top_rows_mask)(height, width))
+    if task == "deblurring":
+        return CircularBlur(diagonal_motion_kernel(11 if faces else 5))
+    raise ValueError(f"task: got {task!r}, allowed: {', '.join(TASKS)}")

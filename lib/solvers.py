@@ -1,0 +1,183 @@
+"""Fixed points `u = T(u)`: one interface, two solvers.
+
+A batch of images is solved as many independent problems: every sample has its own residual, its own
+stopping step and its own status. The last three dimensions `(C, H, W)` of a tensor are one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+StepMap = Callable[[Tensor], Tensor]
+
+
+class Status(IntEnum):
+    """How the iteration of one sample ended."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    DIVERGED = 2
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solve returns; a failure is a status, never an exception.
+
+    Attributes:
+        value: `(..., C, H, W)`, the last iterate; a converged sample keeps the iterate that passed.
+        residual: `(...)`, relative residual `||T(u) - u|| / ||T(u)||` at `value`.
+        residuals: `(evaluations, ...)`, the same before every step, constant once a sample stopped.
+        steps: `(...)`, evaluations of `T` until the sample stopped.
+        status: `(...)`, integer codes of `Status`.
+    """
+
+    value: Tensor
+    residual: Tensor
+    residuals: Tensor
+    steps: Tensor
+    status: Tensor
+
+    def fraction(self, status: Status) -> float:
+        """Share of the samples that ended with `status`, in [0, 1]."""
+        return (self.status == status).double().mean().item()
+
+
+class Acceleration(Protocol):
+    """Proposes the next iterate from the current one and the step map's value there."""
+
+    def __call__(self, u: Tensor, step: Tensor, residual: Tensor) -> Tensor:
+        """Next iterate `(N, d)` from `u`, `step = T(u)` and `residual = T(u) - u`, all `(N, d)`."""
+
+
+@dataclass(frozen=True)
+class PlainIteration:
+    """`u <- T(u)`, until the relative residual is at most `tol` or after `max_steps` evaluations."""
+
+    tol: float = 1e-3
+    max_steps: int = 50
+
+    def start(self, u0: Tensor) -> Acceleration:
+        return lambda u, step, residual: step
+
+
+@dataclass(frozen=True)
+class Anderson:
+    """Anderson acceleration of type II, each sample with its own history.
+
+    Given the last `m` iterates `u_i` and residuals `g_i = T(u_i) - u_i`, it takes
+    `sum_i alpha_i (u_i + beta g_i)` with `alpha` the minimiser of `||sum_i alpha_i g_i||^2 + delta
+    ||alpha||^2` subject to `sum_i alpha_i = 1` (Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011).
+    The ridge `delta` is `regularization` times the mean squared norm of the `g_i`: the scale of the
+    right-hand side then has no effect, and the system is positive definite whatever the history.
+
+    Attributes:
+        tol: relative residual at which a sample has converged.
+        max_steps: evaluations of `T` at most.
+        memory: `m`, length of the history.
+        regularization: weight of the ridge relative to the Gram matrix of the residuals.
+        beta: mixing weight in (0, 1]; 1 takes the images `T(u_i)` alone.
+    """
+
+    tol: float = 1e-3
+    max_steps: int = 50
+    memory: int = 5
+    regularization: float = 1e-4
+    beta: float = 1.0
+
+    def start(self, u0: Tensor) -> Acceleration:
+        return _AndersonHistory(self, u0)
+
+
+class _AndersonHistory:
+    def __init__(self, solver: Anderson, u0: Tensor) -> None:
+        n, d = u0.shape
+        self.solver = solver
+        self.count = 0
+        self.iterates = u0.new_zeros(n, solver.memory, d)
+        self.residuals = u0.new_zeros(n, solver.memory, d)
+        self.gram = u0.new_zeros(n, solver.memory, solver.memory)
+
+    def __call__(self, u: Tensor, step: Tensor, residual: Tensor) -> Tensor:
+        slot = self.count % self.solver.memory
+        self.count += 1
+        m = min(self.count, self.solver.memory)
+        beta = self.solver.beta
+        self.iterates[:, slot] = step if beta == 1 else torch.lerp(u, step, beta)
+        self.residuals[:, slot] = residual
+        row = torch.bmm(self.residuals[:, :m], residual[:, :, None]).squeeze(-1)
+        self.gram[:, slot, :m] = row
+        self.gram[:, :m, slot] = row
+        alpha = self._weights(self.gram[:, :m, :m], slot)
+        return torch.bmm(alpha[:, None], self.iterates[:, :m]).squeeze(1)
+
+    def _weights(self, gram: Tensor, newest: int) -> Tensor:
+        """Minimiser `alpha`, `(N, m)`; a plain step where the system cannot be factorised."""
+        scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        scale = torch.where(scale > 0, scale, 1)
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        factor, info = torch.linalg.cholesky_ex(gram / scale + self.solver.regularization * identity)
+        alpha = torch.cholesky_solve(torch.ones_like(gram[..., :1]), factor).squeeze(-1)
+        alpha = alpha / alpha.sum(-1, keepdim=True)
+        usable = (info == 0) & alpha.isfinite().all(-1)
+        return torch.where(usable[:, None], alpha, identity[newest])
+
+
+Solver = PlainIteration | Anderson
+
+DIVERGENCE_FACTOR = 1e6
+"""A sample has diverged when its residual is this many times its first one, or not finite."""
+
+
+@torch.no_grad()
+def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
+    """Iterate `u <- T(u)` from `u0` with a solver.
+
+    Args:
+        step_map: `T`, maps `(..., C, H, W)` to the same shape and each sample independently.
+        u0: `(..., C, H, W)`, first iterate.
+        solver: `PlainIteration` or `Anderson`.
+
+    Returns:
+        The `Solution`; it carries no gradient (see `lib.implicit`).
+    """
+    batch, d = u0.shape[:-3], u0.shape[-3:].numel()
+    u = u0.reshape(-1, d)
+    accelerate = solver.start(u)
+    n = u.shape[0]
+    status = torch.full((n,), Status.MAX_STEPS, dtype=torch.int8, device=u.device)
+    steps = torch.zeros(n, dtype=torch.int32, device=u.device)
+    relative = torch.full((n,), torch.inf, dtype=u.dtype, device=u.device)
+    running = torch.ones(n, dtype=torch.bool, device=u.device)
+    limit = torch.zeros_like(relative)
+    history = []
+    for k in range(solver.max_steps):
+        step = step_map(u.view(u0.shape)).reshape(n, d)
+        residual = step - u
+        size = torch.linalg.vector_norm(residual, dim=-1)
+        scale = torch.linalg.vector_norm(step, dim=-1)
+        if k == 0:
+            limit = DIVERGENCE_FACTOR * size
+        steps += running
+        relative = torch.where(running, torch.where(size == 0, size, size / scale), relative)
+        history.append(relative)
+        converged = running & (size <= solver.tol * scale)
+        diverged = running & ~converged & ~(size <= limit)
+        status[converged] = Status.CONVERGED
+        status[diverged] = Status.DIVERGED
+        running = running & ~converged & ~diverged
+        if k + 1 == solver.max_steps or not running.any():
+            break
+        u = torch.where(running[:, None], accelerate(u, step, residual), u)
+    return Solution(
+        value=u.view(u0.shape),
+        residual=relative.view(batch),
+        residuals=torch.stack(history).view(-1, *batch),
+        steps=steps.view(batch),
+        status=status.view(batch),
+    )

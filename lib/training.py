@@ -1,0 +1,345 @@
+"""Training of a stack of models: configurations that share everything but their numbers.
+
+Every tensor of the model has a leading stack dimension, so one loop trains one configuration or many.
+The members never mix: each has its own loss, its own optimizer state and its own end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lib import data
+from lib.config import RunConfig
+from lib.implicit import implicit_fixed_point
+from lib.models import FixedPointModel, build_model
+from lib.operators import Operator, forward_operator
+from lib.regularizer import initial_weights
+from lib.solvers import Anderson, PlainIteration, Solution, Solver, Status, fixed_point
+
+COMPLETED, DIVERGED, OUT_OF_TIME = "completed", "diverged", "out of time"
+
+LOSS_LIMIT = 1e3
+"""A training loss above this is a divergence: images in [-1, 1] are at most 4 apart in mean square."""
+
+STACKED = ("noise", "tau", "gamma", "lam")
+"""What may differ between the members of a stack."""
+
+Metrics = dict[str, float]
+
+
+def generator(seed: int, *purpose: object) -> torch.Generator:
+    """A generator of its own for every purpose, so that no draw depends on what was drawn before."""
+    label = "/".join(str(part) for part in (seed, *purpose))
+    digest = hashlib.sha256(label.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def make_solver(config: RunConfig) -> Solver:
+    if config.solver == "plain":
+        return PlainIteration(config.tol, config.max_steps)
+    return Anderson(config.tol, config.max_steps, config.memory, config.regularization, config.beta)
+
+
+def make_operator(config: RunConfig) -> Operator:
+    return forward_operator(config.task, config.size, config.size)
+
+
+def make_model(configs: Sequence[RunConfig]) -> FixedPointModel:
+    """The untrained models of a stack, with one leading dimension of `len(configs)`."""
+    first = configs[0]
+    weights = initial_weights(first.size**2, generator(first.seed, "weights"))
+    A, b, C = (w.expand(len(configs), *w.shape).clone() for w in weights)
+    numbers = {k: torch.tensor([getattr(c, k) for c in configs]) for k in ("tau", "lam", "gamma")}
+    return build_model(first.model, make_operator(first), (A, b, C), first.sigma, **numbers)
+
+
+def observe(operator: Operator, images: Tensor, noise: Tensor, n: Tensor) -> Tensor:
+    """Data `f = K u + noise n`, `(*stack, N, C, H, W)`: the same `n` for all members of a stack.
+
+    Args:
+        operator: `K`.
+        images: `u`, `(N, C, H, W)`.
+        noise: `(*stack)`, standard deviations.
+        n: `(N, C, H, W)`, standard normal.
+    """
+    return operator.forward(images) + noise[..., None, None, None, None] * n
+
+
+def test_noise(config: RunConfig) -> Tensor:
+    """The noise `n` of the test images, `(N, 1, H, W)`: the same in every epoch and every figure."""
+    shape = (config.test_images, 1, config.size, config.size)
+    return torch.randn(shape, generator=generator(config.seed, "test noise"))
+
+
+def psnr(mse: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of mean squared errors of images in [-1, 1]."""
+    return 10 * torch.log10(4 / mse.clamp_min(1e-12))
+
+
+def learning_rate(config: RunConfig, step: int, total: int) -> float:
+    """Cosine decay from `learning_rate` to `final_learning_rate` over all optimizer steps."""
+    low, high = config.final_learning_rate, config.learning_rate
+    return low + (high - low) * (1 + math.cos(math.pi * step / total)) / 2
+
+
+@dataclass
+class Member:
+    """What is known of one configuration of a stack while it trains.
+
+    Attributes:
+        config: its configuration.
+        history: a row of metrics per epoch; epoch 0 is the untrained model.
+        status: `completed`, `diverged`, `out of time`, or empty while it trains.
+        reason: why it did not complete.
+        weights: `A`, `b` and, for a DEQ, `C`, once it has ended.
+    """
+
+    config: RunConfig
+    history: list[Metrics] = field(default_factory=list)
+    status: str = ""
+    reason: str = ""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Meter:
+    """Sums of per-sample quantities for every member, `(stack,)` each."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, count: int, **values: Tensor) -> None:
+        """Add values `(stack, samples)`, or `(stack,)` means over `count` samples."""
+        self.count += count
+        for name, value in values.items():
+            total = value.double().sum(-1) if value.dim() == 2 else value.double() * count
+            self.sums[name] = self.sums.get(name, 0) + total
+
+    def keep(self, members: list[int]) -> None:
+        self.sums = {name: total[members] for name, total in self.sums.items()}
+
+    def row(self, member: int) -> Metrics:
+        return {name: (total[member] / self.count).item() for name, total in self.sums.items()}
+
+
+def _solver_metrics(name: str, solution: Solution) -> dict[str, Tensor]:
+    return {
+        f"{name}_steps": solution.steps,
+        f"{name}_residual": solution.residual,
+        f"{name}_unconverged": solution.status != Status.CONVERGED,
+    }
+
+
+class Trainer:
+    """Trains a stack of configurations that differ at most in `STACKED`.
+
+    Args:
+        configs: the members of the stack.
+        device: where to train.
+        checkpoint: what `Trainer.checkpoint` returned, to go on from there.
+
+    Raises:
+        ValueError: the configurations cannot share a stack.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[RunConfig],
+        device: torch.device | str = "cpu",
+        checkpoint: bytes | None = None,
+    ) -> None:
+        self.config = configs[0]
+        shared = [c.model_copy(update={k: getattr(self.config, k) for k in STACKED}) for c in configs]
+        if any(c != self.config for c in shared):
+            raise ValueError(f"a stack's members may differ in {', '.join(STACKED)} only")
+        self.device = torch.device(device)
+        self.members = [Member(config) for config in configs]
+        self.alive = list(range(len(configs)))
+        self.epoch = 0
+        self.seconds = 0.0
+        self.operator = make_operator(self.config)
+        self.solver = make_solver(self.config)
+        self.model = make_model(configs).to(self.device)
+        self.noise = torch.tensor([c.noise for c in configs], device=self.device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.learning_rate, fused=True)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.config.train_images / self.config.batch_size)
+
+    def train(
+        self,
+        on_epoch: Callable[[Trainer], object] = lambda trainer: None,
+        on_step: Callable[[], object] = lambda: None,
+    ) -> list[Member]:
+        """Train until every member has ended.
+
+        Args:
+            on_epoch: called after each epoch, when `checkpoint` can be saved.
+            on_step: called after each optimizer step.
+
+        Returns:
+            The members, in the order of their configurations.
+        """
+        size = self.config.size
+        images = data.mnist("train", self.config.train_images, size).to(self.device)
+        test_images = data.mnist("test", self.config.test_images, size).to(self.device)
+        if self.epoch == 0:
+            self._record(self._evaluate(test_images))
+        while self.alive and self.epoch < self.config.epochs:
+            training = self._train_epoch(images, on_step)
+            if not self.alive:
+                break
+            self.epoch += 1
+            self._record(self._evaluate(test_images), training)
+            on_epoch(self)
+        self._end(COMPLETED, dict.fromkeys(range(len(self.alive)), ""))
+        return self.members
+
+    def _train_epoch(self, images: Tensor, on_step: Callable[[], object]) -> _Meter:
+        seed = self.config.seed
+        order = torch.randperm(len(images), generator=generator(seed, "order", self.epoch))
+        draws = generator(seed, "noise", self.epoch)
+        meter = _Meter()
+        for step, indices in enumerate(order.split(self.config.batch_size)):
+            start = time.perf_counter()
+            batch = images[indices.to(self.device)]
+            n = torch.randn(batch.shape, generator=draws).to(self.device)
+            self._train_step(batch, n, step, meter)
+            if self.alive:
+                self._spend(start)
+            if self.alive and self.seconds > self.config.time_budget:
+                reason = f"time budget of {self.config.time_budget:g} s spent in epoch {self.epoch + 1}"
+                self._end(OUT_OF_TIME, dict.fromkeys(range(len(self.alive)), reason))
+            if not self.alive:
+                break
+            on_step()
+        return meter
+
+    def _train_step(self, images: Tensor, n: Tensor, step: int, meter: _Meter) -> None:
+        f = observe(self.operator, images, self.noise, n)
+        adjoint: list[Solution] = []
+        solution = implicit_fixed_point(
+            self.model.step_map(f), torch.zeros_like(f), self.solver, on_adjoint=adjoint.append
+        )
+        loss = (solution.value - images).square().mean((-4, -3, -2, -1))
+        sane = loss.detach() <= LOSS_LIMIT
+        self.optimizer.zero_grad()
+        # A member that diverged takes no part in the sum: its NaN stays in its own slice.
+        loss[sane].sum().backward()
+        done = self.epoch * self.steps_per_epoch + step
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, done, self.config.epochs * self.steps_per_epoch)
+        self.optimizer.step()
+        meter.add(
+            len(images),
+            train_loss=loss.detach(),
+            **_solver_metrics("forward", solution),
+            **_solver_metrics("backward", adjoint[0]),
+        )
+        where = f"above {LOSS_LIMIT:g} in epoch {self.epoch + 1}, step {step + 1}"
+        lost = {
+            position: f"training loss {value:.3g} {where}"
+            for position, value in enumerate(loss.tolist())
+            if not value <= LOSS_LIMIT
+        }
+        self._end(DIVERGED, lost)
+        meter.keep([position for position in range(len(loss)) if position not in lost])
+
+    @torch.no_grad()
+    def _evaluate(self, images: Tensor) -> _Meter:
+        start = time.perf_counter()
+        size = self.config.batch_size
+        n = test_noise(self.config).to(self.device)
+        meter = _Meter()
+        for batch, batch_n in zip(images.split(size), n.split(size), strict=True):
+            f = observe(self.operator, batch, self.noise, batch_n)
+            solution = fixed_point(self.model.step_map(f), torch.zeros_like(f), self.solver)
+            mse = (solution.value - batch).square().mean((-3, -2, -1))
+            meter.add(
+                len(batch),
+                test_loss=mse,
+                test_psnr=psnr(mse),
+                **_solver_metrics("test", solution),
+            )
+        self._spend(start)
+        return meter
+
+    def _record(self, test: _Meter, training: _Meter | None = None) -> None:
+        """Add a row to the history of every living member; one whose test loss is absurd has diverged."""
+        lost = {}
+        for position, index in enumerate(self.alive):
+            row = {"epoch": self.epoch, "seconds": self.seconds} | test.row(position)
+            if training is not None:
+                row |= training.row(position)
+            if row["test_loss"] <= LOSS_LIMIT:
+                self.members[index].history.append(row)
+            else:
+                lost[position] = (
+                    f"test loss {row['test_loss']:.3g} above {LOSS_LIMIT:g} after epoch {self.epoch}"
+                )
+        self._end(DIVERGED, lost)
+
+    def _spend(self, start: float) -> None:
+        """Charge the time since `start` to the living members in equal shares."""
+        self.seconds += (time.perf_counter() - start) / len(self.alive)
+
+    def _end(self, status: str, reasons: dict[int, str]) -> None:
+        """Take the members at these positions out of the stack; from then on they cost nothing."""
+        if not reasons:
+            return
+        for position, reason in reasons.items():
+            member = self.members[self.alive[position]]
+            member.status, member.reason = status, reason
+            named = self.model.regularizer.named_parameters()
+            member.weights = {name: p.data[position].cpu().clone() for name, p in named}
+        self._keep([position for position in range(len(self.alive)) if position not in reasons])
+
+    def _keep(self, positions: Sequence[int]) -> None:
+        index = torch.tensor(positions, dtype=torch.long, device=self.device)
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data[index]
+            parameter.grad = None
+            for name, value in self.optimizer.state[parameter].items():
+                if value.dim():
+                    self.optimizer.state[parameter][name] = value[index]
+        for name, buffer in list(self.model.named_buffers()):
+            setattr(self.model, name, buffer[index])
+        self.noise = self.noise[index]
+        self.alive = [self.alive[position] for position in positions]
+
+    def checkpoint(self) -> bytes:
+        """Everything that a later process needs to end with the same bits."""
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "epoch": self.epoch,
+                "seconds": self.seconds,
+                "alive": self.alive,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "members": [(m.history, m.status, m.reason, m.weights) for m in self.members],
+            },
+            buffer,
+        )
+        return buffer.getvalue()
+
+    def _restore(self, checkpoint: bytes) -> None:
+        state = torch.load(io.BytesIO(checkpoint), map_location=self.device, weights_only=True)
+        self._keep(state["alive"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.seconds = state["epoch"], state["seconds"]
+        for member, (history, status, reason, weights) in zip(self.members, state["members"], strict=True):
+            member.history, member.status = history, status
+            member.reason, member.weights = reason, weights
