@@ -1,0 +1,67 @@
+# `make` prints the targets; `make figures` and `make test` set up whatever is missing first.
+
+PROFILE ?= quick
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(firstword $(foreach p,python3.11 python3 python,$(shell command -v $(p) 2>/dev/null)))
+INSTALLED := $(VENV)/installed
+FIGURES := $(sort $(foreach nb,$(wildcard nbs/fig*.ipynb),$(firstword $(subst _, ,$(notdir $(nb))))))
+
+# An active conda environment made from environment.yml would be shadowed by these otherwise.
+export PYTHONNOUSERSITE := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help figures $(FIGURES) test lab data refresh lock clean
+
+help: ## print the targets
+	@awk -F ':.*## ' '/^[a-z$$(][^:]*:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "make figNN     one of them: $(FIGURES); with other parameters: make fig02 ARGS=\"-p gamma 0.5\""
+	@echo "PROFILE=smoke, quick (the default) or paper chooses the size of the experiments"
+
+figures: $(INSTALLED) ## all figures, into results/$(PROFILE)/
+	@$(BIN)/python -m lib.notebooks run $(FIGURES) --profile $(PROFILE) $(ARGS)
+
+$(FIGURES): $(INSTALLED)
+	@$(BIN)/python -m lib.notebooks run $@ --profile $(PROFILE) $(ARGS)
+
+test: $(INSTALLED) ## lint, types, tests, and the notebooks against their stored output
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest --nbval $(ARGS)
+
+lab: $(INSTALLED) ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+data: $(INSTALLED) ## fetch and verify the data (the figures do so by themselves)
+	@$(BIN)/python -c "from lib.data import faces, mnist; print(len(mnist('train', 60_000)), len(faces('train', 300)))"
+
+refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to be committed
+	@$(BIN)/python -m lib.notebooks refresh $(FIGURES)
+
+lock: ## resolve environment.yml anew into requirements.lock
+	@$(PYTHON) -m venv --clear $(VENV)-lock
+	@sed -n 's/^ *- \([A-Za-z0-9_-]*==.*\)/\1/p' environment.yml > $(VENV)-lock/direct.txt
+	@$(VENV)-lock/bin/pip install --quiet --disable-pip-version-check -r $(VENV)-lock/direct.txt
+	@{ echo "# The whole resolved set, made by \`make lock\` from environment.yml."; \
+	   $(VENV)-lock/bin/pip freeze --exclude pip --exclude setuptools | sed 's/+cpu$$//'; } > requirements.lock
+	@rm -rf $(VENV)-lock
+
+clean: ## remove the environment and the results, but neither data nor reference figures
+	rm -rf $(VENV) results/runs results/smoke results/quick results/paper
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python is missing: install Python 3.11 (python3.11 on the PATH)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1): install Python 3.11 or name it, make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian: python3.11-venv)"; exit 1; }
+	@echo "setting up $(VENV) (once, some minutes)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock || \
+	  { echo "the packages could not be installed: check the network and run make again"; exit 1; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable . || \
+	  { echo "the repository could not be installed: check the network and run make again"; exit 1; }
+	@touch $@

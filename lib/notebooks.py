@@ -1,0 +1,143 @@
+"""Executes the figures' notebooks: `python -m lib.notebooks run fig02 --profile quick -p gamma 0.5`.
+
+papermill runs a notebook with other parameters and stores the executed copy beside the figure. A
+notebook that fails leaves the figure's folder as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import nbclient
+import nbformat
+import papermill
+import yaml
+from nbclient.exceptions import CellExecutionError
+from papermill.exceptions import PapermillExecutionError
+
+from lib.config import PROFILES, ConfigError
+from lib.store import REPOSITORY, RESULTS, write_atomic
+
+NOTEBOOKS = REPOSITORY / "nbs"
+REFERENCE = RESULTS / "reference"
+
+
+def notebook_path(name: str) -> Path:
+    """The notebook whose file name starts with `name`, such as `fig02`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = sorted(NOTEBOOKS.glob(f"{name}*.ipynb"))
+    if not found:
+        known = ", ".join(sorted(path.stem.partition("_")[0] for path in NOTEBOOKS.glob("*.ipynb")))
+        raise ConfigError(f"notebook: got {name!r}, allowed: {known}")
+    return found[0]
+
+
+def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RESULTS) -> Path:
+    """Execute a figure's notebook with papermill.
+
+    Args:
+        name: of the figure.
+        profile: name of the profile.
+        parameters: values for the notebook's `parameters` cell.
+        results: folder of the results.
+
+    Returns:
+        The figure's folder, with the executed notebook in it.
+
+    Raises:
+        ConfigError: a name is unknown, or the notebook refused a value.
+        PapermillExecutionError: the notebook failed.
+    """
+    source = notebook_path(name)
+    if profile not in PROFILES:
+        raise ConfigError(f"profile: got {profile!r}, allowed: {', '.join(PROFILES)}")
+    known = papermill.inspect_notebook(str(source))
+    for parameter in parameters:
+        if parameter not in known:
+            raise ConfigError(f"{parameter}: no such parameter of {source.name}, allowed: {', '.join(known)}")
+    folder = results / profile / name
+    results.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=results, prefix=f".{name}-") as staging:
+        executed = Path(staging) / f"{name}.ipynb"
+        try:
+            papermill.execute_notebook(
+                source,
+                executed,
+                parameters={"profile": profile, "results": str(results)} | parameters,
+                kernel_name="python3",
+                cwd=NOTEBOOKS,
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+            )
+        except PapermillExecutionError as error:
+            if error.ename == ConfigError.__name__:
+                raise ConfigError(error.evalue) from None
+            kept = results / profile / f"{name}.failed.ipynb"
+            write_atomic(kept, executed.read_bytes())
+            print(f"the notebook with its error: {kept}", file=sys.stderr)
+            raise
+        write_atomic(folder / executed.name, executed.read_bytes())
+    return folder
+
+
+def refresh(name: str) -> Path:
+    """Execute a notebook in place with its defaults, and keep the figure under `results/reference`.
+
+    Returns:
+        The path of the notebook.
+    """
+    path = notebook_path(name)
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(
+        notebook,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": NOTEBOOKS}},
+    ).execute()
+    write_atomic(path, nbformat.writes(notebook).encode())
+    reference = REFERENCE / name
+    for suffix in (f"{name}.png", f"{name}.csv", "provenance.json"):
+        write_atomic(reference / suffix, (RESULTS / "quick" / name / suffix).read_bytes())
+    return path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lib.notebooks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run", help="execute notebooks into results/<profile>/")
+    runner.add_argument("names", nargs="+", metavar="figNN")
+    runner.add_argument("--profile", default="quick")
+    runner.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    refresher = commands.add_parser("refresh", help="execute notebooks in place, to be committed")
+    refresher.add_argument("names", nargs="+", metavar="figNN")
+    options = parser.parse_args(arguments)
+    for name in options.names:
+        start = time.perf_counter()
+        try:
+            if options.command == "run":
+                parameters = {key: yaml.safe_load(value) for key, value in options.p}
+                made = run(name, options.profile, parameters)
+            else:
+                made = refresh(name)
+        except ConfigError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 2
+        except (PapermillExecutionError, CellExecutionError) as error:
+            reason = f"{error.ename}: {error.evalue}".splitlines()[0]
+            print(f"{name} failed, its old result is as it was: {reason}", file=sys.stderr)
+            return 1
+        print(f"{made}  ({time.perf_counter() - start:.0f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Shared by the tests: hypothesis' examples, contracting weights, one thread and two processes at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+import lib  # noqa: F401  (before torch, whose threads it sets up)
+
+# isort: split
+import torch
+from torch import Tensor
+
+settings.register_profile("repeatable", deadline=None, max_examples=20, derandomize=True)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def near_orthogonal() -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
+    """Draws `A`, `b`, `C` for `n` pixels in float64: `A` and `C` near one orthogonal matrix, `b` near one.
+
+    `C^T A` is then near the identity and most experts are active: the step maps of the small problems
+    contract at masked pixels too, where the data say nothing.
+    """
+
+    def draw(n: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        rotation, first, second = torch.randn(3, n, n, generator=generator, dtype=torch.float64)
+        A = torch.linalg.qr(rotation)[0] + 0.1 * n**-0.5 * first
+        b = 1 + torch.randn(n, generator=generator, dtype=torch.float64)
+        return A, b, A + 0.1 * n**-0.5 * second
+
+    return draw
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for torch: small matrices gain nothing from more, and lose a lot on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+TwoAtOnce = Callable[[str, str, Path], list[tuple[str, str]]]
+
+
+@pytest.fixture
+def two_at_once() -> TwoAtOnce:
+    """Runs a script in two processes; both wait behind its imports and go on at the same moment.
+
+    It takes the imports, the rest of the script and a path, which is the script's `sys.argv[1]`, and
+    returns what each process wrote to its standard output and to its standard error.
+    """
+
+    def run(imports: str, body: str, path: Path) -> list[tuple[str, str]]:
+        script = f"{imports}\nprint('ready', flush=True)\ninput()\n{body}"
+        command = [sys.executable, "-c", script, str(path)]
+        cwd, pipe = Path(__file__).parents[1], subprocess.PIPE
+        processes = []
+        with ExitStack() as stack:
+            for _ in range(2):
+                process = subprocess.Popen(command, cwd=cwd, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+                stack.enter_context(process)
+                stack.callback(process.kill)
+                processes.append(process)
+            for process in processes:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "ready\n"
+            for process in processes:
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+            outputs = [process.communicate(timeout=300) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+        return outputs
+
+    return run

@@ -1,0 +1,344 @@
+"""Training: repeatable numbers, stacks whose members do not mix, honest endings and checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations, pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lib import data, training
+from lib.config import RunConfig
+from lib.training import STACKED, Member, Metrics, Trainer, generator, learning_rate, psnr
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL: dict[str, Any] = {
+    "size": 7,
+    "train_images": 100,
+    "test_images": 50,
+    "batch_size": 20,
+    "epochs": 2,
+    "noise": 0.5,
+}
+FRAGILE = SMALL | {"epochs": 3, "sigma": "identity", "solver": "plain", "learning_rate": 0.03}
+UNSTABLE = {"tau": 2.1, "gamma": 1.0}
+"""On top of `FRAGILE`, diverges before it is trained: the step map expands by at least 1.1."""
+DOOMED = {"gamma": 2.0}
+"""On top of `FRAGILE`, is sound at first and diverges in the second epoch."""
+
+
+def small(**values: Any) -> RunConfig:
+    return RunConfig(**SMALL | values)
+
+
+def train(*configs: RunConfig) -> list[Member]:
+    return Trainer(configs).train()
+
+
+def timeless(history: Sequence[Metrics]) -> list[Metrics]:
+    """A history without the seconds, which no two trainings share."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
+def assert_same_bits(one: Member, other: Member) -> None:
+    assert (one.status, one.reason) == (other.status, other.reason)
+    assert timeless(one.history) == timeless(other.history)
+    assert one.weights.keys() == other.weights.keys()
+    assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
+
+
+def assert_close(one: Member, other: Member) -> None:
+    """The same training to the accuracy of float32."""
+    assert one.config == other.config
+    assert one.status == other.status
+    for row, other_row in zip(timeless(one.history), timeless(other.history), strict=True):
+        assert row == pytest.approx(other_row, rel=1e-4, abs=1e-6)
+    assert one.weights.keys() == other.weights.keys()
+    for name, weight in one.weights.items():
+        torch.testing.assert_close(weight, other.weights[name], rtol=1e-4, atol=1e-5)
+
+
+def test_learning_rate_is_a_cosine_between_its_ends() -> None:
+    """It falls from the first rate to the final one, half way at half time, flat at both ends."""
+    config = RunConfig(learning_rate=0.1, final_learning_rate=0.02)
+    rates = [learning_rate(config, step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[100] == pytest.approx(0.02)
+    assert rates[50] == pytest.approx(0.06)
+    assert rates[25] == pytest.approx(0.06 + 0.04 * math.sqrt(0.5))
+    drops = [before - after for before, after in pairwise(rates)]
+    assert min(drops) > 0
+    assert max(drops[0], drops[-1]) < max(drops) / 50
+
+
+def test_each_step_is_taken_with_its_learning_rate() -> None:
+    """The optimizer's rate follows the cosine over all steps of all epochs."""
+    config = small(learning_rate=0.01, final_learning_rate=0.001)
+    trainer, rates = Trainer([config]), list[float]()
+    trainer.train(on_step=lambda: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    total = 2 * trainer.steps_per_epoch
+    assert rates == [learning_rate(config, step, total) for step in range(total)]
+
+
+def test_generators_of_different_purposes_are_independent() -> None:
+    """Another seed, purpose or epoch gives unrelated numbers; the same ones give the same numbers."""
+    labels = [("order", 0), ("order", 1), ("noise", 0), ("noise", 1), ("weights",)]
+    named = [(seed, *label) for seed in (0, 1) for label in labels]
+    draws = [torch.randn(20_000, generator=generator(*label)) for label in named]
+    for one, other in combinations(draws, 2):
+        assert torch.corrcoef(torch.stack([one, other]))[0, 1].abs() < 0.03
+    for label, draw in zip(named, draws, strict=True):
+        assert torch.equal(torch.randn(20_000, generator=generator(*label)), draw)
+
+
+def test_training_is_repeatable_and_leaves_the_global_generator_alone() -> None:
+    """Two trainings give the same bits whatever the global generator's state, which stays as it was."""
+    members = []
+    with torch.random.fork_rng():
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            before = torch.random.get_rng_state()
+            members += train(small(model="deq"))
+            assert torch.equal(torch.random.get_rng_state(), before)
+    assert_same_bits(*members)
+    assert members[0].status == "completed"
+
+
+def test_another_seed_is_another_training() -> None:
+    """The seed changes the first weights, and with them every number."""
+    (one,), (other,) = train(small(seed=0)), train(small(seed=1))
+    assert all(a["test_loss"] != b["test_loss"] for a, b in zip(one.history, other.history, strict=True))
+
+
+@pytest.mark.parametrize("model", ["bilevel", "deq"])
+def test_training_lowers_the_loss(model: str) -> None:
+    """Denoising improves in every epoch, on the training and on the test images."""
+    (member,) = train(
+        small(model=model, noise=1.0, gamma=0.5, learning_rate=0.01, train_images=200, epochs=3)
+    )
+    test = [row["test_loss"] for row in member.history]
+    training_losses = [row["train_loss"] for row in member.history[1:]]
+    assert test[-1] < 0.9 * test[0]
+    assert all(after < before for before, after in pairwise(test))
+    assert all(after < before for before, after in pairwise(training_losses))
+    assert [row["epoch"] for row in member.history] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("model", "names"), [("bilevel", {"A", "b"}), ("deq", {"A", "b", "C"})])
+def test_a_completed_member_has_history_and_weights(model: str, names: set[str]) -> None:
+    """A row per epoch with all metrics, finite; the weights without the stack's dimension."""
+    (member,) = train(small(model=model))
+    solves = {
+        f"{solve}_{what}"
+        for solve in ("forward", "backward", "test")
+        for what in ("steps", "residual", "unconverged")
+    }
+    columns = {"epoch", "seconds", "train_loss", "test_loss", "test_psnr", *solves}
+    untrained = {name for name in columns if name.startswith("test")} | {"epoch", "seconds"}
+    assert [set(row) for row in member.history] == [untrained, columns, columns]
+    assert all(math.isfinite(value) for row in member.history for value in row.values())
+    seconds = [row["seconds"] for row in member.history]
+    assert seconds == sorted(set(seconds))
+    assert {name: weight.shape for name, weight in member.weights.items()} == {
+        name: torch.Size([49]) if name == "b" else torch.Size([49, 49]) for name in names
+    }
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"noise": 1.0},
+    {"tau": 0.3},
+    {"gamma": 0.5},
+    {"lam": 0.7, "noise": 0.2},
+]
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        {"model": "bilevel", "task": "deblurring"},
+        {"model": "deq", "task": "inpainting", "sigma": "softshrink"},
+        {"model": "deq", "sigma": "identity", "solver": "plain"},
+    ],
+    ids=lambda shared: "-".join(shared.values()),
+)
+def test_a_stack_trains_each_member_as_alone(shared: dict[str, Any]) -> None:
+    """Members of different noise, tau, gamma and lambda end with the history and weights they get alone."""
+    configs = [small(**shared | variant) for variant in VARIANTS]
+    members = train(*configs)
+    assert [member.config for member in members] == configs
+    assert len({member.history[-1]["test_loss"] for member in members}) == len(configs)
+    for member in members:
+        assert_close(member, *train(member.config))
+
+
+def test_diverging_members_do_not_disturb_their_neighbours() -> None:
+    """One diverges before and one in training; both say so, and the others end as they do alone."""
+    variants = [{}, UNSTABLE, {"gamma": 0.05}, DOOMED, {"noise": 0.2}]
+    configs = [RunConfig(**FRAGILE | variant) for variant in variants]
+    members = train(*configs)
+    assert [member.config for member in members] == configs
+    assert [member.status for member in members] == [
+        "completed",
+        "diverged",
+        "completed",
+        "diverged",
+        "completed",
+    ]
+    for member in members:
+        assert_close(member, *train(member.config))
+    unstable, doomed = members[1], members[3]
+    assert unstable.reason.startswith("test loss ")
+    assert unstable.reason.endswith(" above 1000 after epoch 0")
+    assert unstable.history == []
+    assert doomed.reason.startswith("training loss ")
+    assert " above 1000 in epoch 2, step " in doomed.reason
+    assert [row["epoch"] for row in doomed.history] == [0, 1]
+    assert [member.reason for member in members if member.status == "completed"] == ["", "", ""]
+
+
+def test_a_stack_of_diverging_members_ends() -> None:
+    """When the last member has diverged, there is nothing left to train."""
+    members = train(RunConfig(**FRAGILE | UNSTABLE), RunConfig(**FRAGILE | DOOMED))
+    assert [member.status for member in members] == ["diverged", "diverged"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"task": "inpainting"},
+        {"model": "deq"},
+        {"sigma": "softshrink"},
+        {"size": 14},
+        {"seed": 1},
+        {"learning_rate": 0.01},
+        {"epochs": 3},
+        {"train_images": 99},
+        {"tol": 1e-4},
+        {"time_budget": 10.0},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_mixed_stacks_are_refused(values: dict[str, Any]) -> None:
+    """Configurations that differ in anything else than a member's own numbers cannot share a stack."""
+    with pytest.raises(ValueError, match="may differ in " + ", ".join(STACKED)):
+        Trainer([small(), small(noise=1.0), small(**values)])
+
+
+def test_a_spent_time_budget_ends_the_training() -> None:
+    """All members stop, are marked, name the budget, and keep what was known: the untrained model."""
+    members = train(small(time_budget=1e-6), small(time_budget=1e-6, noise=1.0))
+    for member in members:
+        assert member.status == "out of time"
+        assert member.reason == "time budget of 1e-06 s spent in epoch 1"
+        assert [row["epoch"] for row in member.history] == [0]
+        assert member.weights.keys() == {"A", "b"}
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        [small(model="deq", task="inpainting", epochs=3)],
+        [RunConfig(**FRAGILE | variant) for variant in ({}, UNSTABLE, DOOMED, {"noise": 0.2})],
+    ],
+    ids=["one", "stack with dropped members"],
+)
+def test_a_checkpoint_ends_with_the_same_bits(configs: list[RunConfig]) -> None:
+    """Going on from any epoch's checkpoint gives the history and weights of the uninterrupted training."""
+    checkpoints: dict[int, bytes] = {}
+    alive: dict[int, list[int]] = {}
+
+    def save(trainer: Trainer) -> None:
+        checkpoints[trainer.epoch] = trainer.checkpoint()
+        alive[trainer.epoch] = list(trainer.alive)
+
+    members = Trainer(configs).train(on_epoch=save)
+    assert sorted(checkpoints) == [1, 2, 3]
+    if len(configs) > 1:
+        assert alive == {1: [0, 2, 3], 2: [0, 3], 3: [0, 3]}
+    for epoch, checkpoint in checkpoints.items():
+        trainer = Trainer(configs, checkpoint=checkpoint)
+        assert trainer.epoch == epoch
+        trained = list[int]()
+        for member, resumed in zip(
+            members, trainer.train(on_epoch=lambda t: trained.append(t.epoch)), strict=True
+        ):
+            assert_same_bits(resumed, member)
+        assert trained == list(range(epoch + 1, 4))
+
+
+@pytest.mark.parametrize("model", ["bilevel", "deq"])
+def test_the_gradient_is_that_of_the_unrolled_iteration(model: str) -> None:
+    """A training step's implicit gradient is autograd's, of the loss after 300 explicit iterations."""
+    config = small(
+        model=model,
+        train_images=10,
+        batch_size=10,
+        epochs=1,
+        tau=0.4,
+        gamma=0.8,
+        lam=0.9,
+        solver="plain",
+        tol=1e-6,
+        max_steps=300,
+    )
+    trainer = Trainer([config])
+    named = dict(trainer.model.regularizer.named_parameters())
+    weights = {name: p.detach()[0].double().requires_grad_() for name, p in named.items()}
+    gradients: dict[str, Tensor] = {}
+    trainer.train(on_step=lambda: gradients.update({name: p.grad[0].clone() for name, p in named.items()}))  # type: ignore[index]
+
+    order = torch.randperm(10, generator=generator(config.seed, "order", 0))
+    images = data.mnist("train", 10, 7)[order]
+    n = torch.randn(images.shape, generator=generator(config.seed, "noise", 0))
+    images, f = images.flatten(1).double(), (images + config.noise * n).flatten(1).double()
+    A, b, C = weights["A"], weights["b"], weights.get("C", weights["A"])
+    u = torch.zeros_like(f)
+    for _ in range(300):
+        u = u - config.tau * (config.lam * (u - f) + config.gamma * (u @ A.T + b).relu() @ C)
+    (u - images).square().mean().backward()
+    for name, weight in weights.items():
+        assert weight.grad is not None
+        scale = weight.grad.abs().max().item()
+        torch.testing.assert_close(gradients[name].double(), weight.grad, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_psnr_of_images_between_minus_one_and_one() -> None:
+    """The peak is 2: an error of the whole range is 0 dB, a tenth of it 20 dB; no error is finite."""
+    assert psnr(torch.tensor([4.0, 0.04, 0.0004])).tolist() == pytest.approx([0, 20, 40], abs=1e-4)
+    mse = torch.tensor([0.123])
+    assert psnr(mse).item() == pytest.approx(20 * math.log10(2 / math.sqrt(0.123)), rel=1e-6)
+    assert psnr(torch.zeros(1)).isfinite().all()
+
+
+def test_test_noise_is_the_same_in_every_epoch() -> None:
+    """Weights that do not move have one test loss in all epochs, and a training loss that changes."""
+    frozen = {"learning_rate": 1e-30, "final_learning_rate": 0.0}
+    (member,) = train(small(noise=1.0, epochs=3, **frozen))
+    assert len({row["test_loss"] for row in member.history}) == 1
+    assert len({row["test_psnr"] for row in member.history}) == 1
+    assert len({row["train_loss"] for row in member.history[1:]}) == 3
+
+
+def test_test_noise_depends_on_the_seed_alone() -> None:
+    """The draws are standard normal and shared by models, noises, batch sizes and epochs."""
+    config = RunConfig(size=14, test_images=200)
+    n = training.test_noise(config)
+    assert n.shape == (200, 1, 14, 14)
+    assert n.mean().abs() < 0.02
+    assert abs(n.std() - 1) < 0.02
+    other = RunConfig(size=14, test_images=200, model="deq", noise=2.0, batch_size=10, epochs=1, tau=0.1)
+    assert torch.equal(training.test_noise(other), n)
+    assert not torch.equal(training.test_noise(config.model_copy(update={"seed": 1})), n)
+
+
+def test_batches_do_not_change_the_evaluation() -> None:
+    """The untrained model's test metrics are means over images, also where the last batch is smaller."""
+    rows = [train(small(batch_size=size, epochs=1))[0].history[0] for size in (7, 50, 100)]
+    for row in timeless(rows[1:]):
+        assert row == pytest.approx(timeless(rows)[0], rel=1e-4)
