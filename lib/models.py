@@ -41,8 +41,9 @@ class FixedPointModel(nn.Module):
         super().__init__()
         self.operator = operator
         self.regularizer = regularizer
+        A = regularizer.A
         for name, value in (("tau", tau), ("lam", lam), ("gamma", gamma)):
-            self.register_buffer(name, torch.as_tensor(value).to(regularizer.A))
+            self.register_buffer(name, torch.as_tensor(value, dtype=A.dtype, device=A.device))
 
     def step_map(self, f: Tensor) -> StepMap:
         """`T` for the data `f`, `(*stack, batch, C, H, W)`."""

@@ -7,14 +7,18 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
+import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
+from multiprocessing.context import SpawnProcess
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.config import RunConfig
-from lib.data import FACES_FILES, MNIST_FILES
+from lib.data import FACES_FILES, MNIST_FILES, mnist
 from lib.models import FixedPointModel, build_model
 from lib.store import (
     REPOSITORY,
@@ -37,7 +41,7 @@ from lib.store import (
     write_atomic,
     write_sealed,
 )
-from lib.training import Trainer, make_operator
+from lib.training import Trainer, make_operator, steps_per_epoch
 
 DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
 
@@ -94,7 +98,6 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         "packages": {name: version(name) for name in packages},
         "system": platform.platform(),
         "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
         "accelerator": accelerator,
     }
 
@@ -123,43 +126,49 @@ class Run:
     weights: dict[str, Tensor]
     provenance: dict[str, Any]
 
-    def model(self) -> FixedPointModel:
-        """The trained model."""
-        c, w = self.config, self.weights
-        return build_model(
-            c.model,
-            make_operator(c),
-            (w["A"], w["b"], w.get("C", w["A"])),
-            c.sigma,
-            tau=c.tau,
-            lam=c.lam,
-            gamma=c.gamma,
-        )
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar with the time that is left; it leaves no trace in a notebook's output.
-
-    Args:
-        what: its label.
-        total: steps until it is full.
-
-    Yields:
-        A function that advances the bar by a number of steps.
-    """
-    interval = 0.2 if sys.stderr.isatty() else 5.0
-    with tqdm(desc=what, total=total, mininterval=interval, leave=False) as bar:
-        yield bar.update
-    if "ipykernel" in sys.modules:
-        clear_output()
+    def model(self, stacked: bool = False) -> FixedPointModel:
+        """The trained model; `stacked` gives it the leading dimension that it was trained with."""
+        c = self.config
+        w = {name: weight[None] if stacked else weight for name, weight in self.weights.items()}
+        numbers = {
+            name: torch.tensor([value] if stacked else value)
+            for name, value in (("tau", c.tau), ("lam", c.lam), ("gamma", c.gamma))
+        }
+        weights = (w["A"], w["b"], w.get("C", w["A"]))
+        return build_model(c.model, make_operator(c), weights, c.sigma, **numbers)
 
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def get_run(config: RunConfig, results: Path | str | None = None) -> Run:
+def get_runs(configs: Sequence[RunConfig], results: Path | str | None = None) -> list[Run]:
+    """The runs of some configurations, trained at the same time: one process per core.
+
+    Args:
+        configs: what to train.
+        results: folder of the results, with the runs in `runs/`; the repository's when None.
+
+    Returns:
+        The runs, in the order of the configurations.
+
+    Raises:
+        RuntimeError: a training failed; the message says how.
+    """
+    store = Path(results or RESULTS) / "runs"
+    found = {config: _load(store / run_key(config), config) for config in configs}
+    waiting = [config for config, run in found.items() if run is None]
+    if waiting:
+        mnist("test", 1)  # here, where a missing download is reported once
+        _train_in_processes(waiting, results)
+    return [found[config] or get_run(config, results) for config in configs]
+
+
+def get_run(
+    config: RunConfig,
+    results: Path | str | None = None,
+    on_step: Callable[[], object] = lambda: None,
+) -> Run:
     """The run of a configuration: loaded if it is stored, else trained, resuming where it was killed.
 
     Two processes that ask for the same run do the work once: the second one waits and loads.
@@ -167,6 +176,7 @@ def get_run(config: RunConfig, results: Path | str | None = None) -> Run:
     Args:
         config: what to train.
         results: folder of the results, with the runs in `runs/`; the repository's when None.
+        on_step: called after each optimizer step.
 
     Returns:
         The `Run`; one that diverged or ran out of time is a run with that status and its reason.
@@ -177,7 +187,63 @@ def get_run(config: RunConfig, results: Path | str | None = None) -> Run:
     folder = Path(results or RESULTS) / "runs" / run_key(config)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        return _load(folder, config) or _train(folder, config)
+        return _load(folder, config) or _train(folder, config, on_step)
+
+
+def _train_in_processes(configs: Sequence[RunConfig], results: Path | str | None) -> None:
+    """Train each configuration in a process of its own, at most one per core at a time.
+
+    The results are left in the store. When one fails or this process is interrupted, all are stopped;
+    what they trained until their last epoch is resumed next time.
+    """
+    context = multiprocessing.get_context("spawn")
+    reports = context.SimpleQueue()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    waiting = list(configs)
+    running: list[SpawnProcess] = []
+    what = ", ".join(f"{config.model} {config.task}" for config in configs)
+    total = sum(config.epochs * steps_per_epoch(config) for config in configs)
+    # The bar goes to the terminal or, in a notebook, into an output that is cleared in the end.
+    interval = 0.2 if sys.stderr.isatty() else 5.0
+    try:
+        with tqdm(desc=what, total=total, mininterval=interval, leave=False) as bar:
+            while waiting or running:
+                while waiting and len(running) < cores:
+                    arguments = (waiting.pop(0), results, reports)
+                    process = context.Process(target=_train_and_report, args=arguments, daemon=True)
+                    process.start()
+                    running.append(process)
+                multiprocessing.connection.wait([p.sentinel for p in running], timeout=0.2)
+                while not reports.empty():
+                    report = reports.get()
+                    if isinstance(report, str):
+                        raise RuntimeError(report)
+                    bar.update(report)
+                if any(process.exitcode for process in running):
+                    raise RuntimeError("a training process was killed; run again to resume it")
+                running = [process for process in running if process.is_alive()]
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.join()
+    if "ipykernel" in sys.modules:
+        clear_output()
+
+
+def _train_and_report(config: RunConfig, results: Path | str | None, reports: SimpleQueue[int | str]) -> None:
+    """Body of a training process: puts 1 for each step, or a line that says why it failed."""
+    parent = multiprocessing.parent_process()
+
+    def on_step() -> None:
+        if parent is not None and not parent.is_alive():
+            sys.exit("the process that asked for this training is gone")
+        reports.put(1)
+
+    try:
+        get_run(config, results, on_step)
+    except Exception as error:
+        reports.put(f"{config.model} {config.task}: {type(error).__name__}: {error}")
 
 
 def _load(folder: Path, config: RunConfig) -> Run | None:
@@ -210,7 +276,7 @@ def _load(folder: Path, config: RunConfig) -> Run | None:
     )
 
 
-def _train(folder: Path, config: RunConfig) -> Run:
+def _train(folder: Path, config: RunConfig, on_step: Callable[[], object]) -> Run:
     device = default_device()
     checkpoint_path = folder / "checkpoint.pt"
     checkpoint = None
@@ -220,12 +286,9 @@ def _train(folder: Path, config: RunConfig) -> Run:
         except DamagedFile as error:
             set_aside(checkpoint_path, str(error))
     trainer = Trainer([config], device, checkpoint)
-    with progress(f"{config.model} {config.task}", config.epochs * trainer.steps_per_epoch) as advance:
-        advance(trainer.epoch * trainer.steps_per_epoch)
-        (member,) = trainer.train(
-            on_epoch=lambda t: write_sealed(checkpoint_path, t.checkpoint()),
-            on_step=lambda: advance(1),
-        )
+    (member,) = trainer.train(
+        on_epoch=lambda t: write_sealed(checkpoint_path, t.checkpoint()), on_step=on_step
+    )
     buffer = io.BytesIO()
     torch.save(member.weights, buffer)
     write_sealed(folder / "weights.pt", buffer.getvalue())

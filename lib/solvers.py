@@ -30,9 +30,10 @@ class Solution:
     """What a solve returns; a failure is a status, never an exception.
 
     Attributes:
-        value: `(..., C, H, W)`, the last iterate; a converged sample keeps the iterate that passed.
+        value: `(..., C, H, W)`, the iterate with the smallest residual, which is the last one of a
+            converged sample; of a diverged sample the last one.
         residual: `(...)`, relative residual `||T(u) - u|| / ||T(u)||` at `value`.
-        residuals: `(evaluations, ...)`, the same before every step, constant once a sample stopped.
+        residuals: `(evaluations, ...)`, the same at every iterate, constant once a sample stopped.
         steps: `(...)`, evaluations of `T` until the sample stopped.
         status: `(...)`, integer codes of `Status`.
     """
@@ -147,12 +148,13 @@ def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
         The `Solution`; it carries no gradient (see `lib.implicit`).
     """
     batch, d = u0.shape[:-3], u0.shape[-3:].numel()
-    u = u0.reshape(-1, d)
+    u = u0.reshape(-1, d).clone()
     accelerate = solver.start(u)
     n = u.shape[0]
     status = torch.full((n,), Status.MAX_STEPS, dtype=torch.int8, device=u.device)
     steps = torch.zeros(n, dtype=torch.int32, device=u.device)
     relative = torch.full((n,), torch.inf, dtype=u.dtype, device=u.device)
+    best, smallest = u, relative
     running = torch.ones(n, dtype=torch.bool, device=u.device)
     limit = torch.zeros_like(relative)
     history = []
@@ -166,17 +168,21 @@ def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
         steps += running
         relative = torch.where(running, torch.where(size == 0, size, size / scale), relative)
         history.append(relative)
-        converged = running & (size <= solver.tol * scale)
-        diverged = running & ~converged & ~(size <= limit)
+        finite = size.isfinite() & scale.isfinite()
+        converged = running & finite & (size <= solver.tol * scale)
+        diverged = running & ~converged & ~(finite & (size <= limit))
         status[converged] = Status.CONVERGED
         status[diverged] = Status.DIVERGED
+        kept = running & (diverged | (relative <= smallest))
+        best = torch.where(kept[:, None], u, best)
+        smallest = torch.where(kept, relative, smallest)
         running = running & ~converged & ~diverged
         if k + 1 == solver.max_steps or not running.any():
             break
         u = torch.where(running[:, None], accelerate(u, step, residual), u)
     return Solution(
-        value=u.view(u0.shape),
-        residual=relative.view(batch),
+        value=best.view(u0.shape),
+        residual=smallest.view(batch),
         residuals=torch.stack(history).view(-1, *batch),
         steps=steps.view(batch),
         status=status.view(batch),

@@ -10,7 +10,8 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -73,6 +74,11 @@ def observe(operator: Operator, images: Tensor, noise: Tensor, n: Tensor) -> Ten
     return operator.forward(images) + noise[..., None, None, None, None] * n
 
 
+def solve(model: FixedPointModel, f: Tensor, config: RunConfig) -> Solution:
+    """Reconstruct the data `f`, `(*stack, N, C, H, W)`, with a model and its configuration's solver."""
+    return fixed_point(model.step_map(f), torch.zeros_like(f), make_solver(config))
+
+
 def test_noise(config: RunConfig) -> Tensor:
     """The noise `n` of the test images, `(N, 1, H, W)`: the same in every epoch and every figure."""
     shape = (config.test_images, 1, config.size, config.size)
@@ -88,6 +94,10 @@ def learning_rate(config: RunConfig, step: int, total: int) -> float:
     """Cosine decay from `learning_rate` to `final_learning_rate` over all optimizer steps."""
     low, high = config.final_learning_rate, config.learning_rate
     return low + (high - low) * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def steps_per_epoch(config: RunConfig) -> int:
+    return math.ceil(config.train_images / config.batch_size)
 
 
 @dataclass
@@ -138,6 +148,21 @@ def _solver_metrics(name: str, solution: Solution) -> dict[str, Tensor]:
     }
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: results then do not depend on how many cores there are.
+
+    The products of a batch are too small to gain from a second thread, and threads that wait for each
+    other make two trainings at once many times slower; processes use the other cores (`lib.runs`).
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Trainer:
     """Trains a stack of configurations that differ at most in `STACKED`.
 
@@ -173,10 +198,7 @@ class Trainer:
         if checkpoint is not None:
             self._restore(checkpoint)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.config.train_images / self.config.batch_size)
-
+    @one_thread()
     def train(
         self,
         on_epoch: Callable[[Trainer], object] = lambda trainer: None,
@@ -237,9 +259,9 @@ class Trainer:
         self.optimizer.zero_grad()
         # A member that diverged takes no part in the sum: its NaN stays in its own slice.
         loss[sane].sum().backward()
-        done = self.epoch * self.steps_per_epoch + step
+        done = self.epoch * steps_per_epoch(self.config) + step
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, done, self.config.epochs * self.steps_per_epoch)
+            group["lr"] = learning_rate(self.config, done, self.config.epochs * steps_per_epoch(self.config))
         self.optimizer.step()
         meter.add(
             len(images),
@@ -264,7 +286,7 @@ class Trainer:
         meter = _Meter()
         for batch, batch_n in zip(images.split(size), n.split(size), strict=True):
             f = observe(self.operator, batch, self.noise, batch_n)
-            solution = fixed_point(self.model.step_map(f), torch.zeros_like(f), self.solver)
+            solution = solve(self.model, f, self.config)
             mse = (solution.value - batch).square().mean((-3, -2, -1))
             meter.add(
                 len(batch),

@@ -1,4 +1,4 @@
-"""Shared by the tests: hypothesis' examples, contracting weights, one thread and two processes at once."""
+"""Shared by the tests: hypothesis' examples, weights that contract, and two processes at once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def near_orthogonal() -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """One thread for torch: small matrices gain nothing from more, and lose a lot on busy cores."""
+    """One thread for torch: the mathematical tests' small tensors gain nothing from more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

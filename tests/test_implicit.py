@@ -20,6 +20,8 @@ from lib.operators import TASKS, forward_operator
 from lib.regularizer import ACTIVATIONS
 from lib.solvers import Anderson, PlainIteration, Solution, Solver, Status, fixed_point
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIDE, BATCH = 6, 2
 TAU, LAM, GAMMA = 0.5, 2.0, 1.0
 ANDERSON, PLAIN = Anderson(tol=1e-12, max_steps=2000), PlainIteration(tol=1e-12, max_steps=2000)

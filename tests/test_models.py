@@ -18,6 +18,8 @@ from lib.operators import TASKS, Operator, forward_operator
 from lib.regularizer import ACTIVATIONS
 from lib.solvers import Anderson, Solution, Status, fixed_point
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HEIGHT, WIDTH, BATCH = 6, 7, 2
 PIXELS = HEIGHT * WIDTH
 NUMBERS = {"tau": 0.5, "lam": 2.0, "gamma": 0.8}

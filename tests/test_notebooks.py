@@ -70,9 +70,7 @@ def test_failure_leaves_the_old_result(tmp_path: Path, capsys: pytest.CaptureFix
         ("fig99", {}, "notebook: got 'fig99'"),
     ],
 )
-def test_bad_parameters_are_refused(
-    name: str, parameters: dict[str, Any], said: str, tmp_path: Path
-) -> None:
+def test_bad_parameters_are_refused(name: str, parameters: dict[str, Any], said: str, tmp_path: Path) -> None:
     """A parameter that does not exist or makes no sense gets one line, and nothing is trained."""
     with pytest.raises(ConfigError, match=said) as refusal:
         notebooks.run(name, "smoke", parameters, tmp_path)

@@ -13,6 +13,8 @@ from torch.autograd.functional import jacobian
 
 from lib.regularizer import ACTIVATIONS, FieldsOfExperts, initial_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SEEDS = st.integers(0, 2**32 - 1)
 STACKS = st.lists(st.integers(1, 3), max_size=2).map(tuple)
 NAMES = st.sampled_from(sorted(ACTIVATIONS))
