@@ -208,7 +208,7 @@ def reconstruction_figure(
                 f"(input {before.psnr:.1f} dB, {before.ssim:.2f})"
             )
         for axis, row in zip(axes[:, 0], rows, strict=True):
-            axis.set_ylabel(row, rotation=0, ha="right", va="center")
+            axis.set_ylabel(row.replace("K", "$K$"), rotation=0, ha="right", va="center")
         note = budget(next(iter(result.runs.values())), profile)
         fig.text(0.5, 0.08 / fig.get_figheight(), note, ha="center", va="bottom", size=7)
     return fig

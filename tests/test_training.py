@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
 FRAGILE = SMALL | {"epochs": 3, "sigma": "identity", "solver": "plain", "learning_rate": 0.03}
 UNSTABLE = {"tau": 2.1, "gamma": 1.0}
 """On top of `FRAGILE`, diverges before it is trained: the step map expands by at least 1.1."""
-DOOMED = {"gamma": 2.0}
+DOOMED = {"gamma": 1.2}
 """On top of `FRAGILE`, is sound at first and diverges in the second epoch."""
 
 
@@ -129,12 +129,12 @@ def test_training_does_not_depend_on_the_number_of_threads() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            members += train(small(size=14, train_images=200, batch_size=100, epochs=1))
+            members += train(small(batch_size=10)) + train(small(size=14, batch_size=10))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    for member in members[1:]:
-        assert_same_bits(member, members[0])
+    for k in range(2, len(members)):
+        assert_same_bits(members[k], members[k % 2])
 
 
 def test_another_seed_is_another_training() -> None:
@@ -297,6 +297,7 @@ def test_a_checkpoint_ends_with_the_same_bits(configs: list[RunConfig]) -> None:
 
 
 @pytest.mark.parametrize("model", ["bilevel", "deq"])
+@training.one_thread()
 def test_the_gradient_is_that_of_the_unrolled_iteration(model: str) -> None:
     """A training step's implicit gradient is autograd's, of the loss after 100 explicit iterations."""
     config = small(
@@ -359,6 +360,22 @@ def test_test_noise_depends_on_the_seed_alone() -> None:
     other = RunConfig(size=14, test_images=200, model="deq", noise=2.0, batch_size=10, epochs=1, tau=0.1)
     assert torch.equal(training.test_noise(other), n)
     assert not torch.equal(training.test_noise(config.model_copy(update={"seed": 1})), n)
+
+
+def test_the_training_loss_is_a_mean_over_images() -> None:
+    """Also where the last batch is smaller: the mean of all images' errors, each batch with its noise."""
+    config = small(train_images=50, epochs=1, learning_rate=1e-30, final_learning_rate=0.0)
+    (member,) = train(config)
+    model = training.make_model([config])
+    draws = generator(config.seed, "noise", 0)
+    order = torch.randperm(50, generator=generator(config.seed, "order", 0))
+    errors = []
+    for batch in data.mnist("train", 50, 7)[order].split(20):
+        f = (batch + config.noise * torch.randn(batch.shape, generator=draws))[None]
+        solution = training.solve(model, f, config)
+        errors.append((solution.value[0] - batch).square().mean((1, 2, 3)))
+    assert len(errors[-1]) == 10
+    assert member.history[1]["train_loss"] == pytest.approx(torch.cat(errors).mean().item(), rel=1e-5)
 
 
 def test_batches_do_not_change_the_evaluation() -> None:
