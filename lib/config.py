@@ -10,7 +10,7 @@ MNIST_SIDE, MNIST_TRAIN, MNIST_TEST, BLUR_SIDE = 28, 60_000, 10_000, 5
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class ConfigError(ValueError):
@@ -88,7 +88,8 @@ class RunConfig(BaseModel):
             )
         if self.batch_size > self.train_images:
             raise ValueError(
-                f"batch_size: got {self.batch_size}, allowed: at most train_images = {self.train_images}"
+                f"batch_size: got {shown(self.batch_size)}, allowed: at most train_images = "
+                f"{self.train_images}"
             )
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
@@ -104,13 +105,22 @@ def _one_line(error: ValidationError) -> str:
         if problem["type"] == "value_error":
             problems.append(str(problem["ctx"]["error"]))
             continue
-        name = ".".join(str(part) for part in problem["loc"])
+        name = ".".join(shown(part) if "\n" in str(part) else str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             problems.append(f"{name}: no such parameter, allowed: {', '.join(RunConfig.model_fields)}")
             continue
         message = problem["msg"].removeprefix("Input should be ")
-        problems.append(f"{name}: got {problem['input']!r:.80}, allowed: {message}")
+        problems.append(f"{name}: got {shown(problem['input'])}, allowed: {message}")
     return "; ".join(problems)
+
+
+def shown(value: object) -> str:
+    """A value as it can stand in one short line, whatever it is."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:
+        text = f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 PROFILES: dict[str, dict[str, dict[str, Any]]] = {

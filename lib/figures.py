@@ -115,9 +115,9 @@ def _quality(images: Tensor, truth: Tensor) -> dict[str, float]:
 def training_table(runs: Mapping[str, Run]) -> pd.DataFrame:
     """How the training of each run ended: its status and the last row of its history."""
     rows = {
-        name: {"status": run.status, "reason": run.reason} | run.history.iloc[-1].to_dict()
+        name: {"status": run.status, "reason": run.reason}
+        | (run.history.iloc[-1].to_dict() if len(run.history) else {})
         for name, run in runs.items()
-        if len(run.history)
     }
     return pd.DataFrame(rows)
 

@@ -19,15 +19,11 @@ import papermill
 import yaml
 from nbclient.exceptions import CellExecutionError
 from papermill.exceptions import PapermillExecutionError
-from traitlets.config import Config
 
 from lib.config import PROFILES, ConfigError
 from lib.store import REPOSITORY, RESULTS, write_atomic
 
 NOTEBOOKS = REPOSITORY / "nbs"
-KERNEL = Config(KernelManager={"transport": "ipc"})
-"""Kernels talk to us through sockets in a private folder, not through open network ports."""
-
 REFERENCE = RESULTS / "reference"
 
 
@@ -78,7 +74,6 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
                 parameters={"profile": profile, "results": str(results)} | parameters,
                 kernel_name="python3",
                 cwd=NOTEBOOKS,
-                config=KERNEL,
                 progress_bar=False,
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
@@ -106,7 +101,6 @@ def refresh(name: str) -> Path:
         notebook,
         kernel_name="python3",
         record_timing=False,
-        config=KERNEL,
         resources={"metadata": {"path": NOTEBOOKS}},
     ).execute()
     write_atomic(path, nbformat.writes(notebook).encode())

@@ -156,12 +156,11 @@ def get_runs(configs: Sequence[RunConfig], results: Path | str | None = None) ->
         RuntimeError: a training failed; the message says how.
     """
     store = Path(results or RESULTS) / "runs"
-    found = {config: _load(store / run_key(config), config) for config in configs}
-    waiting = [config for config, run in found.items() if run is None]
+    waiting = [config for config in configs if not (store / run_key(config) / "run.json").exists()]
     if waiting:
         mnist("test", 1)  # here, where a missing download is reported once
         _train_in_processes(waiting, results)
-    return [found[config] or get_run(config, results) for config in configs]
+    return [get_run(config, results) for config in configs]
 
 
 def get_run(
@@ -220,7 +219,10 @@ def _train_in_processes(configs: Sequence[RunConfig], results: Path | str | None
                         raise RuntimeError(report)
                     bar.update(report)
                 if any(process.exitcode for process in running):
-                    raise RuntimeError("a training process was killed; run again to resume it")
+                    raise RuntimeError(
+                        "a training process was killed; run again to resume it (a script that calls "
+                        'get_runs needs `if __name__ == "__main__":`)'
+                    )
                 running = [process for process in running if process.is_alive()]
     finally:
         for process in running:
@@ -261,8 +263,11 @@ def _load(folder: Path, config: RunConfig) -> Run | None:
         set_aside(record_path, str(error))
         return None
     try:
-        weights = torch.load(io.BytesIO(read_sealed(weights_path)), weights_only=True)
-    except (OSError, DamagedFile) as error:
+        content = read_sealed(weights_path)
+        if record["weights"] != hashlib.sha256(content).hexdigest():
+            raise DamagedFile(f"{weights_path}: it belongs to another run")
+        weights = torch.load(io.BytesIO(content), weights_only=True)
+    except (OSError, KeyError, DamagedFile) as error:
         set_aside(record_path, f"its weights cannot be used ({error})")
         return None
     return Run(
@@ -294,6 +299,7 @@ def _train(folder: Path, config: RunConfig, on_step: Callable[[], object]) -> Ru
     write_sealed(folder / "weights.pt", buffer.getvalue())
     record = {
         "config": config.model_dump(),
+        "weights": hashlib.sha256(buffer.getvalue()).hexdigest(),
         "status": member.status,
         "reason": member.reason,
         "history": [

@@ -9,12 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
-
-import lib  # noqa: F401  (before torch, whose threads it sets up)
-
-# isort: split
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 settings.register_profile("repeatable", deadline=None, max_examples=20, derandomize=True)

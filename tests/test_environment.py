@@ -52,23 +52,6 @@ def test_installed_is_what_is_locked() -> None:
         assert version(name).partition("+")[0] == pin, name
 
 
-def test_every_direct_dependency_is_used() -> None:
-    """A package that nothing imports or calls has no place in environment.yml."""
-    modules = {"scikit-image": "skimage", "pillow": "PIL", "PyYAML": "yaml", "ipython": "IPython"}
-    tools = {"nbval", "jupyterlab", "ruff", "mypy", "ipykernel", "pytest-timeout"}
-    sources = "\n".join(
-        path.read_text(encoding="utf-8")
-        for folder in ("lib", "tests", "nbs")
-        for path in (ROOT / folder).iterdir()
-        if path.suffix in {".py", ".ipynb"}
-    )
-    for name in direct():
-        if name in tools or name.startswith("types-") or name.endswith("-stubs"):
-            continue
-        module = modules.get(name, name)
-        assert re.search(rf"\b(import|from) {module}\b", sources), f"{name} is not used"
-
-
 def test_make_alone_prints_the_targets() -> None:
     printed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = re.findall(r"^make (\w+)", printed, flags=re.MULTILINE)
