@@ -67,9 +67,8 @@ def test_wrong_python_gets_one_line(tmp_path: Path, python: str, expected: str) 
     """A missing or wrong interpreter is named in one line before anything is installed."""
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    outcome = subprocess.run(
-        ["make", "figures", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True
-    )
+    command = ["make", "--no-print-directory", "figures", f"PYTHON={python}"]
+    outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert outcome.returncode != 0
     said = [line for line in outcome.stdout.splitlines() if line]
     assert len(said) == 1

@@ -41,7 +41,8 @@ def test_notebook_makes_its_files(name: str, tmp_path: Path) -> None:
     """The smoke profile writes picture, PDF, numbers, executed notebook and provenance."""
     folder = notebooks.run(name, "smoke", {"seed": 1}, tmp_path)
     assert folder == tmp_path / "smoke" / name
-    assert Image.open(folder / f"{name}.png").width > 1000
+    with Image.open(folder / f"{name}.png") as picture:
+        assert picture.width > 1000
     assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     assert not pd.read_csv(folder / f"{name}.csv").empty
     executed = nbformat.read(folder / f"{name}.ipynb", as_version=4)
