@@ -8,7 +8,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3 python,$(shell command -v $
 INSTALLED := $(VENV)/installed
 FIGURES := $(sort $(foreach nb,$(wildcard nbs/fig*.ipynb),$(firstword $(subst _, ,$(notdir $(nb))))))
 
-# An active conda environment made from environment.yml would be shadowed by these otherwise.
+# Only the packages of the environment are seen, and its programs come first.
 export PYTHONNOUSERSITE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
