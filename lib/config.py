@@ -133,7 +133,7 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
         "all": {"train_images": 3_000, "test_images": 500, "noise": 0.1},
         # Many cheap steps, on images of half the resolution: the weights that remove noise grow slowly.
         "denoising": {"size": 14, "epochs": 50, "noise": 0.5},
-        # The wider ridge halves the residuals of a DEQ whose solves do not converge.
+        # With the wider ridge a DEQ whose solves do not converge ends with smaller residuals.
         "inpainting": {"epochs": 2, "regularization": 1e-2},
         "deblurring": {"epochs": 2},
     },
