@@ -13,11 +13,11 @@ export PYTHONNOUSERSITE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help figures $(FIGURES) test lab data refresh lock clean
+.PHONY: help figures $(FIGURES) sweep sweep-status sweep-plan test bench lab data refresh lock clean
 
 help: ## print the targets
-	@awk -F ':.*## ' '/^[a-z$$(][^:]*:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "make figNN     one of them: $(FIGURES); with other parameters: make fig02 ARGS=\"-p gamma 0.5\""
+	@awk -F ':.*## ' '/^[a-z$$(][^:]*:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "make figNN         one of them: $(FIGURES); with other parameters: make fig02 ARGS=\"-p gamma 0.5\""
 	@echo "PROFILE=smoke, quick (the default) or paper chooses the size of the experiments"
 
 figures: $(INSTALLED) ## all figures, into results/$(PROFILE)/
@@ -25,6 +25,15 @@ figures: $(INSTALLED) ## all figures, into results/$(PROFILE)/
 
 $(FIGURES): $(INSTALLED)
 	@$(BIN)/python -m lib.notebooks run $@ --profile $(PROFILE) $(ARGS)
+
+sweep: $(INSTALLED) ## train the grid of figures 1, 5 and 6, or what is left of it
+	@$(BIN)/python -m lib.sweep run --profile $(PROFILE) $(ARGS)
+
+sweep-status: $(INSTALLED) ## what of the grid is done
+	@$(BIN)/python -m lib.sweep status --profile $(PROFILE) $(ARGS)
+
+sweep-plan: $(INSTALLED) ## what of the grid is left, and how long it will take on this machine
+	@$(BIN)/python -m lib.sweep plan --profile $(PROFILE) $(ARGS)
 
 test: $(INSTALLED) ## lint, types, tests, and the notebooks against their stored output
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -157,3 +158,50 @@ def profile_config(profile: str, task: str, **values: Any) -> RunConfig:
     chosen = PROFILES[profile]["all"] | PROFILES[profile].get(task, {})
     given = {name: value for name, value in values.items() if value is not None}
     return RunConfig(**chosen | {"task": task} | given)
+
+
+GRID: dict[str, tuple[Any, ...]] = {
+    # The expensive tasks first, so that the last stacks of a sweep are short ones.
+    "task": ("deblurring", "inpainting", "denoising"),
+    "model": ("deq", "bilevel"),
+    "sigma": ("relu", "softshrink", "identity"),
+    "noise": (0.0, 0.05, 0.1, 0.5, 1.0),
+    "tau": (0.01, 0.1, 0.5, 0.9, 1.1, 2.1),
+    "gamma": (0.1, 0.5, 1.0),
+}
+"""The axes of the paper's grid on MNIST, and 0.5 among the steps, which its pictures use."""
+
+SWEEPS: dict[str, dict[str, Any]] = {
+    # A handful, one of whose steps is too long.
+    "smoke": {"noise": 0.1, "tau": (0.5, 2.1), "gamma": 1.0, "sigma": "identity"}
+    | {"size": 7, "train_images": 60, "test_images": 40, "batch_size": 20, "epochs": 2},
+    # A short training of a third of the grid: 80 steps on images of half the resolution.
+    "quick": {"tau": (0.1, 0.9), "size": 14, "train_images": 320, "test_images": 100}
+    | {"batch_size": 20, "epochs": 5, "time_budget": 60.0},
+    # The paper's sizes, which are the defaults of `RunConfig`.
+    "paper": {},
+}
+"""What each profile changes in `GRID` and in the defaults of `RunConfig`."""
+
+
+def grid(profile: str, **values: Any) -> list[RunConfig]:
+    """The configurations of a sweep: all combinations of the values of all axes.
+
+    Args:
+        profile: name of the profile, whose sweep is the start.
+        values: for any parameter of `RunConfig` a value, or a list or tuple of values to make it an axis;
+            None leaves the profile's.
+
+    Raises:
+        ConfigError: the profile is unknown, an axis is empty, or a value is refused by `RunConfig`.
+    """
+    if profile not in SWEEPS:
+        raise ConfigError(f"profile: got {profile!r}, allowed: {', '.join(SWEEPS)}")
+    chosen = GRID | SWEEPS[profile] | {name: v for name, v in values.items() if v is not None}
+    axes = {name: list(v) if isinstance(v, list | tuple) else [v] for name, v in chosen.items()}
+    for name, levels in axes.items():
+        if not levels:
+            raise ConfigError(f"{name}: got an empty list, allowed: one value or more")
+    return list(
+        dict.fromkeys(RunConfig(**dict(zip(axes, levels, strict=True))) for levels in product(*axes.values()))
+    )

@@ -14,19 +14,32 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from lib import data
-from lib.runs import DATA_DIGESTS, Run, code_version, default_device, environment
+from lib import comparison, data
+from lib.comparison import LOSS_THRESHOLD
+from lib.config import RunConfig
+from lib.models import MODELS
+from lib.operators import TASKS
+from lib.runs import DATA_DIGESTS, Run, code_version, default_device, environment, get_run
 from lib.solvers import Status
 from lib.store import RESULTS, write_atomic
+from lib.sweep import NOT_RUN, Sweep
 from lib.training import COMPLETED, make_operator, observe, one_thread, psnr, solve, test_noise
 
 MODEL_NAMES = {"bilevel": "bilevel", "deq": "DEQ"}
 DATA_NAMES = {"mnist": "MNIST"}
+
+MODEL_COLORS = {"bilevel": "#0072b2", "deq": "#e69f00"}
+MODEL_LINES = {"bilevel": "-", "deq": "--"}
+"""Blue and orange differ for every kind of colour vision, and in grey one is dark and one is light."""
 
 STYLE: Any = {
     "font.family": "STIXGeneral",
@@ -142,6 +155,24 @@ def check_reconstructions(result: Reconstructions) -> None:
             print(f"{name}: the picture has the test loss that the training ended with")
 
 
+def check_stored_losses(runs: pd.DataFrame, results: Path | str | None = None) -> None:
+    """Reconstruct the test set again with one stored run per task and model, and compare the test loss.
+
+    Args:
+        runs: rows of `Sweep.runs`.
+        results: folder of the results; the repository's when None.
+
+    Raises:
+        AssertionError: a stored run's weights do not give the test loss that was stored.
+    """
+    for row in runs.drop_duplicates(["task", "model"]).to_dict("records"):
+        run = get_run(RunConfig(**{name: row[name] for name in RunConfig.model_fields}), results)
+        mse = reconstruct({run.config.model: run}).table.mse[run.config.model]
+        assert abs(mse - row["test_loss"]) <= 1e-6 * mse, f"{run.key}: {mse}, stored {row['test_loss']}"
+        name = f"{MODEL_NAMES[run.config.model]}, {run.config.task}"
+        print(f"{name}: the stored weights give the stored test loss")
+
+
 def print_findings(result: Reconstructions, margin: float = 0.5) -> None:
     """Print what the figure shows about each model: findings, not requirements.
 
@@ -209,16 +240,221 @@ def reconstruction_figure(
             )
         for axis, row in zip(axes[:, 0], rows, strict=True):
             axis.set_ylabel(row.replace("K", "$K$"), rotation=0, ha="right", va="center")
-        note = budget(next(iter(result.runs.values())), profile)
-        fig.text(0.5, 0.08 / fig.get_figheight(), note, ha="center", va="bottom", size=7)
+        _note(fig, budget(next(iter(result.runs.values())), profile))
     return fig
+
+
+def _legend(axes: Axes, **options: Any) -> None:
+    """A legend of the models by their names in print."""
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles, [MODEL_NAMES.get(label, label) for label in labels], frameon=False, **options)
+
+
+def sweep_budget(sweep: Sweep) -> str:
+    """One line that says which data, profile and budget a sweep was made with, and what is missing."""
+    common, axes = sweep.provenance["shared"], sweep.provenance["axes"]
+
+    def value(name: str) -> str:
+        values = [common[name]] if name in common else axes[name]
+        return " or ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in values)
+
+    missing = sweep.provenance["statuses"].get(NOT_RUN, 0)
+    return (
+        f"{DATA_NAMES[value('dataset')]} {value('size')}x{value('size')}; profile {sweep.profile}: "
+        f"{len(sweep.runs):,} configurations, {value('train_images')} training images, "
+        f"{value('epochs')} epochs; {value('test_images')} test images"
+        + (f"; {missing:,} configurations not run" if missing else "")
+    )
+
+
+def _note(fig: Figure, text: str) -> None:
+    fig.text(0.5, 0.08 / fig.get_figheight(), text, ha="center", va="bottom", size=7)
+
+
+def loss_figure(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> Figure:
+    """Boxplots of the final test loss per task and model, and the paired differences beside them.
+
+    Args:
+        sweep: what to show.
+        threshold: largest final test loss that is kept.
+    """
+    outcomes = comparison.outcome_table(sweep.runs, threshold).to_dict("index")
+    kept = comparison.kept_runs(sweep.runs, threshold)
+    with plt.rc_context(STYLE):
+        fig, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 3.3), width_ratios=(1.25, 1))
+        fig.subplots_adjust(left=0.075, right=0.99, top=0.92, bottom=0.3, wspace=0.28)
+        sns.boxplot(
+            kept,
+            x="task",
+            y="test_loss",
+            hue="model",
+            order=TASKS,
+            hue_order=MODELS,
+            palette=MODEL_COLORS,
+            width=0.7,
+            linewidth=0.8,
+            fliersize=2,
+            ax=left,
+        )
+        _legend(left, loc="upper left")
+        left.set(xlabel="", ylabel="final test loss", ylim=(-0.01, threshold * 1.02))
+        left.set_title(f"runs with a final test loss up to {threshold:g}")
+        left.tick_params(axis="x", length=0, pad=34)
+        for i, task in enumerate(TASKS):
+            for model, offset in zip(MODELS, (-0.175, 0.175), strict=True):
+                if (task, model) in outcomes:
+                    counts = outcomes[task, model]
+                    shown = [o for o in comparison.OUTCOMES if counts[o] or o in comparison.OUTCOMES[:3]]
+                    text = "\n".join(f"{counts[o]} {o}" for o in shown)
+                    where = left.get_xaxis_transform()
+                    left.text(i + offset, -0.03, text, ha="center", va="top", size=6.5, transform=where)
+        _draw_differences(right, comparison.paired(kept, "test_loss"))
+        _note(fig, sweep_budget(sweep))
+    return fig
+
+
+def _draw_differences(axes: Axes, pairs: pd.DataFrame) -> None:
+    axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    sns.stripplot(
+        pairs, x="difference", y="task", order=TASKS, color="0.55", size=2, jitter=0.25, ax=axes, zorder=1
+    )
+    for i, task in enumerate(TASKS):
+        test = comparison.paired_test(pairs.loc[pairs["task"] == task, "difference"].to_numpy())
+        center = test["median"]
+        spread = [[center - test.get("low", center)], [test.get("high", center) - center]]
+        axes.errorbar(
+            center, i, xerr=spread, fmt="D", color="k", markersize=4, capsize=3, linewidth=1.2, zorder=3
+        )
+        axes.text(
+            0.98,
+            i - 0.36,
+            f"{test['pairs']:.0f} pairs, median {center:+.2g}",
+            size=7,
+            ha="right",
+            transform=axes.get_yaxis_transform(),
+        )
+    axes.set_xscale("symlog", linthresh=0.01, linscale=0.6)
+    axes.set(ylabel="", xlabel="bilevel minus DEQ  (right of 0: the DEQ is better)")
+    axes.set_title("the same configuration, both kept")
+
+
+def best_runs_figure(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> Figure:
+    """Test loss after each epoch of the best configuration of each model: noise levels x tasks.
+
+    Args:
+        sweep: what to show.
+        threshold: largest final test loss that is kept.
+    """
+    best = comparison.best_runs(sweep.runs, threshold)
+    levels = sorted(sweep.runs["noise"].unique())
+    with plt.rc_context(STYLE):
+        fig, grid = plt.subplots(
+            len(levels),
+            len(TASKS),
+            figsize=(TEXT_WIDTH, 0.6 + 1.25 * len(levels)),
+            sharex=True,
+            sharey="row",
+            squeeze=False,
+        )
+        fig.subplots_adjust(left=0.11, right=0.99, wspace=0.08, hspace=0.14)
+        fig.subplots_adjust(top=1 - 0.25 / fig.get_figheight(), bottom=0.62 / fig.get_figheight())
+        for axes_row, noise in zip(grid, levels, strict=True):
+            for axes, task in zip(axes_row, TASKS, strict=True):
+                axes.set_yscale("log")
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+                axes.grid(alpha=0.3, linewidth=0.5)
+                here = best[(best["task"] == task) & (best["noise"] == noise)]
+                if here.empty:
+                    axes.text(0.5, 0.5, "no run kept", ha="center", size=8, transform=axes.transAxes)
+                for key, model in zip(here["key"], here["model"], strict=True):
+                    history = sweep.epochs[sweep.epochs["key"] == key]
+                    axes.plot(
+                        history["epoch"],
+                        history["test_loss"],
+                        MODEL_LINES[model],
+                        color=MODEL_COLORS[model],
+                        marker="o" if model == "bilevel" else "s",
+                        markersize=2.5,
+                        linewidth=1.2,
+                        label=MODEL_NAMES[model],
+                    )
+            axes_row[0].set_ylabel(f"noise {noise:g}\ntest loss")
+        for axes, task in zip(grid[0], TASKS, strict=True):
+            axes.set_title(task)
+        for axes in grid[-1]:
+            axes.set_xlabel("epoch")
+        _legend(grid[0, 0], loc="lower left")
+        _note(fig, sweep_budget(sweep))
+    return fig
+
+
+def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOLD) -> Figure:
+    """Histograms of the epochs finished within a time, over the solver steps that explain them.
+
+    Args:
+        sweep: what to show.
+        seconds: time in which epochs are counted.
+        threshold: largest final test loss that is kept.
+    """
+    runs = comparison.epochs_within(sweep, seconds, threshold)
+    epochs = sweep.epochs[sweep.epochs["epoch"] > 0].merge(runs[["key", "task", "model"]], on="key")
+    most = int(sweep.runs["epochs"].max())
+    with plt.rc_context(STYLE):
+        fig, (top, bottom) = plt.subplots(2, len(TASKS), figsize=(TEXT_WIDTH, 4.2), sharey="row")
+        fig.subplots_adjust(left=0.085, right=0.99, top=0.94, bottom=0.17, wspace=0.08, hspace=0.38)
+        for upper, lower, task in zip(top, bottom, TASKS, strict=True):
+            here = runs[runs["task"] == task]
+            sns.histplot(
+                here,
+                x="epochs_within",
+                hue="model",
+                hue_order=MODELS,
+                palette=MODEL_COLORS,
+                bins=np.linspace(-0.5, most + 0.5, min(most + 2, 22)).tolist(),
+                multiple="dodge",
+                shrink=0.85,
+                alpha=1,
+                legend=False,
+                ax=upper,
+            )
+            upper.xaxis.set_major_locator(MaxNLocator(integer=True))
+            upper.set(title=task, xlabel=f"epochs finished in {seconds:.3g} s", ylabel="runs")
+            _draw_solver_steps(lower, epochs[epochs["task"] == task])
+        handles = [Patch(color=MODEL_COLORS[model]) for model in MODELS]
+        top[0].legend(handles, [MODEL_NAMES[model] for model in MODELS], frameon=False, loc="upper left")
+        bottom[0].set_ylabel("solver steps per solve")
+        _legend(bottom[0], loc="upper left", handlelength=2.6)
+        _note(fig, sweep_budget(sweep))
+    return fig
+
+
+def _draw_solver_steps(axes: Axes, epochs: pd.DataFrame) -> None:
+    """Median over the runs, and the middle half of them, of the mean steps of a solve in each epoch."""
+    for model in MODELS:
+        steps = epochs[epochs["model"] == model].groupby("epoch")
+        for direction, line, marker in (("forward", "-", "o"), ("backward", ":", "s")):
+            low, median, high = (steps[f"{direction}_steps"].quantile(q) for q in (0.25, 0.5, 0.75))
+            style: Any = {"color": MODEL_COLORS[model]}
+            axes.fill_between(median.index, low, high, alpha=0.15, linewidth=0, **style)
+            axes.plot(
+                median.index,
+                median,
+                line,
+                marker=marker,
+                markersize=2.5,
+                linewidth=1.2,
+                label=f"{MODEL_NAMES[model]}, {direction}",
+                **style,
+            )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.set(xlabel="epoch", ylim=(0, None))
 
 
 def save(
     name: str,
     fig: Figure,
     table: pd.DataFrame,
-    runs: Sequence[Run],
+    source: Sequence[Run] | Sweep,
     profile: str,
     results: Path | str | None = None,
 ) -> Path:
@@ -228,7 +464,7 @@ def save(
         name: of the figure, such as `fig02`.
         fig: written as PNG (300 dpi) and PDF.
         table: the numbers behind the figure, written as CSV.
-        runs: the runs that it was made from.
+        source: the runs, or the sweep, that it was made from.
         profile: name of the profile.
         results: folder of the results; the repository's when None.
 
@@ -247,16 +483,22 @@ def save(
     provenance = {
         "figure": name,
         "profile": profile,
-        "runs": {run.key: run.config.model_dump() | {"status": run.status} for run in runs},
-        "data": {run.config.dataset: DATA_DIGESTS[run.config.dataset] for run in runs},
-        "code": code_version(),
+        **(source.provenance if isinstance(source, Sweep) else _provenance(source)),
         "environment": environment(default_device()),
-        "training_seconds": sum(run.provenance["seconds"] for run in runs),
-        "trained_on": {run.key: run.provenance["environment"] for run in runs},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "sha256": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
     }
-    files["provenance.json"] = json.dumps(provenance, indent=1).encode()
+    files["provenance.json"] = json.dumps(provenance, indent=1, default=float).encode()
     for file, content in files.items():
         write_atomic(folder / file, content)
     return folder
+
+
+def _provenance(runs: Sequence[Run]) -> dict[str, Any]:
+    return {
+        "runs": {run.key: run.config.model_dump() | {"status": run.status} for run in runs},
+        "data": {run.config.dataset: DATA_DIGESTS[run.config.dataset] for run in runs},
+        "code": code_version(),
+        "training_seconds": sum(run.provenance["seconds"] for run in runs),
+        "trained_on": {run.key: run.provenance["environment"] for run in runs},
+    }

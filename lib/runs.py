@@ -11,20 +11,25 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import platform
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
-from multiprocessing.context import SpawnProcess
+from itertools import zip_longest
 from multiprocessing.queues import SimpleQueue
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from IPython.display import clear_output
 from torch import Tensor
 from tqdm import tqdm
@@ -41,7 +46,16 @@ from lib.store import (
     write_atomic,
     write_sealed,
 )
-from lib.training import Trainer, make_operator, steps_per_epoch
+from lib.training import (
+    DIVERGED,
+    OUT_OF_TIME,
+    Member,
+    Trainer,
+    make_operator,
+    read_checkpoint,
+    shared,
+    total_steps,
+)
 
 DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
 
@@ -55,6 +69,15 @@ RESULT_MODULES = (
     "training",
 )
 """Modules of `lib` that can change the result of a run."""
+
+MAX_STACK = {"cpu": 16, "cuda": 256}
+"""Larger stacks gain nothing more on such a device (`make bench`)."""
+
+SOLVER_BUFFERS = 16
+"""Tensors of a batch's size that a solve and a recorded step hold beside Anderson's history."""
+
+POLL_SECONDS = 2.0
+"""Between two looks at the runs that another process is training."""
 
 
 @cache
@@ -142,8 +165,52 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def workers(device: torch.device) -> int:
+    """Training processes at a time: one per core, or one that has the accelerator to itself."""
+    return cores() if device.type == "cpu" else 1
+
+
+def stack_size(config: RunConfig, device: torch.device) -> int:
+    """How many configurations like this one to train together, at most.
+
+    A member needs its weights, their gradient and Adam's two moments, and per image of a batch the
+    solver's history and the iterates of a step. Half of the device's free memory is filled.
+    """
+    n = config.size**2
+    weights = n * n * (2 if config.model == "deq" else 1) + n
+    images = config.batch_size * n * (2 * config.memory + SOLVER_BUFFERS)
+    member = 4 * (4 * weights + images)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available // workers(device)
+    return max(1, min(MAX_STACK[device.type], free // 2 // member))
+
+
+def stacks(configs: Iterable[RunConfig], device: torch.device) -> list[list[RunConfig]]:
+    """Configurations in groups that train together, as large as the device allows.
+
+    Members with like steps stay together, since they need about as many solver steps as each other.
+    The groups take turns, so that a sweep's first minutes are a sample of all of it.
+    """
+    groups: dict[RunConfig, list[RunConfig]] = {}
+    for config in configs:
+        groups.setdefault(shared(config), []).append(config)
+    chunks = []
+    for group in groups.values():
+        group.sort(key=lambda c: (c.tau, c.gamma, c.noise))
+        count = math.ceil(len(group) / stack_size(group[0], device))
+        chunks.append([group[k * len(group) // count : (k + 1) * len(group) // count] for k in range(count)])
+    return [stack for turn in zip_longest(*chunks) for stack in turn if stack]
+
+
 def get_runs(configs: Sequence[RunConfig], results: Path | str | None = None) -> list[Run]:
-    """The runs of some configurations, trained at the same time: one process per core.
+    """The runs of some configurations, trained if they are not stored (see `train_runs`).
 
     Args:
         configs: what to train.
@@ -151,23 +218,12 @@ def get_runs(configs: Sequence[RunConfig], results: Path | str | None = None) ->
 
     Returns:
         The runs, in the order of the configurations.
-
-    Raises:
-        RuntimeError: a training failed; the message says how.
     """
-    store = Path(results or RESULTS) / "runs"
-    waiting = [config for config in configs if not (store / run_key(config) / "run.json").exists()]
-    if waiting:
-        mnist("test", 1)  # here, where a missing download is reported once
-        _train_in_processes(waiting, results)
+    train_runs(configs, results)
     return [get_run(config, results) for config in configs]
 
 
-def get_run(
-    config: RunConfig,
-    results: Path | str | None = None,
-    on_step: Callable[[], object] = lambda: None,
-) -> Run:
+def get_run(config: RunConfig, results: Path | str | None = None) -> Run:
     """The run of a configuration: loaded if it is stored, else trained, resuming where it was killed.
 
     Two processes that ask for the same run do the work once: the second one waits and loads.
@@ -175,7 +231,6 @@ def get_run(
     Args:
         config: what to train.
         results: folder of the results, with the runs in `runs/`; the repository's when None.
-        on_step: called after each optimizer step.
 
     Returns:
         The `Run`; one that diverged or ran out of time is a run with that status and its reason.
@@ -183,92 +238,260 @@ def get_run(
     Raises:
         DataError: the data cannot be had.
     """
-    folder = Path(results or RESULTS) / "runs" / run_key(config)
+    folder = run_folder(config, results)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        return _load(folder, config) or _train(folder, config, on_step)
+        run = _load(folder, config)
+        if run is None:
+            _train([config], results, lambda progress: None)
+            run = _load(folder, config)
+        if run is None:
+            raise DamagedFile(f"{folder}: the run that was just written cannot be read; check the disk")
+        return run
 
 
-def _train_in_processes(configs: Sequence[RunConfig], results: Path | str | None) -> None:
-    """Train each configuration in a process of its own, at most one per core at a time.
+@dataclass(frozen=True)
+class Progress:
+    """What a training process reports.
 
-    The results are left in the store. When one fails or this process is interrupted, all are stopped;
-    what they trained until their last epoch is resumed next time.
+    Attributes:
+        steps: optimizer steps, of each member, that need not be taken any more.
+        resumed: of these, how many an earlier process took.
+        ended: statuses of the runs that have ended.
     """
-    context = multiprocessing.get_context("spawn")
-    reports = context.SimpleQueue()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    waiting = list(configs)
-    running: list[SpawnProcess] = []
-    what = ", ".join(f"{config.model} {config.task}" for config in configs)
-    total = sum(config.epochs * steps_per_epoch(config) for config in configs)
+
+    steps: int = 0
+    resumed: int = 0
+    ended: tuple[str, ...] = ()
+
+
+Report = Callable[[Progress], object]
+
+
+def train_runs(configs: Sequence[RunConfig], results: Path | str | None = None) -> None:
+    """Train all configurations that are not stored yet, in stacks, with one process per core.
+
+    Runs that another process is training are left to it, and waited for. When one training fails or this
+    process is interrupted, all are stopped; what they trained until their last epoch is resumed next time.
+
+    Args:
+        configs: what to train.
+        results: folder of the results, with the runs in `runs/`; the repository's when None.
+
+    Raises:
+        DataError: the data cannot be had.
+        RuntimeError: a training failed; the message says how.
+    """
+    ended = Counter(record["status"] for config in configs if (record := read_record(config, results)))
+    waiting = [config for config in configs if not is_stored(config, results)]
+    if not waiting:
+        return
+    mnist("test", 1)  # here, where a missing download is reported once
     # The bar goes to the terminal or, in a notebook, into an output that is cleared in the end.
     interval = 0.2 if sys.stderr.isatty() else 5.0
-    try:
-        with tqdm(desc=what, total=total, mininterval=interval, leave=False) as bar:
-            while waiting or running:
-                while waiting and len(running) < cores:
-                    arguments = (waiting.pop(0), results, reports)
-                    process = context.Process(target=_train_and_report, args=arguments, daemon=True)
-                    process.start()
-                    running.append(process)
-                multiprocessing.connection.wait([p.sentinel for p in running], timeout=0.2)
-                while not reports.empty():
-                    report = reports.get()
-                    if isinstance(report, str):
-                        raise RuntimeError(report)
-                    bar.update(report)
-                if any(process.exitcode for process in running):
-                    raise RuntimeError(
-                        "a training process was killed; run again to resume it (a script that calls "
-                        'get_runs needs `if __name__ == "__main__":`)'
-                    )
-                running = [process for process in running if process.is_alive()]
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.join()
+    names = {f"{config.model} {config.task}" for config in waiting}
+    what = " and ".join(sorted(names)) if len(names) <= 2 else "sweep"
+    steps = sum(total_steps(config) for config in waiting)
+    with tqdm(desc=what, total=steps, mininterval=interval, smoothing=0, leave=False) as bar:
+
+        def report(progress: Progress) -> None:
+            nonlocal steps
+            ended.update(progress.ended)
+            bar.total = steps = steps - progress.resumed
+            bar.set_postfix_str(
+                f"runs {ended.total()}/{len(configs)}, diverged {ended[DIVERGED]}, "
+                f"out of time {ended[OUT_OF_TIME]}",
+                refresh=False,
+            )
+            bar.update(progress.steps - progress.resumed)
+
+        while waiting:
+            before = len(waiting)
+            _train_in_processes(stacks(waiting, default_device()), results, report)
+            waiting = [config for config in waiting if not is_stored(config, results)]
+            if len(waiting) == before:
+                bar.set_postfix_str(f"{before} runs are being trained by another process")
+                time.sleep(POLL_SECONDS)
     if "ipykernel" in sys.modules:
         clear_output()
 
 
-def _train_and_report(config: RunConfig, results: Path | str | None, reports: SimpleQueue[int | str]) -> None:
-    """Body of a training process: puts 1 for each step, or a line that says why it failed."""
-    parent = multiprocessing.parent_process()
+def _train_in_processes(todo: Sequence[list[RunConfig]], results: Path | str | None, report: Report) -> None:
+    """Train stacks in as many processes as the device takes, each with the next stack when it is free."""
+    context = multiprocessing.get_context("spawn")
+    reports = context.SimpleQueue()
+    taken = context.Value("i", 0)
+    processes = [
+        context.Process(target=_work, args=(todo, taken, results, reports), daemon=True)
+        for _ in range(min(workers(default_device()), len(todo)))
+    ]
 
-    def on_step() -> None:
-        if parent is not None and not parent.is_alive():
-            sys.exit("the process that asked for this training is gone")
-        reports.put(1)
+    def receive() -> None:
+        while not reports.empty():
+            message = reports.get()
+            if isinstance(message, str):
+                raise RuntimeError(message)
+            report(message)
 
     try:
-        get_run(config, results, on_step)
-    except Exception as error:
-        reports.put(f"{config.model} {config.task}: {type(error).__name__}: {error}")
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes):
+            multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], timeout=0.2)
+            receive()
+            if any(process.exitcode for process in processes):
+                raise RuntimeError(
+                    "a training process was killed; run again to resume it (a script that trains "
+                    'needs `if __name__ == "__main__":`)'
+                )
+        receive()
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
+
+
+def _work(
+    todo: Sequence[list[RunConfig]],
+    taken: Synchronized[int],
+    results: Path | str | None,
+    reports: SimpleQueue[Progress | str],
+) -> None:
+    """Body of a training process: takes the next stack until there is none."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process stops this one
+    parent = multiprocessing.parent_process()
+
+    def report(progress: Progress) -> None:
+        if parent is not None and not parent.is_alive():
+            sys.exit("the process that asked for this training is gone")
+        reports.put(progress)
+
+    while True:
+        with taken.get_lock():
+            position = taken.value
+            taken.value += 1
+        if position >= len(todo):
+            return
+        stack = todo[position]
+        try:
+            train_stack(stack, results, report)
+        except Exception as error:
+            reports.put(f"{stack[0].model} {stack[0].task}: {type(error).__name__}: {error}")
+            return
+
+
+def train_stack(configs: Sequence[RunConfig], results: Path | str | None, report: Report) -> None:
+    """Train and store those configurations of a stack that no other process has stored or is training."""
+    with ExitStack() as locks:
+        mine = []
+        for config in configs:
+            folder = run_folder(config, results)
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                locks.enter_context(FileLock(folder / "lock", timeout=0))
+            except Timeout:
+                continue
+            if not is_stored(config, results):
+                mine.append(config)
+        _train(mine, results, report)
+
+
+def _train(configs: Sequence[RunConfig], results: Path | str | None, report: Report) -> None:
+    """Train configurations of one stack, whose locks are held: those of one epoch together."""
+    by_epoch: dict[int, list[tuple[RunConfig, bytes | None]]] = {}
+    for config in configs:
+        epoch, checkpoint = _read_checkpoint(config, results)
+        by_epoch.setdefault(epoch, []).append((config, checkpoint))
+    for epoch, pairs in sorted(by_epoch.items()):
+        checkpoints = [checkpoint for _, checkpoint in pairs if checkpoint is not None]
+        _train_together([config for config, _ in pairs], checkpoints if epoch else None, results, report)
+
+
+def _read_checkpoint(config: RunConfig, results: Path | str | None) -> tuple[int, bytes | None]:
+    """The checkpoint of a run and its epoch, or epoch 0 and None where there is none that can be used."""
+    path = run_folder(config, results) / "checkpoint.pt"
+    if not path.exists():
+        return 0, None
+    try:
+        checkpoint = read_sealed(path)
+    except DamagedFile as error:
+        set_aside(path, str(error))
+        return 0, None
+    return read_checkpoint(checkpoint)["epoch"], checkpoint
+
+
+def _train_together(
+    configs: Sequence[RunConfig],
+    checkpoints: Sequence[bytes] | None,
+    results: Path | str | None,
+    report: Report,
+) -> None:
+    trainer = Trainer(configs, default_device(), checkpoints)
+    stored: set[int] = set()
+    reported = trainer.step * len(configs)
+    report(Progress(steps=reported, resumed=reported))
+
+    def tell(ended: Iterable[str] = ()) -> None:
+        nonlocal reported
+        whole = total_steps(trainer.config)
+        done = sum(whole if member.status else trainer.step for member in trainer.members)
+        report(Progress(steps=done - reported, ended=tuple(ended)))
+        reported = done
+
+    def keep(trainer: Trainer) -> None:
+        ended = [i for i, member in enumerate(trainer.members) if member.status and i not in stored]
+        for index in ended:
+            _store(trainer.members[index], results)
+            stored.add(index)
+        if trainer.epoch < trainer.config.epochs:
+            for index in trainer.alive:
+                path = run_folder(configs[index], results) / "checkpoint.pt"
+                write_sealed(path, trainer.checkpoint(index))
+        tell(trainer.members[index].status for index in ended)
+
+    trainer.train(on_epoch=keep, on_step=tell)
+    keep(trainer)
+
+
+def run_folder(config: RunConfig, results: Path | str | None = None) -> Path:
+    """The folder of a run in the store."""
+    return Path(results or RESULTS) / "runs" / run_key(config)
+
+
+def is_stored(config: RunConfig, results: Path | str | None = None) -> bool:
+    return (run_folder(config, results) / "run.json").exists()
+
+
+def read_record(config: RunConfig, results: Path | str | None = None) -> dict[str, Any] | None:
+    """What is stored of a run beside its weights, or None; a record that cannot be used is set aside."""
+    path = run_folder(config, results) / "run.json"
+    try:
+        stored = json.loads(path.read_bytes())
+        record: dict[str, Any] = stored["run"]
+        if stored["sha256"] != _digest(record):
+            raise DamagedFile(f"{path}: its content does not match its checksum")
+        if record["config"] != config.model_dump():
+            raise DamagedFile(f"{path}: it belongs to another configuration")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, DamagedFile) as error:
+        set_aside(path, str(error))
+        return None
+    return record
 
 
 def _load(folder: Path, config: RunConfig) -> Run | None:
-    record_path, weights_path = folder / "run.json", folder / "weights.pt"
-    if not record_path.exists():
+    record = read_record(config, folder.parents[1])
+    if record is None:
         return None
     try:
-        stored = json.loads(record_path.read_bytes())
-        record = stored["run"]
-        if stored["sha256"] != _digest(record):
-            raise DamagedFile(f"{record_path}: its content does not match its checksum")
-        if record["config"] != config.model_dump():
-            raise DamagedFile(f"{record_path}: it belongs to another configuration")
-    except (ValueError, KeyError, TypeError, DamagedFile) as error:
-        set_aside(record_path, str(error))
-        return None
-    try:
-        content = read_sealed(weights_path)
+        content = read_sealed(folder / "weights.pt")
         if record["weights"] != hashlib.sha256(content).hexdigest():
-            raise DamagedFile(f"{weights_path}: it belongs to another run")
+            raise DamagedFile(f"{folder / 'weights.pt'}: it belongs to another run")
         weights = torch.load(io.BytesIO(content), weights_only=True)
     except (OSError, KeyError, DamagedFile) as error:
-        set_aside(record_path, f"its weights cannot be used ({error})")
+        set_aside(folder / "run.json", f"its weights cannot be used ({error})")
         return None
     return Run(
         key=folder.name,
@@ -281,24 +504,14 @@ def _load(folder: Path, config: RunConfig) -> Run | None:
     )
 
 
-def _train(folder: Path, config: RunConfig, on_step: Callable[[], object]) -> Run:
-    device = default_device()
-    checkpoint_path = folder / "checkpoint.pt"
-    checkpoint = None
-    if checkpoint_path.exists():
-        try:
-            checkpoint = read_sealed(checkpoint_path)
-        except DamagedFile as error:
-            set_aside(checkpoint_path, str(error))
-    trainer = Trainer([config], device, checkpoint)
-    (member,) = trainer.train(
-        on_epoch=lambda t: write_sealed(checkpoint_path, t.checkpoint()), on_step=on_step
-    )
+def _store(member: Member, results: Path | str | None) -> None:
+    """Write a run that has ended; its record comes last, and then its checkpoint is not needed any more."""
+    folder = run_folder(member.config, results)
     buffer = io.BytesIO()
     torch.save(member.weights, buffer)
     write_sealed(folder / "weights.pt", buffer.getvalue())
     record = {
-        "config": config.model_dump(),
+        "config": member.config.model_dump(),
         "weights": hashlib.sha256(buffer.getvalue()).hexdigest(),
         "status": member.status,
         "reason": member.reason,
@@ -307,20 +520,16 @@ def _train(folder: Path, config: RunConfig, on_step: Callable[[], object]) -> Ru
             for row in member.history
         ],
         "provenance": {
-            "data": DATA_DIGESTS[config.dataset],
+            "data": DATA_DIGESTS[member.config.dataset],
             "code": code_version(),
-            "environment": environment(device),
-            "seconds": trainer.seconds,
+            "environment": environment(default_device()),
+            "seconds": member.seconds,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     }
     stored = json.dumps({"sha256": _digest(record), "run": record}, indent=1)
     write_atomic(folder / "run.json", stored.encode())
-    checkpoint_path.unlink(missing_ok=True)
-    run = _load(folder, config)
-    if run is None:
-        raise DamagedFile(f"{folder}: the run that was just written cannot be read; check the disk")
-    return run
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def _digest(record: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ LOSS_LIMIT = 1e3
 
 STACKED = ("noise", "tau", "gamma", "lam")
 """What may differ between the members of a stack."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's state, which a checkpoint holds behind each parameter."""
 
 Metrics = dict[str, float]
 
@@ -100,6 +104,10 @@ def steps_per_epoch(config: RunConfig) -> int:
     return math.ceil(config.train_images / config.batch_size)
 
 
+def total_steps(config: RunConfig) -> int:
+    return config.epochs * steps_per_epoch(config)
+
+
 @dataclass
 class Member:
     """What is known of one configuration of a stack while it trains.
@@ -110,6 +118,7 @@ class Member:
         status: `completed`, `diverged`, `out of time`, or empty while it trains.
         reason: why it did not complete.
         weights: `A`, `b` and, for a DEQ, `C`, once it has ended.
+        seconds: of computation that it was charged with.
     """
 
     config: RunConfig
@@ -117,6 +126,7 @@ class Member:
     status: str = ""
     reason: str = ""
     weights: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 class _Meter:
@@ -163,40 +173,45 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def shared(config: RunConfig) -> RunConfig:
+    """What a configuration has in common with every member of its stack."""
+    return config.model_copy(update={name: RunConfig.model_fields[name].default for name in STACKED})
+
+
 class Trainer:
     """Trains a stack of configurations that differ at most in `STACKED`.
 
     Args:
         configs: the members of the stack.
         device: where to train.
-        checkpoint: what `Trainer.checkpoint` returned, to go on from there.
+        checkpoints: for each member what `Trainer.checkpoint` returned, to go on from there. The members
+            need not have been in one stack before.
 
     Raises:
-        ValueError: the configurations cannot share a stack.
+        ValueError: the configurations cannot share a stack, or the checkpoints are of different epochs.
     """
 
     def __init__(
         self,
         configs: Sequence[RunConfig],
         device: torch.device | str = "cpu",
-        checkpoint: bytes | None = None,
+        checkpoints: Sequence[bytes] | None = None,
     ) -> None:
         self.config = configs[0]
-        shared = [c.model_copy(update={k: getattr(self.config, k) for k in STACKED}) for c in configs]
-        if any(c != self.config for c in shared):
+        if any(shared(config) != shared(self.config) for config in configs):
             raise ValueError(f"a stack's members may differ in {', '.join(STACKED)} only")
         self.device = torch.device(device)
         self.members = [Member(config) for config in configs]
         self.alive = list(range(len(configs)))
         self.epoch = 0
-        self.seconds = 0.0
+        self.step = 0
         self.operator = make_operator(self.config)
         self.solver = make_solver(self.config)
         self.model = make_model(configs).to(self.device)
         self.noise = torch.tensor([c.noise for c in configs], device=self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.learning_rate, fused=True)
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        if checkpoints is not None:
+            self._restore(checkpoints)
 
     @one_thread()
     def train(
@@ -207,7 +222,7 @@ class Trainer:
         """Train until every member has ended.
 
         Args:
-            on_epoch: called after each epoch, when `checkpoint` can be saved.
+            on_epoch: called after each epoch, when a `checkpoint` of each living member can be saved.
             on_step: called after each optimizer step.
 
         Returns:
@@ -233,22 +248,18 @@ class Trainer:
         order = torch.randperm(len(images), generator=generator(seed, "order", self.epoch))
         draws = generator(seed, "noise", self.epoch)
         meter = _Meter()
-        for step, indices in enumerate(order.split(self.config.batch_size)):
-            start = time.perf_counter()
+        for indices in order.split(self.config.batch_size):
             batch = images[indices.to(self.device)]
             n = torch.randn(batch.shape, generator=draws).to(self.device)
-            self._train_step(batch, n, step, meter)
-            if self.alive:
-                self._spend(start)
-            if self.alive and self.seconds > self.config.time_budget:
-                reason = f"time budget of {self.config.time_budget:g} s spent in epoch {self.epoch + 1}"
-                self._end(OUT_OF_TIME, dict.fromkeys(range(len(self.alive)), reason))
+            self._train_step(batch, n, meter)
+            self._stop_late(meter)
             if not self.alive:
                 break
             on_step()
         return meter
 
-    def _train_step(self, images: Tensor, n: Tensor, step: int, meter: _Meter) -> None:
+    def _train_step(self, images: Tensor, n: Tensor, meter: _Meter) -> None:
+        start = time.perf_counter()
         f = observe(self.operator, images, self.noise, n)
         adjoint: list[Solution] = []
         solution = implicit_fixed_point(
@@ -259,17 +270,19 @@ class Trainer:
         self.optimizer.zero_grad()
         # A member that diverged takes no part in the sum: its NaN stays in its own slice.
         loss[sane].sum().backward()
-        done = self.epoch * steps_per_epoch(self.config) + step
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, done, self.config.epochs * steps_per_epoch(self.config))
+            group["lr"] = learning_rate(self.config, self.step, total_steps(self.config))
         self.optimizer.step()
+        self.step += 1
+        self._charge(start, solution.steps.double().mean(-1) + adjoint[0].steps.double().mean(-1))
         meter.add(
             len(images),
             train_loss=loss.detach(),
             **_solver_metrics("forward", solution),
             **_solver_metrics("backward", adjoint[0]),
         )
-        where = f"above {LOSS_LIMIT:g} in epoch {self.epoch + 1}, step {step + 1}"
+        step = (self.step - 1) % steps_per_epoch(self.config) + 1
+        where = f"above {LOSS_LIMIT:g} in epoch {self.epoch + 1}, step {step}"
         lost = {
             position: f"training loss {value:.3g} {where}"
             for position, value in enumerate(loss.tolist())
@@ -278,12 +291,22 @@ class Trainer:
         self._end(DIVERGED, lost)
         meter.keep([position for position in range(len(loss)) if position not in lost])
 
+    def _stop_late(self, meter: _Meter) -> None:
+        """End the members whose time budget is spent."""
+        budget = self.config.time_budget
+        late = [p for p, index in enumerate(self.alive) if self.members[index].seconds > budget]
+        if late:
+            meter.keep([p for p in range(len(self.alive)) if p not in late])
+            reason = f"time budget of {budget:g} s spent in epoch {self.epoch + 1}"
+            self._end(OUT_OF_TIME, dict.fromkeys(late, reason))
+
     @torch.no_grad()
     def _evaluate(self, images: Tensor) -> _Meter:
         start = time.perf_counter()
         size = self.config.batch_size
         n = test_noise(self.config).to(self.device)
         meter = _Meter()
+        steps: Tensor | float = 0.0
         for batch, batch_n in zip(images.split(size), n.split(size), strict=True):
             f = observe(self.operator, batch, self.noise, batch_n)
             solution = solve(self.model, f, self.config)
@@ -294,14 +317,15 @@ class Trainer:
                 test_psnr=psnr(mse),
                 **_solver_metrics("test", solution),
             )
-        self._spend(start)
+            steps = steps + solution.steps.double().sum(-1)
+        self._charge(start, torch.as_tensor(steps))
         return meter
 
     def _record(self, test: _Meter, training: _Meter | None = None) -> None:
         """Add a row to the history of every living member; one whose test loss is absurd has diverged."""
         lost = {}
         for position, index in enumerate(self.alive):
-            row = {"epoch": self.epoch, "seconds": self.seconds} | test.row(position)
+            row = {"epoch": self.epoch, "seconds": self.members[index].seconds} | test.row(position)
             if training is not None:
                 row |= training.row(position)
             if row["test_loss"] <= LOSS_LIMIT:
@@ -312,9 +336,12 @@ class Trainer:
                 )
         self._end(DIVERGED, lost)
 
-    def _spend(self, start: float) -> None:
-        """Charge the time since `start` to the living members in equal shares."""
-        self.seconds += (time.perf_counter() - start) / len(self.alive)
+    def _charge(self, start: float, steps: Tensor) -> None:
+        """Charge the time since `start` to the living members in proportion to their solver steps."""
+        shares = (steps / steps.sum()).tolist()
+        elapsed = time.perf_counter() - start
+        for index, share in zip(self.alive, shares, strict=True):
+            self.members[index].seconds += elapsed * share
 
     def _end(self, status: str, reasons: dict[int, str]) -> None:
         """Take the members at these positions out of the stack; from then on they cost nothing."""
@@ -340,28 +367,39 @@ class Trainer:
         self.noise = self.noise[index]
         self.alive = [self.alive[position] for position in positions]
 
-    def checkpoint(self) -> bytes:
-        """Everything that a later process needs to end with the same bits."""
+    def checkpoint(self, index: int) -> bytes:
+        """Everything that a later process needs to end member `index`, alone or in any stack.
+
+        Args:
+            index: of a living member, in the order of the configurations.
+        """
+        position, member = self.alive.index(index), self.members[index]
+        weights = {}
+        for name, parameter in self.model.regularizer.named_parameters():
+            state = self.optimizer.state[parameter]
+            tensors = (parameter.data, *(state[moment] for moment in MOMENTS))
+            weights[name] = [tensor[position].cpu().clone() for tensor in tensors]
         buffer = io.BytesIO()
-        torch.save(
-            {
-                "epoch": self.epoch,
-                "seconds": self.seconds,
-                "alive": self.alive,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "members": [(m.history, m.status, m.reason, m.weights) for m in self.members],
-            },
-            buffer,
-        )
+        content = {"epoch": self.epoch, "seconds": member.seconds, "history": member.history}
+        torch.save(content | {"weights": weights}, buffer)
         return buffer.getvalue()
 
-    def _restore(self, checkpoint: bytes) -> None:
-        state = torch.load(io.BytesIO(checkpoint), map_location=self.device, weights_only=True)
-        self._keep(state["alive"])
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.seconds = state["epoch"], state["seconds"]
-        for member, (history, status, reason, weights) in zip(self.members, state["members"], strict=True):
-            member.history, member.status = history, status
-            member.reason, member.weights = reason, weights
+    def _restore(self, checkpoints: Sequence[bytes]) -> None:
+        states = [read_checkpoint(checkpoint) for checkpoint in checkpoints]
+        self.epoch = states[0]["epoch"]
+        if any(state["epoch"] != self.epoch for state in states):
+            raise ValueError(f"checkpoints of a stack are of one epoch, got {[s['epoch'] for s in states]}")
+        self.step = self.epoch * steps_per_epoch(self.config)
+        for name, parameter in self.model.regularizer.named_parameters():
+            tensors = zip(*(state["weights"][name] for state in states), strict=True)
+            parameter.data, *moments = (torch.stack(slices).to(self.device) for slices in tensors)
+            step = torch.tensor(float(self.step), device=self.device)
+            self.optimizer.state[parameter] = {"step": step} | dict(zip(MOMENTS, moments, strict=True))
+        for member, state in zip(self.members, states, strict=True):
+            member.history, member.seconds = state["history"], state["seconds"]
+
+
+def read_checkpoint(checkpoint: bytes) -> dict[str, Any]:
+    """The content of a `Trainer.checkpoint`; its `epoch` tells which ones can share a stack."""
+    state: dict[str, Any] = torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True)
+    return state

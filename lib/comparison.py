@@ -1,0 +1,244 @@
+"""Bilevel learning against the deep equilibrium model over a sweep: outcomes, pairs, statistics, claims."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from lib.operators import TASKS
+from lib.sweep import NOT_RUN, Sweep
+from lib.training import DIVERGED, OUT_OF_TIME
+
+LOSS_THRESHOLD = 0.5
+"""Runs whose final test loss is above it are left out of the comparison, as in the paper."""
+
+CONFIDENCE, RESAMPLES = 0.95, 9999
+
+KEPT, DROPPED, NO_EPOCH = "kept", "dropped", "no epoch"
+OUTCOMES = (KEPT, DROPPED, DIVERGED, NO_EPOCH, NOT_RUN)
+
+PAIRED = ("task", "noise", "tau", "gamma", "sigma", "seed")
+"""What the two runs of a pair have in common."""
+
+REPRODUCED, NOT_REPRODUCED, NOT_DECIDED = "reproduced", "not reproduced", "not decided at this budget"
+
+
+def outcome(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.Series:
+    """What becomes of each run in the comparison.
+
+    Args:
+        runs: `Sweep.runs`.
+        threshold: largest final test loss that is kept.
+
+    Returns:
+        `kept`, `dropped` (above the threshold), `diverged`, `no epoch` (out of time before the first one
+        ended) or `not run`.
+    """
+    conditions = {
+        NOT_RUN: runs["status"] == NOT_RUN,
+        DIVERGED: runs["status"] == DIVERGED,
+        NO_EPOCH: (runs["status"] == OUT_OF_TIME) & (runs["epochs_finished"] == 0),
+        KEPT: runs["test_loss"] <= threshold,
+    }
+    chosen = np.select([c.to_numpy(bool) for c in conditions.values()], list(conditions), DROPPED)
+    return pd.Series(chosen, index=runs.index, name="outcome")
+
+
+def outcome_table(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.DataFrame:
+    """Number of runs of each task and model with each outcome."""
+    counts = pd.crosstab([runs["task"], runs["model"]], outcome(runs, threshold))
+    return counts.reindex(columns=list(OUTCOMES), fill_value=0).rename_axis(columns=None)
+
+
+def paired(runs: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A quantity of both models side by side, of the configurations of which both runs are there.
+
+    Returns:
+        A row per pair: what they share, `bilevel`, `deq`, and `difference`, bilevel minus DEQ.
+    """
+    pairs = runs.pivot(index=list(PAIRED), columns="model", values=column)
+    pairs = pairs.reindex(columns=["bilevel", "deq"]).dropna().rename_axis(columns=None).reset_index()
+    return pairs.assign(difference=pairs["bilevel"] - pairs["deq"])
+
+
+def kept_runs(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.DataFrame:
+    return runs[outcome(runs, threshold) == KEPT]
+
+
+def paired_test(differences: NDArray[np.float64]) -> dict[str, float]:
+    """Median of paired differences, its percentile-bootstrap interval, and Wilcoxon's signed-rank test.
+
+    Args:
+        differences: one number per pair.
+
+    Returns:
+        `pairs`, `median`, the ends `low` and `high` of the 95 % interval, and the two-sided `p` of the
+        hypothesis that the differences are symmetric about zero; NaN where fewer than two pairs or none
+        that differs leave nothing to test.
+    """
+    result = {"pairs": float(len(differences))}
+    if len(differences) == 0:
+        return result | dict.fromkeys(("median", "low", "high", "p"), float("nan"))
+    result["median"] = float(np.median(differences))
+    if len(differences) < 2 or not differences.any():
+        return result | dict.fromkeys(("low", "high", "p"), float("nan"))
+    interval = stats.bootstrap(
+        (differences,),
+        np.median,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    p = stats.wilcoxon(differences).pvalue
+    return result | {"low": float(interval.low), "high": float(interval.high), "p": float(p)}
+
+
+def paired_table(pairs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """`paired_test` within each group of pairs, such as each `task` or each `task` and `noise`."""
+    rows = {
+        name: paired_test(group["difference"].to_numpy()) | {"deq lower": (group["difference"] > 0).mean()}
+        for name, group in pairs.groupby(list(by))
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(list(by))
+    return table.astype({"pairs": int}) if len(table) else table
+
+
+def best_runs(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.DataFrame:
+    """The kept run with the lowest final test loss of each task, noise and model."""
+    kept = kept_runs(runs, threshold)
+    return kept.loc[kept.groupby(["task", "noise", "model"])["test_loss"].idxmin()]
+
+
+def epoch_budget(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> float:
+    """Seconds in which to count epochs: the time budget of the runs where it stopped any of them, else
+    the median of the time that the kept runs took, which half of them then exceed."""
+    late = sweep.runs["status"] == OUT_OF_TIME
+    if late.any():
+        return float(sweep.runs["time_budget"].min())
+    return float(kept_runs(sweep.runs, threshold)["seconds"].median())
+
+
+def epochs_within(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOLD) -> pd.DataFrame:
+    """`Sweep.runs` of the kept runs, with the number of epochs that each finished within some seconds."""
+    kept = kept_runs(sweep.runs, threshold)
+    trained = sweep.epochs[(sweep.epochs["epoch"] > 0) & (sweep.epochs["seconds"] <= seconds)]
+    finished = trained.groupby("key").size()
+    return kept.assign(epochs_within=kept["key"].map(finished).fillna(0).astype(int))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement about the paper's comparison, and what the numbers say of it.
+
+    Attributes:
+        statement: what is claimed.
+        verdict: `reproduced`, `not reproduced` or `not decided at this budget`.
+        numbers: what the verdict rests on.
+    """
+
+    statement: str
+    verdict: str
+    numbers: str
+
+    def __str__(self) -> str:
+        return f"{self.verdict.upper()}: {self.statement}"
+
+
+def decide(supported: bool, refuted: bool) -> str:
+    """The verdict on a claim; neither or both leave it open."""
+    if supported == refuted:
+        return NOT_DECIDED
+    return REPRODUCED if supported else NOT_REPRODUCED
+
+
+def claims_per_task(pairs: pd.DataFrame, statement: str, level: float = 0.05) -> list[Claim]:
+    """One claim per task, that a paired difference is positive.
+
+    Decided when the median difference's 95 % interval lies on one side of zero and Wilcoxon's p is below
+    `level`; reproduced when that side is the positive one.
+
+    Args:
+        pairs: with the columns `task` and `difference`.
+        statement: what a positive difference means.
+        level: of significance.
+    """
+    claims = []
+    for task in TASKS:
+        test = paired_test(pairs.loc[pairs["task"] == task, "difference"].to_numpy(float))
+        significant = test["p"] < level
+        verdict = decide(significant and test["low"] > 0, significant and test["high"] < 0)
+        numbers = (
+            f"{test['pairs']:.0f} pairs, median {test['median']:+.2g}, 95 % interval "
+            f"[{test['low']:+.2g}, {test['high']:+.2g}], p = {test['p']:.1g}"
+        )
+        claims.append(Claim(f"{task}: {statement}", verdict, numbers))
+    return claims
+
+
+def claims_of_best_runs(best: pd.DataFrame, level: float = 0.05) -> list[Claim]:
+    """The best DEQ is at least as good as the best bilevel model; and more noise costs more.
+
+    The first is decided by the number of panels (task and noise) in which the DEQ's best loss is the
+    lower one, when a two-sided sign test over the panels is below `level`. The second is reproduced when
+    the best losses of every task and model rise from noise level to noise level, not reproduced when
+    they do so in at most half of the cases.
+    """
+    table = best.pivot(index=["task", "noise"], columns="model", values="test_loss")
+    table = table.reindex(columns=["bilevel", "deq"])
+    panels = table.dropna()
+    wins = int((panels["deq"] < panels["bilevel"]).sum())
+    p = stats.binomtest(wins, len(panels)).pvalue if len(panels) else 1.0
+    half = len(panels) / 2
+    rising = [
+        bool((group.dropna().diff().dropna() > 0).all())
+        for model in table
+        for _, group in table[model].groupby("task")
+        if len(group.dropna()) > 1
+    ]
+    return [
+        Claim(
+            "the best DEQ ends at a lower test loss than the best bilevel model",
+            decide(p < level and wins > half, p < level and wins < half),
+            f"in {wins} of {len(panels)} panels, p = {p:.1g}",
+        ),
+        Claim(
+            "the best test loss rises with the noise, for each task and model",
+            decide(bool(rising) and all(rising), bool(rising) and sum(rising) <= len(rising) / 2),
+            f"in {sum(rising)} of {len(rising)} cases",
+        ),
+    ]
+
+
+def print_claims(claims: Sequence[Claim]) -> None:
+    """Print each verdict with its statement; the numbers are in `claims_table`."""
+    for claim in claims:
+        print(claim)
+
+
+def claims_table(claims: Sequence[Claim]) -> pd.DataFrame:
+    return pd.DataFrame([vars(claim) for claim in claims])
+
+
+def check_sweep(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> None:
+    """Recompute what must hold for every sweep, and print it.
+
+    Raises:
+        AssertionError: the tables contradict each other or themselves.
+    """
+    counts = outcome_table(sweep.runs, threshold).to_numpy().sum()
+    assert counts == len(sweep.runs) == sweep.runs["key"].nunique(), f"{counts} outcomes"
+    print("every configuration is there once and has one outcome")
+    last = sweep.epochs.sort_values("epoch").groupby("key").last()
+    trained = sweep.runs[sweep.runs["key"].isin(last.index)].set_index("key")
+    assert (trained["test_loss"] == last.loc[trained.index, "test_loss"]).all(), "final test loss"
+    print("each final test loss is that of the run's last finished epoch")
+    pairs = paired(kept_runs(sweep.runs, threshold), "test_loss")
+    assert not pairs.duplicated(list(PAIRED)).any(), "a pair is counted twice"
+    assert (pairs[["bilevel", "deq"]] <= threshold).all(axis=None), "a pair has a run that was dropped"
+    print("each pair is one configuration of both models, both kept")

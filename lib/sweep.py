@@ -1,0 +1,266 @@
+"""The grid of the paper: all its configurations trained, and what came out as two tidy tables.
+
+`python -m lib.sweep run --profile quick -p tau "[0.1, 0.5]"` trains what is not stored yet; `status` and
+`plan` tell what is done and how long the rest will take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from tqdm import tqdm
+
+from lib.config import ConfigError, RunConfig, grid
+from lib.data import DataError
+from lib.runs import (
+    DATA_DIGESTS,
+    code_version,
+    default_device,
+    read_record,
+    run_folder,
+    run_key,
+    stacks,
+    train_runs,
+    workers,
+)
+from lib.store import RESULTS, write_atomic
+from lib.training import COMPLETED, DIVERGED, OUT_OF_TIME, Trainer, shared, steps_per_epoch, total_steps
+
+NOT_RUN, IN_PROGRESS = "not run", "in progress"
+
+CALIBRATION = {"steps": 2, "members": 8}
+"""Of each group of configurations, how many are tried for how many optimizer steps."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is known of the runs of a grid.
+
+    Attributes:
+        profile: name of its profile.
+        runs: a row per configuration: its `key` and parameters, `status` (`not run` where it was not
+            trained), `reason`, `epochs_finished`, `seconds`, and the metrics of the last finished epoch
+            (see `lib.runs.Run.history`).
+        epochs: a row per run and epoch: `key` and metrics.
+        provenance: axes, data digests, code version, environments, counts and seconds.
+    """
+
+    profile: str
+    runs: pd.DataFrame
+    epochs: pd.DataFrame
+    provenance: dict[str, Any]
+
+
+def get_sweep(profile: str, results: Path | str | None = None, train: bool = True, **values: Any) -> Sweep:
+    """The sweep of a profile, trained as far as it is not stored; its tables are written beside it.
+
+    Args:
+        profile: name of the profile.
+        results: folder of the results; the repository's when None.
+        train: False takes what is stored and marks the rest as not run.
+        values: parameters and axes that replace the profile's (see `lib.config.grid`).
+
+    Raises:
+        ConfigError: a value is refused, before any work.
+    """
+    configs = grid(profile, **values)
+    if train:
+        train_runs(configs, results)
+    sweep = load_sweep(profile, configs, results)
+    write_tables(sweep, results)
+    return sweep
+
+
+def load_sweep(profile: str, configs: Sequence[RunConfig], results: Path | str | None = None) -> Sweep:
+    """The tables of some configurations, of what is stored."""
+    rows, epochs, environments = [], [], []
+    for config in configs:
+        key = run_key(config)
+        record = read_record(config, results)
+        row = {"key": key} | config.model_dump() | {"status": NOT_RUN, "reason": "", "epochs_finished": 0}
+        if record is not None:
+            row |= {"status": record["status"], "reason": record["reason"]}
+            row["seconds"] = record["provenance"]["seconds"]
+            if record["provenance"]["environment"] not in environments:
+                environments.append(record["provenance"]["environment"])
+            for metrics in record["history"]:
+                epochs.append({"key": key} | metrics)
+                row["epochs_finished"] = metrics["epoch"]
+                row |= {name: metrics[name] for name in metrics if name not in ("epoch", "seconds")}
+        rows.append(row)
+    runs = pd.DataFrame(rows)
+    for column in ("seconds", "test_loss", "test_psnr"):
+        if column not in runs:
+            runs[column] = float("nan")
+    varied = [name for name in RunConfig.model_fields if runs[name].nunique() > 1]
+    provenance = {
+        "profile": profile,
+        "axes": {name: runs[name].unique().tolist() for name in varied},
+        "shared": {name: runs[name].iloc[0] for name in RunConfig.model_fields if name not in varied},
+        "statuses": runs["status"].value_counts().to_dict(),
+        "training_seconds": float(runs["seconds"].sum()),
+        "data": {name: DATA_DIGESTS[name] for name in runs["dataset"].unique()},
+        "code": code_version(),
+        "trained_on": environments,
+    }
+    return Sweep(profile, runs, pd.DataFrame(epochs, columns=_columns(epochs)), provenance)
+
+
+def _columns(epochs: Sequence[dict[str, Any]]) -> list[str]:
+    """Columns of all rows; the first row of a run lacks those of training."""
+    return list(dict.fromkeys(name for row in epochs for name in row)) or ["key", "epoch"]
+
+
+def write_tables(sweep: Sweep, results: Path | str | None = None) -> list[Path]:
+    """Write both tables, as Parquet and as CSV, and their provenance to `results/<profile>/`."""
+    folder = Path(results or RESULTS) / sweep.profile
+    files = {}
+    for name, table in (("sweep_runs", sweep.runs), ("sweep_epochs", sweep.epochs)):
+        buffer = io.BytesIO()
+        table.to_parquet(buffer, index=False)
+        files[f"{name}.parquet"] = buffer.getvalue()
+        files[f"{name}.csv"] = table.to_csv(index=False).encode()
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    provenance = sweep.provenance | {"created": created, "sha256": hashes}
+    files["sweep_provenance.json"] = json.dumps(provenance, indent=1, default=float).encode()
+    for name, content in files.items():
+        write_atomic(folder / name, content)
+    return [folder / name for name in files]
+
+
+def status(configs: Sequence[RunConfig], results: Path | str | None = None) -> pd.DataFrame:
+    """How many configurations of each task and model have ended in which way; nothing is trained."""
+    rows = []
+    for config in configs:
+        record = read_record(config, results)
+        if record is not None:
+            state = record["status"]
+        elif (run_folder(config, results) / "checkpoint.pt").exists():
+            state = IN_PROGRESS
+        else:
+            state = NOT_RUN
+        rows.append({"task": config.task, "model": config.model, "state": state})
+    frame = pd.DataFrame(rows)
+    states = [COMPLETED, DIVERGED, OUT_OF_TIME, IN_PROGRESS, NOT_RUN]
+    counts = pd.crosstab([frame["task"], frame["model"]], frame["state"])
+    counts = counts.reindex(columns=states, fill_value=0)
+    counts["all"] = counts.sum(axis="columns")
+    counts.loc[("all", ""), :] = counts.sum()
+    return counts.astype(int).rename_axis(columns=None)
+
+
+def plan(configs: Sequence[RunConfig], results: Path | str | None = None) -> pd.DataFrame:
+    """What is left to train, and how long it will take here, from some steps of every kind of run.
+
+    The steps are taken with untrained weights, whose solves may need fewer or more steps than later ones.
+    An evaluation is taken for half a training step per batch.
+
+    Returns:
+        A row per task and model: runs left, seconds per run, and the seconds of all on all processes.
+    """
+    left = [config for config in configs if read_record(config, results) is None]
+    groups: dict[RunConfig, list[RunConfig]] = {}
+    for config in left:
+        groups.setdefault(shared(config), []).append(config)
+    rows = []
+    for group in tqdm(groups.values(), desc="calibration", leave=False):
+        seconds = min(_seconds_per_run(group), group[0].time_budget)
+        rows.append({"task": group[0].task, "model": group[0].model, "runs": len(group), "seconds": seconds})
+    table = pd.DataFrame(rows, columns=["task", "model", "runs", "seconds"])
+    table["wall"] = table["runs"] * table["seconds"] / workers(default_device())
+    sums = table.groupby(["task", "model"], sort=False)[["runs", "wall"]].sum()
+    sums.insert(1, "seconds per run", sums["wall"] * workers(default_device()) / sums["runs"])
+    return sums
+
+
+def _seconds_per_run(group: Sequence[RunConfig]) -> float:
+    config = group[0]
+    sample = group[:: max(1, len(group) // CALIBRATION["members"])][: CALIBRATION["members"]]
+    images = min(config.train_images, CALIBRATION["steps"] * config.batch_size)
+    changes = {"train_images": images, "test_images": 1, "epochs": 1, "time_budget": 1e6}
+    trial = [c.model_copy(update=changes) for c in sample]
+    members = Trainer(trial, default_device()).train()
+    spent = sum(member.seconds - member.history[0]["seconds"] for member in members if member.history)
+    per_step = spent / len(members) / steps_per_epoch(trial[0])
+    evaluations = (config.epochs + 1) * config.test_images / config.batch_size / 2
+    return per_step * (total_steps(config) + evaluations)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 40 s, 12 min, 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def print_plan(configs: Sequence[RunConfig], results: Path | str | None = None) -> None:
+    device = default_device()
+    table = plan(configs, results)
+    if table.empty:
+        print(f"all {len(configs)} runs are done")
+        return
+    left = [config for config in configs if read_record(config, results) is None]
+    shown = table.assign(wall=table["wall"].map(duration)).rename(columns={"wall": "in all"})
+    print(shown.to_string(float_format="{:.2g}".format))
+    print(
+        f"{len(left)} of {len(configs)} runs are left, in {len(stacks(left, device))} stacks on "
+        f"{workers(device)} processes ({device.type}): about {duration(table['wall'].sum())}, and at most "
+        f"{duration(sum(config.time_budget for config in left) / workers(device))} by their time budgets"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lib.sweep", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("run", "train what is not stored yet and write the tables"),
+        ("status", "print what is done"),
+        ("plan", "print what is left and how long it will take"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--profile", default="quick")
+        command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    options = parser.parse_args(arguments)
+    try:
+        configs = grid(options.profile, **{name: yaml.safe_load(value) for name, value in options.p})
+        if options.command == "status":
+            print(status(configs).to_string())
+        elif options.command == "plan":
+            print_plan(configs)
+        else:
+            return _run(options.profile, configs)
+    except (ConfigError, DataError, RuntimeError, yaml.YAMLError) as error:
+        print(f"sweep: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def _run(profile: str, configs: Sequence[RunConfig]) -> int:
+    stopped = False
+    try:
+        train_runs(configs)
+    except KeyboardInterrupt:
+        stopped = True
+    sweep = load_sweep(profile, configs)
+    for path in write_tables(sweep):
+        print(path)
+    print(", ".join(f"{count} {name}" for name, count in sweep.provenance["statuses"].items()))
+    if stopped:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+    return 130 if stopped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
