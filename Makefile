@@ -41,6 +41,9 @@ test: $(INSTALLED) ## lint, types, tests, and the notebooks against their stored
 	$(BIN)/mypy
 	$(BIN)/pytest --nbval $(ARGS)
 
+bench: $(INSTALLED) ## time stacks of configurations against single ones, into results/bench/
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_stacks.py $(ARGS)
+
 lab: $(INSTALLED) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 

@@ -109,10 +109,10 @@ def paired_table(pairs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return table.astype({"pairs": int}) if len(table) else table
 
 
-def best_runs(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.DataFrame:
-    """The kept run with the lowest final test loss of each task, noise and model."""
-    kept = kept_runs(runs, threshold)
-    return kept.loc[kept.groupby(["task", "noise", "model"])["test_loss"].idxmin()]
+def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """The run with the lowest final test loss of each task, noise and model, of those that have one."""
+    ended = runs[outcome(runs).isin([KEPT, DROPPED])]
+    return ended.loc[ended.groupby(["task", "noise", "model"])["test_loss"].idxmin()]
 
 
 def epoch_budget(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> float:

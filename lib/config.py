@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import Annotated, Any, Literal, Self
 
@@ -122,6 +123,18 @@ def shown(value: object) -> str:
     except ValueError:
         text = f"a {type(value).__name__} too long to print"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def require_positive(**values: object) -> None:
+    """Refuse values that are not positive finite numbers; None stands for a default and passes.
+
+    Raises:
+        ConfigError: names the value.
+    """
+    for name, value in values.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < float(value) < math.inf):  # type: ignore[arg-type]
+            raise ConfigError(f"{name}: got {shown(value)}, allowed: a positive number")
 
 
 PROFILES: dict[str, dict[str, dict[str, Any]]] = {

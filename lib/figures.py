@@ -19,7 +19,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
@@ -32,7 +32,7 @@ from lib.runs import DATA_DIGESTS, Run, code_version, default_device, environmen
 from lib.solvers import Status
 from lib.store import RESULTS, write_atomic
 from lib.sweep import NOT_RUN, Sweep
-from lib.training import COMPLETED, make_operator, observe, one_thread, psnr, solve, test_noise
+from lib.training import COMPLETED, TEST_BATCH, make_operator, observe, one_thread, psnr, solve, test_noise
 
 MODEL_NAMES = {"bilevel": "bilevel", "deq": "DEQ"}
 DATA_NAMES = {"mnist": "MNIST"}
@@ -98,7 +98,7 @@ def reconstruct(runs: Mapping[str, Run]) -> Reconstructions:
     outputs, forwarded = {}, {}
     for name, run in runs.items():
         # In the batches of the training's evaluation, so that the numbers are its numbers to the bit.
-        batches = [f[None].to(device) for f in observed.split(run.config.batch_size)]
+        batches = [f[None].to(device) for f in observed.split(TEST_BATCH)]
         model = run.model(stacked=True).to(device)
         solutions = [solve(model, f, run.config) for f in batches]
         u = torch.cat([solution.value[0] for solution in solutions]).cpu()
@@ -278,11 +278,10 @@ def loss_figure(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> Figure:
         sweep: what to show.
         threshold: largest final test loss that is kept.
     """
-    outcomes = comparison.outcome_table(sweep.runs, threshold).to_dict("index")
     kept = comparison.kept_runs(sweep.runs, threshold)
     with plt.rc_context(STYLE):
-        fig, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 3.3), width_ratios=(1.25, 1))
-        fig.subplots_adjust(left=0.075, right=0.99, top=0.92, bottom=0.3, wspace=0.28)
+        fig, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 3.4), width_ratios=(1.25, 1))
+        fig.subplots_adjust(left=0.09, right=0.99, top=0.92, bottom=0.31, wspace=0.3)
         sns.boxplot(
             kept,
             x="task",
@@ -299,53 +298,51 @@ def loss_figure(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> Figure:
         _legend(left, loc="upper left")
         left.set(xlabel="", ylabel="final test loss", ylim=(-0.01, threshold * 1.02))
         left.set_title(f"runs with a final test loss up to {threshold:g}")
-        left.tick_params(axis="x", length=0, pad=34)
-        for i, task in enumerate(TASKS):
-            for model, offset in zip(MODELS, (-0.175, 0.175), strict=True):
-                if (task, model) in outcomes:
-                    counts = outcomes[task, model]
-                    shown = [o for o in comparison.OUTCOMES if counts[o] or o in comparison.OUTCOMES[:3]]
-                    text = "\n".join(f"{counts[o]} {o}" for o in shown)
-                    where = left.get_xaxis_transform()
-                    left.text(i + offset, -0.03, text, ha="center", va="top", size=6.5, transform=where)
+        _write_counts(left, comparison.outcome_table(sweep.runs, threshold))
         _draw_differences(right, comparison.paired(kept, "test_loss"))
         _note(fig, sweep_budget(sweep))
     return fig
 
 
+def _write_counts(axes: Axes, outcomes: pd.DataFrame) -> None:
+    """Rows of numbers under the boxes: how many runs each box has and lacks."""
+    shown = [name for name in comparison.OUTCOMES if name in comparison.OUTCOMES[:3] or outcomes[name].any()]
+    counts = outcomes.to_dict("index")
+    line = 0.062
+    for row, name in enumerate(shown):
+        text: Any = {"y": -0.06 - line * row, "size": 7, "va": "center"}
+        text["transform"] = axes.get_xaxis_transform()
+        axes.text(x=-0.55, s=name, ha="right", **text)
+        for i, task in enumerate(TASKS):
+            for model, offset in zip(MODELS, (-0.175, 0.175), strict=True):
+                if (task, model) in counts:
+                    axes.text(x=i + offset, s=str(counts[task, model][name]), ha="center", **text)
+    axes.tick_params(axis="x", length=0, pad=7 + 10.5 * len(shown))
+    axes.set_xlim(-0.5, len(TASKS) - 0.5)
+
+
 def _draw_differences(axes: Axes, pairs: pd.DataFrame) -> None:
+    """Each pair's difference, and per task the median with its interval."""
     axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
-    sns.stripplot(
-        pairs, x="difference", y="task", order=TASKS, color="0.55", size=2, jitter=0.25, ax=axes, zorder=1
-    )
+    points: Any = {"color": "0.55", "size": 2, "jitter": 0.22, "zorder": 1}
+    sns.stripplot(pairs, x="difference", y="task", order=TASKS, ax=axes, **points)
     for i, task in enumerate(TASKS):
         test = comparison.paired_test(pairs.loc[pairs["task"] == task, "difference"].to_numpy())
-        center = test["median"]
-        spread = [[center - test.get("low", center)], [test.get("high", center) - center]]
-        axes.errorbar(
-            center, i, xerr=spread, fmt="D", color="k", markersize=4, capsize=3, linewidth=1.2, zorder=3
-        )
-        axes.text(
-            0.98,
-            i - 0.36,
-            f"{test['pairs']:.0f} pairs, median {center:+.2g}",
-            size=7,
-            ha="right",
-            transform=axes.get_yaxis_transform(),
-        )
+        if test["pairs"]:
+            spread = [[test["median"] - test["low"]], [test["high"] - test["median"]]]
+            bar: Any = {"fmt": "D", "color": "k", "markersize": 3.5, "capsize": 3, "linewidth": 1.2}
+            axes.errorbar(test["median"], i, xerr=spread, zorder=3, **bar)
+        label = f"{test['pairs']:.0f} pairs, median {test['median']:+.2g}"
+        axes.text(0.98, i - 0.33, label, size=7, ha="right", transform=axes.get_yaxis_transform())
     axes.set_xscale("symlog", linthresh=0.01, linscale=0.6)
-    axes.set(ylabel="", xlabel="bilevel minus DEQ  (right of 0: the DEQ is better)")
+    axes.set(ylabel="", xlabel="bilevel minus DEQ (right of 0: the DEQ is better)")
+    axes.set_ylim(len(TASKS) - 0.5, -0.6)
     axes.set_title("the same configuration, both kept")
 
 
-def best_runs_figure(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> Figure:
-    """Test loss after each epoch of the best configuration of each model: noise levels x tasks.
-
-    Args:
-        sweep: what to show.
-        threshold: largest final test loss that is kept.
-    """
-    best = comparison.best_runs(sweep.runs, threshold)
+def best_runs_figure(sweep: Sweep) -> Figure:
+    """Test loss after each epoch of the best configuration of each model: noise levels x tasks."""
+    best = comparison.best_runs(sweep.runs)
     levels = sorted(sweep.runs["noise"].unique())
     with plt.rc_context(STYLE):
         fig, grid = plt.subplots(
@@ -353,39 +350,49 @@ def best_runs_figure(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> Figure:
             len(TASKS),
             figsize=(TEXT_WIDTH, 0.6 + 1.25 * len(levels)),
             sharex=True,
-            sharey="row",
             squeeze=False,
         )
-        fig.subplots_adjust(left=0.11, right=0.99, wspace=0.08, hspace=0.14)
+        fig.subplots_adjust(left=0.115, right=0.99, wspace=0.27, hspace=0.14)
         fig.subplots_adjust(top=1 - 0.25 / fig.get_figheight(), bottom=0.62 / fig.get_figheight())
-        for axes_row, noise in zip(grid, levels, strict=True):
-            for axes, task in zip(axes_row, TASKS, strict=True):
-                axes.set_yscale("log")
-                axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-                axes.grid(alpha=0.3, linewidth=0.5)
+        for column, task in zip(grid.T, TASKS, strict=True):
+            column[0].set_title(task)
+            column[-1].set_xlabel("epoch")
+            noisy = [axes for axes, noise in zip(column, levels, strict=True) if noise > 0]
+            for axes in noisy[1:]:
+                axes.sharey(noisy[0])
+            for axes, noise in zip(column, levels, strict=True):
                 here = best[(best["task"] == task) & (best["noise"] == noise)]
-                if here.empty:
-                    axes.text(0.5, 0.5, "no run kept", ha="center", size=8, transform=axes.transAxes)
-                for key, model in zip(here["key"], here["model"], strict=True):
-                    history = sweep.epochs[sweep.epochs["key"] == key]
-                    axes.plot(
-                        history["epoch"],
-                        history["test_loss"],
-                        MODEL_LINES[model],
-                        color=MODEL_COLORS[model],
-                        marker="o" if model == "bilevel" else "s",
-                        markersize=2.5,
-                        linewidth=1.2,
-                        label=MODEL_NAMES[model],
-                    )
-            axes_row[0].set_ylabel(f"noise {noise:g}\ntest loss")
-        for axes, task in zip(grid[0], TASKS, strict=True):
-            axes.set_title(task)
-        for axes in grid[-1]:
-            axes.set_xlabel("epoch")
-        _legend(grid[0, 0], loc="lower left")
+                _draw_histories(axes, here, sweep.epochs)
+        for axes, noise in zip(grid[:, 0], levels, strict=True):
+            axes.set_ylabel(f"noise {noise:g}\ntest loss")
+            axes.yaxis.set_label_coords(-0.2, 0.5)
+        _legend(grid[0, 0], loc="upper right")
         _note(fig, sweep_budget(sweep))
     return fig
+
+
+def _draw_histories(axes: Axes, runs: pd.DataFrame, epochs: pd.DataFrame) -> None:
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}")
+    axes.tick_params(axis="y", which="both", labelsize=6.5)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    if runs.empty:
+        axes.text(0.5, 0.5, "no run ended", ha="center", size=8, transform=axes.transAxes)
+    for key, model in zip(runs["key"], runs["model"], strict=True):
+        history = epochs[epochs["key"] == key]
+        axes.plot(
+            history["epoch"],
+            history["test_loss"],
+            MODEL_LINES[model],
+            color=MODEL_COLORS[model],
+            marker="o" if model == "bilevel" else "s",
+            markersize=2.5,
+            linewidth=1.2,
+            label=MODEL_NAMES[model],
+        )
 
 
 def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOLD) -> Figure:
@@ -414,6 +421,7 @@ def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOL
                 multiple="dodge",
                 shrink=0.85,
                 alpha=1,
+                linewidth=0,
                 legend=False,
                 ax=upper,
             )
@@ -422,7 +430,7 @@ def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOL
             _draw_solver_steps(lower, epochs[epochs["task"] == task])
         handles = [Patch(color=MODEL_COLORS[model]) for model in MODELS]
         top[0].legend(handles, [MODEL_NAMES[model] for model in MODELS], frameon=False, loc="upper left")
-        bottom[0].set_ylabel("solver steps per solve")
+        bottom[0].set(ylabel="solver steps per solve", ylim=(0, None))
         _legend(bottom[0], loc="upper left", handlelength=2.6)
         _note(fig, sweep_budget(sweep))
     return fig
@@ -447,7 +455,7 @@ def _draw_solver_steps(axes: Axes, epochs: pd.DataFrame) -> None:
                 **style,
             )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axes.set(xlabel="epoch", ylim=(0, None))
+    axes.set_xlabel("epoch")
 
 
 def save(

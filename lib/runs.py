@@ -49,6 +49,7 @@ from lib.store import (
 from lib.training import (
     DIVERGED,
     OUT_OF_TIME,
+    TEST_BATCH,
     Member,
     Trainer,
     make_operator,
@@ -183,7 +184,7 @@ def stack_size(config: RunConfig, device: torch.device) -> int:
     """
     n = config.size**2
     weights = n * n * (2 if config.model == "deq" else 1) + n
-    images = config.batch_size * n * (2 * config.memory + SOLVER_BUFFERS)
+    images = max(config.batch_size, TEST_BATCH) * n * (2 * config.memory + SOLVER_BUFFERS)
     member = 4 * (4 * weights + images)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]

@@ -21,7 +21,7 @@ import pandas as pd
 import yaml
 from tqdm import tqdm
 
-from lib.config import ConfigError, RunConfig, grid
+from lib.config import ConfigError, RunConfig, grid, shown
 from lib.data import DataError
 from lib.runs import (
     DATA_DIGESTS,
@@ -74,6 +74,8 @@ def get_sweep(profile: str, results: Path | str | None = None, train: bool = Tru
     Raises:
         ConfigError: a value is refused, before any work.
     """
+    if not isinstance(train, bool):
+        raise ConfigError(f"train: got {shown(train)}, allowed: True or False")
     configs = grid(profile, **values)
     if train:
         train_runs(configs, results)
@@ -107,7 +109,7 @@ def load_sweep(profile: str, configs: Sequence[RunConfig], results: Path | str |
     provenance = {
         "profile": profile,
         "axes": {name: runs[name].unique().tolist() for name in varied},
-        "shared": {name: runs[name].iloc[0] for name in RunConfig.model_fields if name not in varied},
+        "shared": {name: runs[name].tolist()[0] for name in RunConfig.model_fields if name not in varied},
         "statuses": runs["status"].value_counts().to_dict(),
         "training_seconds": float(runs["seconds"].sum()),
         "data": {name: DATA_DIGESTS[name] for name in runs["dataset"].unique()},
@@ -165,7 +167,7 @@ def plan(configs: Sequence[RunConfig], results: Path | str | None = None) -> pd.
     """What is left to train, and how long it will take here, from some steps of every kind of run.
 
     The steps are taken with untrained weights, whose solves may need fewer or more steps than later ones.
-    An evaluation is taken for half a training step per batch.
+    An evaluation is taken for half a training step per image.
 
     Returns:
         A row per task and model: runs left, seconds per run, and the seconds of all on all processes.

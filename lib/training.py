@@ -34,6 +34,9 @@ LOSS_LIMIT = 1e3
 STACKED = ("noise", "tau", "gamma", "lam")
 """What may differ between the members of a stack."""
 
+TEST_BATCH = 100
+"""Images in a batch of the evaluation."""
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state, which a checkpoint holds behind each parameter."""
 
@@ -303,11 +306,10 @@ class Trainer:
     @torch.no_grad()
     def _evaluate(self, images: Tensor) -> _Meter:
         start = time.perf_counter()
-        size = self.config.batch_size
         n = test_noise(self.config).to(self.device)
         meter = _Meter()
         steps: Tensor | float = 0.0
-        for batch, batch_n in zip(images.split(size), n.split(size), strict=True):
+        for batch, batch_n in zip(images.split(TEST_BATCH), n.split(TEST_BATCH), strict=True):
             f = observe(self.operator, batch, self.noise, batch_n)
             solution = solve(self.model, f, self.config)
             mse = (solution.value - batch).square().mean((-3, -2, -1))

@@ -1,4 +1,4 @@
-"""Configurations: the paper's defaults, every bad value refused in one line, and the profiles."""
+"""Configurations: the paper's defaults, every bad value refused in one line, the profiles and the grids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lib.config import PROFILES, ConfigError, RunConfig, profile_config
+from lib.config import GRID, PROFILES, SWEEPS, ConfigError, RunConfig, grid, profile_config
+from lib.models import MODELS
 from lib.operators import TASKS
 
 FIELDS = sorted(RunConfig.model_fields)
@@ -280,3 +281,202 @@ def test_an_unknown_task_is_refused_in_every_profile(profile: str) -> None:
     """The task is checked like any other value."""
     with pytest.raises(ConfigError, match=r"^task: got 'inpaint', allowed: 'denoising', "):
         profile_config(profile, "inpaint")
+
+
+LEVELS: dict[str, tuple[Any, ...]] = {
+    "dataset": ("mnist",),
+    "model": ("deq", "bilevel"),
+    "task": ("inpainting", "denoising"),
+    "noise": (0.0, 0.25),
+    "tau": (0.25, 0.75, 3.0),
+    "gamma": (0.0, 0.2),
+    "lam": (0.9, 1.1),
+    "sigma": ("softshrink", "relu"),
+    "size": (7, 14),
+    "train_images": (50, 60, 70),
+    "test_images": (20, 30),
+    "batch_size": (5, 10),
+    "epochs": (1, 3),
+    "learning_rate": (1e-3, 2e-3),
+    "final_learning_rate": (0.0, 1e-5),
+    "solver": ("plain", "anderson"),
+    "tol": (1e-4, 1e-2),
+    "max_steps": (20, 30),
+    "memory": (3, 4),
+    "regularization": (1e-5, 1e-3),
+    "beta": (0.5, 1.0),
+    "seed": (0, 1, 2**62),
+    "time_budget": (0.5, 60.0),
+}
+"""Values for each parameter, any of which the smoke profile's grid can have."""
+
+
+def levels(configs: list[RunConfig]) -> dict[str, set[Any]]:
+    """The values of each parameter in a grid."""
+    return {name: {getattr(config, name) for config in configs} for name in FIELDS}
+
+
+def grid_refusal(profile: str, **values: Any) -> str:
+    """The one line with which a grid is refused."""
+    with pytest.raises(ConfigError) as caught:
+        grid(profile, **values)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, message
+    return message
+
+
+def test_the_papers_grid_is_all_combinations() -> None:
+    """1620 configurations: models x tasks x noise levels x steps x weights x activations, no two equal."""
+    configs = grid("paper")
+    assert len(configs) == len(set(configs)) == 2 * 3 * 5 * 6 * 3 * 3
+    found = levels(configs)
+    assert found["model"] == set(MODELS)
+    assert found["task"] == set(TASKS)
+    assert found["noise"] == {0.0, 0.05, 0.1, 0.5, 1.0}
+    assert found["tau"] == {0.01, 0.1, 0.5, 0.9, 1.1, 2.1}
+    assert found["gamma"] == {0.1, 0.5, 1.0}
+    assert found["sigma"] == {"relu", "softshrink", "identity"}
+
+
+def test_the_papers_grid_has_the_papers_sizes() -> None:
+    """All but the axes is the defaults: full images, 60,000 of them, 100 epochs, an hour for each run."""
+    found = levels(grid("paper"))
+    for name, field in RunConfig.model_fields.items():
+        if name not in GRID:
+            assert found[name] == {field.default}
+    assert found["size"] == {28}
+    assert found["train_images"] == {60_000}
+    assert found["epochs"] == {100}
+
+
+def test_the_quick_grid_thins_nothing_but_the_steps() -> None:
+    """A sixth of the paper's grid or more, with every level of every axis but tau, and two of tau."""
+    configs = grid("quick")
+    assert len(configs) == len(set(configs)) >= 270
+    found = levels(configs)
+    assert all(found[name] == set(GRID[name]) for name in GRID if name != "tau")
+    assert len(found["tau"]) >= 2
+    assert found["tau"] <= set(GRID["tau"])
+
+
+def test_the_smoke_grid_is_a_handful() -> None:
+    """At most twenty small runs, of each task and model."""
+    configs = grid("smoke")
+    assert len(configs) == len(set(configs)) <= 20
+    found = levels(configs)
+    assert found["task"] == set(TASKS)
+    assert found["model"] == set(MODELS)
+    assert max(found["size"]) < 28
+
+
+@pytest.mark.parametrize("profile", SWEEPS)
+def test_every_configuration_has_its_partner(profile: str) -> None:
+    """What is trained with one model is trained with the other, all else being equal."""
+    configs = set(grid(profile))
+    for config in configs:
+        (other,) = set(MODELS) - {config.model}
+        assert config.model_copy(update={"model": other}) in configs
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_any_parameter_is_a_value_or_an_axis(name: str) -> None:
+    """A value fixes a parameter; a list, or a tuple, makes it an axis and leaves the others alone."""
+    values = LEVELS[name]
+    plain = grid("smoke")
+    rest = levels(plain)
+    for value in values:
+        single = grid("smoke", **{name: value})
+        assert single == grid("smoke", **{name: [value]}) == grid("smoke", **{name: (value,)})
+        assert levels(single) == rest | {name: {value}}
+    every = grid("smoke", **{name: list(values)})
+    assert every == grid("smoke", **{name: values})
+    assert levels(every) == rest | {name: set(values)}
+    assert len(every) == len(set(every)) == len(plain) // len(rest[name]) * len(values)
+
+
+@pytest.mark.parametrize("profile", SWEEPS)
+def test_none_leaves_the_profiles_values(profile: str) -> None:
+    """None for every parameter is the profile's grid."""
+    assert grid(profile, **dict.fromkeys(FIELDS)) == grid(profile)
+
+
+def test_equal_values_are_one_level() -> None:
+    """A value that is given twice, or as an integer and as a float, makes no second configuration."""
+    assert grid("smoke", noise=[0.1, 0.1, 1 / 10]) == grid("smoke", noise=0.1)
+    assert grid("smoke", gamma=[1, 1.0], epochs=(2, 2)) == grid("smoke", gamma=1.0, epochs=2)
+
+
+@pytest.mark.parametrize("profile", ["Quick", "", None, 3])
+def test_a_grid_of_an_unknown_profile_is_refused(profile: Any) -> None:
+    """The line names the profile that was asked for and those that exist."""
+    assert grid_refusal(profile) == f"profile: got {profile!r}, allowed: {', '.join(SWEEPS)}"
+
+
+@pytest.mark.parametrize("profile", SWEEPS)
+@pytest.mark.parametrize(
+    ("name", "value", "start"),
+    [
+        *((name, [], f"{name}: got an empty list, allowed: one value or more") for name in FIELDS),
+        *((name, (), f"{name}: got an empty list, allowed: one value or more") for name in GRID),
+        ("taus", 0.5, "taus: no such parameter, allowed: "),
+        ("taus", [0.5], "taus: no such parameter, allowed: "),
+        ("tau", math.nan, "tau: got nan, allowed: a finite number"),
+        ("tau", [0.5, math.nan], "tau: got nan, allowed: a finite number"),
+        ("noise", [0.1, math.inf], "noise: got inf, allowed: a finite number"),
+        ("noise", [0.1, -0.1], "noise: got -0.1, allowed: greater than or equal to 0"),
+        ("gamma", -1, "gamma: got -1, allowed: greater than or equal to 0"),
+        ("tau", [0.5, 0], "tau: got 0, allowed: greater than 0"),
+        ("tau", [0.5, "0.9"], "tau: got '0.9', allowed: a valid number"),
+        ("tau", [0.5, None], "tau: got None, allowed: a valid number"),
+        ("tau", [[0.5]], "tau: got [0.5], allowed: a valid number"),
+        ("tau", {0.5: 0.9}, "tau: got {0.5: 0.9}, allowed: a valid number"),
+        ("epochs", [1, 2.0], "epochs: got 2.0, allowed: a valid integer"),
+        ("seed", [0, -1], "seed: got -1, allowed: greater than or equal to 0"),
+        ("sigma", ["relu", "tanh"], "sigma: got 'tanh', allowed: 'relu', 'softshrink' or 'identity'"),
+        ("task", "inpaint", "task: got 'inpaint', allowed: 'denoising', 'inpainting' or 'deblurring'"),
+        ("task", ["denoising", True], "task: got True, allowed: "),
+        ("size", [14, 10], "size: got 10, allowed: a divisor of 28"),
+        ("batch_size", [1, 60_001], "batch_size: got 60001, allowed: at most train_images = "),
+    ],
+)
+def test_a_bad_axis_is_refused(profile: str, name: str, value: Any, start: str) -> None:
+    """One bad value among good ones, an empty axis or a misspelt one: the line names the parameter."""
+    assert grid_refusal(profile, **{name: value}).startswith(start)
+
+
+@given(
+    axes=st.fixed_dictionaries(
+        {
+            "noise": st.lists(st.floats(0, 2), min_size=1, max_size=3),
+            "tau": st.lists(st.floats(0.01, 3), min_size=1, max_size=3),
+            "sigma": st.lists(st.sampled_from(GRID["sigma"]), min_size=1, max_size=4),
+            "model": st.lists(st.sampled_from(MODELS), min_size=1, max_size=3),
+            "seed": st.lists(st.integers(0, 3), min_size=1, max_size=3),
+        }
+    )
+)
+def test_the_size_of_a_grid_is_the_product_of_its_levels(axes: dict[str, list[Any]]) -> None:
+    """Every combination of distinct levels is there once, and nothing else."""
+    configs = grid("smoke", task="denoising", **axes)
+    combinations = set(product(*axes.values()))
+    assert len(configs) == math.prod(len(set(values)) for values in axes.values())
+    assert {tuple(getattr(config, name) for name in axes) for config in configs} == combinations
+
+
+@pytest.mark.parametrize("name", sorted(set(FIELDS) - {"size"}))
+@given(value=st.one_of(ORDINARY, st.lists(ORDINARY, max_size=4)))
+@settings(max_examples=30)
+def test_any_axis_is_valid_or_refused_by_name(name: str, value: Any) -> None:
+    """Whatever a parameter is given, its values are the grid's or a line names the parameter."""
+    try:
+        configs = grid("smoke", **{name: value})
+    except ConfigError as error:
+        configs, message = [], str(error)
+    if not configs:
+        assert name in message
+        assert len(message.splitlines()) == 1
+    elif value is None:
+        assert configs == grid("smoke")
+    else:
+        axis = value if isinstance(value, list) else [value]
+        assert levels(configs)[name] == {float(level) if name in FLOATS else level for level in axis}

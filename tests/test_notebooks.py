@@ -48,9 +48,25 @@ def test_notebook_makes_its_files(name: str, tmp_path: Path) -> None:
     executed = nbformat.read(folder / f"{name}.ipynb", as_version=4)
     assert any("seed = 1" in cell.source for cell in executed.cells)
     provenance = json.loads((folder / "provenance.json").read_text())
-    assert {run["seed"] for run in provenance["runs"].values()} == {1}
+    shared = [provenance["shared"]] if "shared" in provenance else provenance["runs"].values()
+    assert {values["seed"] for values in shared} == {1}
     for file, digest in provenance["sha256"].items():
         assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest
+
+
+def test_sweep_notebook_takes_other_axes(tmp_path: Path) -> None:
+    """A list makes an axis wider, a single value narrower, and what was trained is all in the tables."""
+    chosen = {"task": "denoising", "noise": [0.1, 0.5], "tau": 0.5}
+    folder = notebooks.run("fig05", "smoke", chosen, tmp_path)
+    best = pd.read_csv(folder / "fig05.csv")
+    assert list(best[["noise", "model"]].itertuples(index=False, name=None)) == [
+        (0.1, "bilevel"),
+        (0.1, "deq"),
+        (0.5, "bilevel"),
+        (0.5, "deq"),
+    ]
+    runs = pd.read_parquet(tmp_path / "smoke" / "sweep_runs.parquet")
+    assert (len(runs), set(runs["task"]), set(runs["tau"])) == (4, {"denoising"}, {0.5})
 
 
 def test_failure_leaves_the_old_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

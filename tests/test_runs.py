@@ -6,24 +6,50 @@ import ast
 import json
 import math
 import multiprocessing
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 import torch
+from filelock import FileLock
+from hypothesis import given
+from hypothesis import strategies as st
+from tqdm import tqdm
 
 from lib import data, runs, training
 from lib.config import RunConfig
-from lib.runs import Run, code_version, get_run, get_runs, run_key
-from lib.store import REPOSITORY
-from lib.training import Member, Trainer
+from lib.runs import (
+    MAX_STACK,
+    Progress,
+    Run,
+    code_version,
+    get_run,
+    get_runs,
+    is_stored,
+    read_record,
+    run_folder,
+    run_key,
+    stack_size,
+    stacks,
+    train_runs,
+    train_stack,
+)
+from lib.store import REPOSITORY, read_sealed
+from lib.training import Member, Trainer, read_checkpoint, shared, total_steps
 
 SMALL: dict[str, Any] = {
     "size": 7,
@@ -39,6 +65,15 @@ UNSTABLE = RunConfig(**SMALL | {"sigma": "identity", "solver": "plain", "tau": 2
 """Diverges before it is trained: the step map expands."""
 LONG = RunConfig(**SMALL | {"size": 14, "train_images": 600, "epochs": 10, "sigma": "softshrink"})
 """Takes seconds, so that it can be killed on its way."""
+TINY: dict[str, Any] = SMALL | {"size": 4, "epochs": 4, "model": "bilevel"}
+"""Of the smallest images on which the weights can be learned, so that many are trained in no time."""
+STACK = [
+    RunConfig(**TINY | {"sigma": "identity", "solver": "plain", "learning_rate": 0.03} | values)
+    for values in ({}, {"noise": 1.0}, {"tau": 2.1, "gamma": 1.0}, {"tau": 0.9, "gamma": 1.45}, {"lam": 0.9})
+]
+"""Five that train together: the third one diverges before it is trained, the fourth one in epoch 2."""
+STATUSES = ["completed", "completed", "diverged", "diverged", "completed"]
+STEPS = total_steps(STACK[0])
 
 REQUEST = """
 from lib.config import RunConfig
@@ -57,6 +92,20 @@ class Telling(runs.Trainer):
 
 runs.Trainer = Telling
 """
+
+LOG_TRAININGS = """
+import os
+from lib import runs
+
+class Telling(runs.Trainer):
+    def train(self, *args, **kwargs):
+        with open(os.environ["TRAININGS"], "a") as file:
+            file.write("".join(f"{runs.run_key(member.config)}\\n" for member in self.members))
+        return super().train(*args, **kwargs)
+
+runs.Trainer = Telling
+"""
+"""A main module whose training processes, which load it too, write the keys of what they train."""
 
 OTHER_VALUES: dict[str, Any] = {
     "model": "bilevel",
@@ -378,20 +427,9 @@ def test_a_truncated_checkpoint_is_noticed(
     tmp_path: Path,
     stored: tuple[Path, Run],
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An interrupted run whose checkpoint was cut is trained from the start, with the same bits."""
-
-    class Interrupted(Trainer):
-        def checkpoint(self) -> bytes:
-            if self.epoch == 2:
-                raise KeyboardInterrupt
-            return super().checkpoint()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "Trainer", Interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            get_run(CONFIG, tmp_path)
+    train_until(1, [CONFIG], tmp_path)
     path = folder_of(CONFIG, tmp_path) / "checkpoint.pt"
     assert not (path.parent / "run.json").exists()
     cut = path.read_bytes()[:-100]
@@ -503,27 +541,507 @@ print(json.dumps([run.key, run.provenance, run.history["test_loss"].tolist(), os
 def test_runs_trained_at_the_same_time_are_those_trained_alone(
     results: Path, stored: tuple[Path, Run]
 ) -> None:
-    """Several requests come back in their order, equal to single ones, and are loaded the next time."""
-    configs = [CONFIG.model_copy(update={"seed": 1}), CONFIG, CONFIG.model_copy(update={"model": "bilevel"})]
+    """Several requests, one made twice, come back in their order, as single ones, and are loaded then."""
+    configs = [CONFIG.model_copy(update=values) for values in ({"seed": 1}, {}, {"model": "bilevel"})]
+    configs.append(configs[2])
     found = get_runs(configs, results)
     assert [run.config for run in found] == configs
     assert found[1].provenance == stored[1].provenance
     assert_same_bits(found[1], stored[1])
     alone = get_run(configs[2], results.with_name("alone"))
     assert_same_bits(found[2], alone)
+    assert found[2].provenance == found[3].provenance
     assert [run.provenance for run in get_runs(configs, results)] == [run.provenance for run in found]
     assert multiprocessing.active_children() == []
 
 
 def test_a_failed_training_is_reported_in_one_line_and_stops_the_others(tmp_path: Path) -> None:
     """The line says which training failed and why; the one beside it is stopped, not waited for."""
-    in_the_way = folder_of(CONFIG, tmp_path)
-    in_the_way.parent.mkdir()
-    in_the_way.write_text("a file where the run's folder should be")
+    (folder_of(CONFIG, tmp_path) / "checkpoint.pt").mkdir(parents=True)
     with pytest.raises(
-        RuntimeError, match=r"^deq denoising: FileExistsError: .*" + run_key(CONFIG)
+        RuntimeError, match=r"^deq denoising: IsADirectoryError: .*" + run_key(CONFIG)
     ) as caught:
         get_runs([LONG, CONFIG], tmp_path)
     assert len(str(caught.value).splitlines()) == 1
     assert multiprocessing.active_children() == []
     assert not (folder_of(LONG, tmp_path) / "run.json").exists()
+
+
+def test_a_killed_training_process_is_reported(tmp_path: Path) -> None:
+    """When the system kills one, the error says so and that the work is not lost; the others are stopped."""
+    path, ours = run_folder(LONG, tmp_path) / "checkpoint.pt", multiprocessing.active_children
+
+    def kill() -> None:
+        wait_for(path.exists)
+        ours()[0].kill()
+
+    killer = Thread(target=kill)
+    killer.start()
+    with pytest.raises(RuntimeError, match="was killed; run again to resume it"):
+        train_runs([LONG], tmp_path)
+    killer.join()
+    assert ours() == []
+    assert path.exists()
+    assert not is_stored(LONG, tmp_path)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def lasting(config: RunConfig, results: Path) -> dict[str, Any]:
+    """The record of a run without what no two trainings share."""
+    record = read_record(config, results)
+    assert record is not None
+    del record["provenance"]["seconds"], record["provenance"]["finished"]
+    for row in record["history"]:
+        del row["seconds"]
+    return record
+
+
+def checkpointed(config: RunConfig, results: Path) -> dict[str, Any]:
+    return read_checkpoint(read_sealed(run_folder(config, results) / "checkpoint.pt"))
+
+
+def has_come_to(epoch: int, config: RunConfig, results: Path) -> bool:
+    path = run_folder(config, results) / "checkpoint.pt"
+    return path.exists() and checkpointed(config, results)["epoch"] >= epoch
+
+
+def train_until(epoch: int, configs: Sequence[RunConfig], results: Path) -> None:
+    """Train a stack that is interrupted when its first member's checkpoint is of this epoch."""
+
+    def report(progress: Progress) -> None:
+        if has_come_to(epoch, configs[0], results):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_stack(configs, results, report)
+
+
+def watch_trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[RunConfig]]]:
+    """A list that grows, with each training of this process, by its first epoch and its configurations."""
+    trained: list[tuple[int, list[RunConfig]]] = []
+
+    class Watched(Trainer):
+        def train(self, *args: Any, **kwargs: Any) -> list[Member]:
+            trained.append((self.epoch, [member.config for member in self.members]))
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(runs, "Trainer", Watched)
+    return trained
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Progress]]:
+    """Results with all members of `STACK`, and the reports of their training."""
+    results, reports = tmp_path_factory.mktemp("undisturbed"), list[Progress]()
+    train_stack(STACK, results, reports.append)
+    return results, reports
+
+
+def test_a_stack_stores_each_member(
+    undisturbed: tuple[Path, list[Progress]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is stored with its ending, its numbers and its weights, also those that diverged."""
+    results = undisturbed[0]
+    members = Trainer(STACK).train()
+    monkeypatch.setattr(runs, "Trainer", NoTrainer)
+    for config, member, status in zip(STACK, members, STATUSES, strict=True):
+        run = get_run(config, results)
+        assert (run.status, run.reason) == (member.status, member.reason)
+        assert run.status == status
+        assert bool(run.reason) == (status == "diverged")
+        histories = [run.history, pd.DataFrame(member.history)]
+        first, second = (history.drop(columns="seconds", errors="ignore") for history in histories)
+        pd.testing.assert_frame_equal(first, second, check_exact=True)
+        assert all(torch.equal(run.weights[name], weight) for name, weight in member.weights.items())
+        folder = run_folder(config, results)
+        assert {path.name for path in folder.iterdir()} == {"run.json", "weights.pt", "lock"}
+
+
+def test_the_reports_of_a_stack_add_up(undisturbed: tuple[Path, list[Progress]]) -> None:
+    """All steps are told, those that a diverged member need not take too, and each ending once."""
+    reports = undisturbed[1]
+    assert sum(progress.steps for progress in reports) == len(STACK) * STEPS
+    assert all(progress.steps >= 0 for progress in reports)
+    assert sum(progress.resumed for progress in reports) == 0
+    assert Counter(status for progress in reports for status in progress.ended) == Counter(STATUSES)
+
+
+def test_steps_that_nobody_takes_are_told_too(tmp_path: Path) -> None:
+    """A stack whose members all diverged leaves none of its steps open."""
+    reports = list[Progress]()
+    train_stack(STACK[2:4], tmp_path, reports.append)
+    assert sum(progress.steps for progress in reports) == 2 * STEPS
+    assert [status for progress in reports for status in progress.ended] == ["diverged"] * 2
+
+
+def test_a_run_is_stored_as_soon_as_it_ends(tmp_path: Path) -> None:
+    """While the others train on, what diverged is in the store and needs no checkpoint."""
+    train_until(2, STACK, tmp_path)
+    assert [is_stored(config, tmp_path) for config in STACK] == [False, False, True, True, False]
+    assert [has_come_to(2, config, tmp_path) for config in STACK] == [True, True, False, False, True]
+
+
+def test_a_stack_leaves_busy_and_stored_runs_alone(
+    tmp_path: Path, undisturbed: tuple[Path, list[Progress]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that another process holds is skipped without waiting, the rest is trained as without it."""
+    folder = run_folder(STACK[1], tmp_path)
+    folder.mkdir(parents=True)
+    get_run(STACK[4], tmp_path)
+    holder = f"""
+import sys
+from filelock import FileLock
+with FileLock({str(folder / "lock")!r}):
+    print("held", flush=True)
+    input()
+"""
+    trained, reports = watch_trainings(monkeypatch), list[Progress]()
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", holder], stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        train_stack(STACK, tmp_path, reports.append)
+        process.communicate("\n")
+    rest = [STACK[0], STACK[2], STACK[3]]
+    assert trained == [(0, rest)]
+    assert not is_stored(STACK[1], tmp_path)
+    assert sum(progress.steps for progress in reports) == len(rest) * STEPS
+    train_stack(STACK, tmp_path, reports.append)
+    assert trained[1:] == [(0, [STACK[1]])]
+    for config in STACK:
+        assert lasting(config, tmp_path) == lasting(config, undisturbed[0])
+
+
+def test_a_stored_stack_is_not_trained_again(
+    undisturbed: tuple[Path, list[Progress]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing to do and nothing to report."""
+    monkeypatch.setattr(runs, "Trainer", NoTrainer)
+    train_stack(STACK, undisturbed[0], refuse_report)
+    train_runs(STACK, undisturbed[0])
+
+
+def refuse_report(progress: Progress) -> None:
+    raise AssertionError(f"{progress} was reported where nothing was to do")
+
+
+def resume_alone(configs: Sequence[RunConfig], results: Path) -> None:
+    for config in configs:
+        get_run(config, results)
+
+
+def resume_in_other_stacks(configs: Sequence[RunConfig], results: Path) -> None:
+    for stack in (configs[3:], configs[:3][::-1]):
+        train_stack(stack, results, lambda progress: None)
+
+
+@pytest.mark.parametrize("resume", [train_runs, resume_alone, resume_in_other_stacks])
+def test_an_interrupted_stack_is_resumed(
+    tmp_path: Path,
+    undisturbed: tuple[Path, list[Progress]],
+    resume: Callable[[Sequence[RunConfig], Path], None],
+) -> None:
+    """By processes, one by one or in other stacks: the records are those of an undisturbed training."""
+    train_until(2, STACK, tmp_path)
+    living = [config for config in STACK if not is_stored(config, tmp_path)]
+    before = {config: checkpointed(config, tmp_path)["history"] for config in living}
+    ended = {config: read_record(config, tmp_path) for config in STACK if config not in living}
+    assert (len(living), len(ended)) == (3, 2)
+    resume(STACK, tmp_path)
+    for config in STACK:
+        assert lasting(config, tmp_path) == lasting(config, undisturbed[0])
+        assert not (run_folder(config, tmp_path) / "checkpoint.pt").exists()
+    for config, history in before.items():
+        record = read_record(config, tmp_path)
+        assert record is not None
+        assert record["history"][:3] == history
+        assert record["provenance"]["seconds"] > history[-1]["seconds"]
+    assert {config: read_record(config, tmp_path) for config in ended} == ended
+
+
+def test_a_resumed_stack_tells_what_was_done_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members of different epochs go on in groups; the steps taken before are told as resumed."""
+    train_until(1, [STACK[4]], tmp_path)
+    train_until(3, STACK[:4], tmp_path)
+    trained, reports = watch_trainings(monkeypatch), list[Progress]()
+    train_stack(STACK, tmp_path, reports.append)
+    assert trained == [(1, [STACK[4]]), (3, STACK[:2])]
+    assert sum(progress.steps for progress in reports) == 3 * STEPS
+    assert [progress.resumed for progress in reports if progress.resumed] == [STEPS // 4, 2 * STEPS * 3 // 4]
+    assert all(progress.steps >= progress.resumed for progress in reports)
+    assert Counter(status for progress in reports for status in progress.ended) == {"completed": 3}
+
+
+def cut_checkpoint(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_checkpoint(path: Path) -> None:
+    flip(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [cut_checkpoint, flip_checkpoint])
+def test_a_damaged_checkpoint_sets_one_member_back(
+    tmp_path: Path,
+    undisturbed: tuple[Path, list[Progress]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+) -> None:
+    """It is kept aside and named, and its member starts again, while the neighbours go on."""
+    train_until(2, STACK, tmp_path)
+    path = run_folder(STACK[1], tmp_path) / "checkpoint.pt"
+    damage(path)
+    damaged = path.read_bytes()
+    trained, reports = watch_trainings(monkeypatch), list[Progress]()
+    train_stack(STACK, tmp_path, reports.append)
+    assert trained == [(0, [STACK[1]]), (2, [STACK[0], STACK[4]])]
+    assert sum(progress.steps for progress in reports) == 3 * STEPS
+    assert sum(progress.resumed for progress in reports) == 2 * STEPS // 2
+    (aside,) = asides(path.parent)
+    assert aside.name.startswith("checkpoint.pt.damaged-")
+    assert aside.read_bytes() == damaged
+    assert f"set aside {path} as {aside.name}: " in capsys.readouterr().err
+    for config in STACK:
+        assert lasting(config, tmp_path) == lasting(config, undisturbed[0])
+
+
+CONFIGS = st.builds(
+    RunConfig,
+    model=st.sampled_from(["bilevel", "deq"]),
+    size=st.just(7),
+    noise=st.floats(0, 1),
+    tau=st.floats(0.1, 2),
+    gamma=st.floats(0, 1),
+    lam=st.floats(0.5, 1),
+)
+
+
+MANY = st.integers(0, 60).flatmap(lambda n: st.lists(CONFIGS, min_size=n, max_size=n, unique=True))
+
+
+@given(MANY, st.integers(1, 16))
+def test_stacks_are_full_and_even(configs: list[RunConfig], limit: int) -> None:
+    """Every configuration is in one stack, with its like, and no stack is much smaller than another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "stack_size", lambda config, device: limit)
+        found = stacks(iter(configs), torch.device("cpu"))
+    assert Counter(config for stack in found for config in stack) == Counter(configs)
+    assert all(1 <= len(stack) <= limit for stack in found)
+    chunks: dict[RunConfig, list[list[RunConfig]]] = {}
+    turns = []
+    for stack in found:
+        (common,) = {shared(config) for config in stack}
+        chunks.setdefault(common, []).append(stack)
+        turns.append(len(chunks[common]))
+    assert turns == sorted(turns)
+    for group in chunks.values():
+        sizes = [len(stack) for stack in group]
+        assert max(sizes) - min(sizes) <= 1
+        assert len(sizes) == -(-sum(sizes) // limit)
+        taus = [config.tau for stack in group for config in stack]
+        assert taus == sorted(taus)
+
+
+@given(
+    CONFIGS,
+    st.sampled_from([7, 28]),
+    st.integers(0, 2**32),
+    st.integers(0, 2**32),
+    st.sampled_from(["cpu", "cuda"]),
+)
+def test_a_stack_fits_the_memory(config: RunConfig, side: int, one: int, other: int, kind: str) -> None:
+    """More memory allows more members, up to what the device gains from; one is always allowed."""
+    config = config.model_copy(update={"size": side})
+    little, much = sorted((one, other))
+
+    def size(free: int, cores: int = 1, **values: Any) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+            patch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**40))
+            patch.setattr(runs, "cores", lambda: cores)
+            return stack_size(config.model_copy(update=values), torch.device(kind))
+
+    assert 1 <= size(little) <= size(much) <= MAX_STACK[kind]
+    assert size(0) == 1
+    assert size(2**50) == MAX_STACK[kind]
+    assert size(much, batch_size=1000) <= size(much)
+    assert size(much, memory=50) <= size(much)
+    weights = 4 * 4 * (2 if config.model == "deq" else 1) * config.size**4
+    assert size(much) == 1 or size(much) * weights <= much / 2
+    if kind == "cpu":
+        assert size(much, cores=8) == size(much // 8)
+
+
+def test_a_stack_shrinks_with_the_memory() -> None:
+    """Between one member and the most there are sizes in between."""
+    found = set()
+    for free in range(0, 2**31, 2**23):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+            patch.setattr(runs, "cores", lambda: 1)
+            found.add(stack_size(RunConfig(model="deq"), torch.device("cpu")))
+    assert found == set(range(1, MAX_STACK["cpu"] + 1))
+
+
+def test_the_bar_counts_runs_and_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends full, at the steps that were left to take, and says how the runs ended, stored ones too."""
+    bars = []
+
+    class Recorded(tqdm):  # type: ignore[type-arg]
+        postfix_text, end = "", (0.0, 0.0)
+
+        def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+            self.postfix_text = s
+            super().set_postfix_str(s, refresh)
+
+        def close(self) -> None:
+            self.end = (self.n, self.total)
+            super().close()
+
+    def bar(**values: Any) -> Recorded:
+        bars.append(Recorded(**values))
+        return bars[-1]
+
+    monkeypatch.setattr(runs, "tqdm", bar)
+    train_until(1, [STACK[0]], tmp_path)
+    get_run(STACK[2], tmp_path)
+    get_run(STACK[1], tmp_path)
+    late = STACK[4].model_copy(update={"time_budget": 1e-6})
+    train_runs([*STACK, late], tmp_path)
+    (only,) = bars
+    assert only.postfix_text == "runs 6/6, diverged 2, out of time 1"
+    left = 4 * STEPS - STEPS // 4
+    assert only.end == (left, left)
+
+
+def test_a_run_that_another_process_trains_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its lock is held it is looked at now and then; what the other one leaves is trained."""
+    folder = run_folder(STACK[0], tmp_path)
+    folder.mkdir(parents=True)
+    lock, naps = FileLock(folder / "lock"), list[float]()
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        assert not is_stored(STACK[0], tmp_path)
+        lock.release()
+
+    monkeypatch.setattr(runs, "time", SimpleNamespace(sleep=sleep))
+    with lock:
+        train_runs(STACK[:1], tmp_path)
+    assert naps == [runs.POLL_SECONDS]
+    assert is_stored(STACK[0], tmp_path)
+
+
+def test_two_sweeps_train_each_run_once(
+    tmp_path: Path,
+    two_at_once: Callable[[str, str, Path], list[tuple[str, str]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two processes whose lists overlap, each leaves to the other what that one has begun, and waits."""
+    main, log = tmp_path / "main.py", tmp_path / "trainings"
+    main.write_text(LOG_TRAININGS)
+    monkeypatch.setenv("TRAININGS", str(log))
+    configs = [
+        RunConfig(**TINY | {"epochs": 10, "sigma": sigma, "noise": noise, "train_images": 200})
+        for sigma in ("relu", "identity")
+        for noise in (0.1, 0.2, 0.3)
+    ]
+    imports = f"""
+import json, os, sys
+import __main__
+from lib.config import RunConfig
+from lib.runs import is_stored, train_runs
+__main__.__file__ = {str(main)!r}
+"""
+    body = f"""
+configs = [RunConfig(**values) for values in {[config.model_dump() for config in configs]}]
+try:
+    os.mkdir(sys.argv[1] + "/first")
+    mine = configs[:5]
+except FileExistsError:
+    mine = configs[:0:-1]
+train_runs(mine, sys.argv[1])
+print(json.dumps([len(mine), sum(is_stored(config, sys.argv[1]) for config in mine)]))
+"""
+    outputs = two_at_once(imports, body, tmp_path)
+    assert [json.loads(output) for output, _ in outputs] == [[5, 5], [5, 5]]
+    assert Counter(log.read_text().split()) == Counter(run_key(config) for config in configs)
+    assert all(lasting(config, tmp_path)["status"] == "completed" for config in configs)
+
+
+SWEEP = [LONG.model_copy(update={"sigma": sigma}) for sigma in ("softshrink", "relu")]
+"""Two stacks, which take seconds."""
+
+
+def sweep_in_a_group(results: Path, stack: ExitStack) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A process group that trains `SWEEP`, each of its training processes having saved a checkpoint."""
+    request = f"""
+from lib.config import RunConfig
+from lib.runs import train_runs
+train_runs([RunConfig(**values) for values in {[config.model_dump() for config in SWEEP]}], {str(results)!r})
+"""
+    process = stack.enter_context(
+        subprocess.Popen(
+            [sys.executable, "-c", request],
+            cwd=REPOSITORY,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    )
+    stack.callback(process.kill)
+    busy = min(runs.cores(), 2)
+    wait_for(lambda: sum(has_come_to(1, config, results) for config in SWEEP) >= busy or process.poll())
+    return process, psutil.Process(process.pid).children(recursive=True)
+
+
+def assert_gone(processes: Sequence[psutil.Process]) -> None:
+    wait_for(lambda: all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in processes), 30)
+
+
+def assert_resumed(results: Path) -> None:
+    before = {c: checkpointed(c, results)["history"] for c in SWEEP if has_come_to(1, c, results)}
+    assert before
+    assert not any(is_stored(config, results) for config in SWEEP)
+    train_runs(SWEEP, results)
+    for config in SWEEP:
+        record = read_record(config, results)
+        assert record is not None
+        assert record["status"] == "completed"
+        assert len(record["history"]) == 1 + config.epochs
+        if config in before:
+            assert record["history"][: len(before[config])] == before[config]
+
+
+def test_an_interrupted_sweep_stops_and_is_resumed(tmp_path: Path) -> None:
+    """Ctrl-C ends it at once, with its training processes and without their tracebacks; it can go on."""
+    with ExitStack() as stack:
+        process, children = sweep_in_a_group(tmp_path, stack)
+        assert len(children) >= min(runs.cores(), 2)
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert told.count("Traceback") == 1
+    assert told.rstrip().endswith("KeyboardInterrupt")
+    assert "SpawnProcess" not in told
+    assert_gone(children)
+    assert_resumed(tmp_path)
+
+
+def test_a_killed_sweep_leaves_no_process(tmp_path: Path) -> None:
+    """When the asking process is killed, which nobody can notice, its training processes soon end too."""
+    with ExitStack() as stack:
+        process, children = sweep_in_a_group(tmp_path, stack)
+        process.kill()
+        process.wait()
+        assert_gone(children)
+    assert not all(is_stored(config, tmp_path) for config in SWEEP)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
-from itertools import combinations, pairwise, product
+from itertools import combinations, count, pairwise, product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,6 +61,16 @@ def assert_same_bits(one: Member, other: Member) -> None:
     assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
 
 
+@contextmanager
+def ticking(seconds: float) -> Iterator[None]:
+    """A clock that is this much later at every look: what is measured between two looks takes so long."""
+    looks = count()
+    with pytest.MonkeyPatch.context() as patch:
+        clock = SimpleNamespace(perf_counter=lambda: next(looks) * seconds)
+        patch.setattr(training, "time", clock)
+        yield
+
+
 def assert_close(one: Member, other: Member) -> None:
     """The same training to the accuracy of float32."""
     assert one.config == other.config
@@ -88,6 +100,7 @@ def test_each_step_is_taken_with_its_learning_rate() -> None:
     config = small(learning_rate=0.01, final_learning_rate=0.001)
     trainer, rates = Trainer([config]), list[float]()
     trainer.train(on_step=lambda: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    assert trainer.step == len(rates)
     total = 2 * training.steps_per_epoch(config)
     assert total == 10
     assert rates == [learning_rate(config, step, total) for step in range(total)]
@@ -192,17 +205,30 @@ VARIANTS: list[dict[str, Any]] = [
         {"model": "bilevel", "task": "inpainting", "sigma": "identity"},
         {"model": "deq", "task": "denoising", "sigma": "softshrink"},
         {"model": "deq", "sigma": "identity", "solver": "plain"},
+        {"model": "deq", "task": "inpainting", "sigma": "relu", "learning_rate": 0.01},
+        {"model": "deq", "task": "inpainting", "sigma": "identity", "learning_rate": 0.01},
     ],
-    ids=lambda shared: "-".join(shared.values()),
+    ids=lambda shared: "-".join(str(value) for value in shared.values()),
 )
 def test_a_stack_trains_each_member_as_alone(shared: dict[str, Any]) -> None:
-    """Members of different noise, tau, gamma and lambda end with the history and weights they get alone."""
-    configs = [small(**shared | variant) for variant in VARIANTS]
+    """Members of different noise, tau, gamma and lambda get the same bits alone and in any stack."""
+    few = {"size": 4, "train_images": 40, "test_images": 30}
+    configs = [small(**few | shared | variant) for variant in VARIANTS]
     members = train(*configs)
     assert [member.config for member in members] == configs
     assert len({member.history[-1]["test_loss"] for member in members}) == len(configs)
-    for member in members:
-        assert_close(member, *train(member.config))
+    others = train(*configs[::-1]) + train(configs[4], configs[0], configs[2])
+    for other in others + [member for config in configs for member in train(config)]:
+        assert_same_bits(other, members[configs.index(other.config)])
+    if shared.get("task") == "inpainting" and shared["model"] == "deq":
+        assert all(member.history[-1]["forward_unconverged"] > 0.1 for member in members)
+
+
+def test_members_that_are_the_same_get_the_same_bits() -> None:
+    """Where a member stands in its stack changes nothing."""
+    members = train(*[small(model="deq", task="inpainting", size=4, learning_rate=0.01)] * 7)
+    for member in members[1:]:
+        assert_same_bits(member, members[0])
 
 
 def test_diverging_members_do_not_disturb_their_neighbours() -> None:
@@ -271,29 +297,149 @@ def test_a_spent_time_budget_ends_the_training() -> None:
 @pytest.mark.parametrize(
     "configs",
     [
-        [small(model="deq", task="deblurring", epochs=3)],
+        [small(model="deq", task="deblurring", epochs=3, train_images=60)],
         [RunConfig(**FRAGILE | variant) for variant in ({}, UNSTABLE, DOOMED, {"noise": 0.2})],
     ],
     ids=["one", "stack with dropped members"],
 )
 def test_a_checkpoint_ends_with_the_same_bits(configs: list[RunConfig]) -> None:
-    """Going on from any epoch's checkpoint gives the history and weights of the uninterrupted training."""
-    checkpoints: dict[int, bytes] = {}
-    alive: dict[int, list[int]] = {}
+    """Going on from any epoch's checkpoints is the uninterrupted training."""
+    checkpoints: dict[int, dict[int, bytes]] = {}
 
     def save(trainer: Trainer) -> None:
-        checkpoints[trainer.epoch] = trainer.checkpoint()
-        alive[trainer.epoch] = list(trainer.alive)
+        checkpoints[trainer.epoch] = {index: trainer.checkpoint(index) for index in trainer.alive}
 
     members = Trainer(configs).train(on_epoch=save)
     assert sorted(checkpoints) == [1, 2, 3]
     if len(configs) > 1:
+        alive = {epoch: list(saved) for epoch, saved in checkpoints.items()}
         assert alive == {1: [0, 2, 3], 2: [0, 3], 3: [0, 3]}
-    for epoch, checkpoint in checkpoints.items():
-        trainer = Trainer(configs, checkpoint=checkpoint)
+    for epoch, saved in checkpoints.items():
+        trainer = Trainer([configs[i] for i in saved], checkpoints=list(saved.values()))
         assert trainer.epoch == epoch
-        for member, resumed in zip(members, trainer.train(), strict=True):
-            assert_same_bits(resumed, member)
+        assert trainer.step == epoch * training.steps_per_epoch(configs[0])
+        for index, resumed in zip(saved, trainer.train(), strict=True):
+            assert_same_bits(resumed, members[index])
+            before = members[index].history[: epoch + 1]
+            assert [row["seconds"] for row in resumed.history[: epoch + 1]] == [
+                row["seconds"] for row in before
+            ]
+
+
+def saved_after(epoch: int, *configs: RunConfig) -> list[bytes]:
+    """Checkpoints of all members of one stack after an epoch."""
+    saved: list[bytes] = []
+
+    def save(trainer: Trainer) -> None:
+        if trainer.epoch == epoch:
+            saved.extend(trainer.checkpoint(index) for index in trainer.alive)
+
+    Trainer(configs).train(on_epoch=save)
+    return saved
+
+
+def test_checkpoints_of_different_stacks_go_on_together() -> None:
+    """Members that never met before end as they do undisturbed."""
+    variants = [{}, {"noise": 1.0}, {"tau": 0.3}, {"gamma": 0.5}]
+    few = {"size": 4, "train_images": 40, "test_images": 20, "epochs": 3, "learning_rate": 0.01}
+    configs = [small(model="deq", task="inpainting", **few | variant) for variant in variants]
+    pair, alone = saved_after(2, configs[1], configs[3]), saved_after(2, configs[0])
+    three = saved_after(2, configs[1], configs[2], configs[0])
+    checkpoints = [alone[0], pair[0], three[1], pair[1]]
+    resumed = Trainer(configs, checkpoints=checkpoints).train()
+    for member in resumed:
+        assert_same_bits(member, *train(member.config))
+
+
+def test_a_checkpoint_says_what_it_holds() -> None:
+    """Its epoch, its member's history and seconds, and the weights without the stack's dimension."""
+    configs = [small(model="deq"), small(model="deq", noise=1.0)]
+    (member,) = train(configs[1])
+    state = training.read_checkpoint(saved_after(2, *configs)[1])
+    assert state["epoch"] == 2
+    assert timeless(state["history"]) == timeless(member.history)
+    assert state["seconds"] == state["history"][-1]["seconds"]
+    assert all(torch.equal(state["weights"][name][0], weight) for name, weight in member.weights.items())
+
+
+def test_checkpoints_of_different_epochs_are_refused() -> None:
+    """Members that have come to different epochs cannot go on together."""
+    configs = [small(), small(noise=1.0)]
+    checkpoints = saved_after(1, configs[0]) + saved_after(2, configs[1])
+    with pytest.raises(ValueError, match=r"of one epoch, got \[1, 2\]"):
+        Trainer(configs, checkpoints=checkpoints)
+
+
+CHEAP, DEAR = ({"size": 4, "solver": "plain", "tau": tau} for tau in (0.9, 0.2))
+
+
+def test_members_share_the_time_by_their_solver_steps() -> None:
+    """Each second goes to the members in proportion to the steps that they needed in it."""
+    batch = {"task": "inpainting", "train_images": 40, "batch_size": 40, "test_images": 150, "epochs": 3}
+    configs = [small(**batch | values) for values in ({}, {"gamma": 0.5}, {"tau": 0.9})]
+    with ticking(2.0):
+        members = train(*configs)
+    assert len({member.seconds for member in members}) == 3
+
+    def shares(epoch: int, *names: str) -> list[float]:
+        steps = [sum(member.history[epoch][name] for name in names) for member in members]
+        return [mine / sum(steps) for mine in steps]
+
+    expected = [0.0] * len(members)
+    for epoch in range(4):
+        parts = [shares(epoch, "test_steps")]
+        if epoch > 0:
+            parts.append(shares(epoch, "forward_steps", "backward_steps"))
+        expected = [t + sum(2.0 * part[k] for part in parts) for k, t in enumerate(expected)]
+        assert [member.history[epoch]["seconds"] for member in members] == pytest.approx(expected)
+    assert sum(member.seconds for member in members) == pytest.approx(2.0 * 7)
+
+
+def test_all_time_is_charged_and_to_living_members_only() -> None:
+    """Also where members diverge on the way, the charges add up to the time of all steps and tests."""
+    variants = [{}, UNSTABLE, DOOMED, {"noise": 0.2}]
+    configs = [RunConfig(**FRAGILE | variant) for variant in variants]
+    with ticking(1.0):
+        members = train(*configs)
+    assert [member.status for member in members] == ["completed", "diverged", "diverged", "completed"]
+    steps = 3 * training.steps_per_epoch(configs[0])
+    assert sum(member.seconds for member in members) == pytest.approx(steps + 4)
+    for member in members:
+        seconds = [0.0, *(row["seconds"] for row in member.history)]
+        assert all(before < after for before, after in pairwise(seconds))
+    assert members[1].seconds < 1
+    assert all(member.seconds == member.history[-1]["seconds"] for member in members[::3])
+
+
+def test_only_the_member_that_spent_its_budget_is_ended() -> None:
+    """The expensive one of a stack runs out of time; its neighbours complete with the bits they get alone."""
+    variants = [CHEAP, DEAR, {"noise": 0.2} | CHEAP]
+    with ticking(1.0):
+        unlimited = train(*(small(**values) for values in variants))
+    assert all(member.seconds < 0.5 * unlimited[1].seconds for member in unlimited[::2])
+    budget = round(unlimited[1].seconds - 1.5, 3)
+    configs = [small(time_budget=budget, **values) for values in variants]
+    with ticking(1.0):
+        members = train(*configs)
+    assert [member.status for member in members] == ["completed", "out of time", "completed"]
+    assert members[1].reason == f"time budget of {budget:g} s spent in epoch 2"
+    assert members[1].seconds > budget > max(members[0].seconds, members[2].seconds)
+    assert timeless(members[1].history) == timeless(unlimited[1].history[:2])
+    with ticking(0.0):
+        for member in members[::2]:
+            assert_same_bits(member, *train(member.config))
+
+
+def test_a_resumed_member_goes_on_with_its_seconds() -> None:
+    """What was spent before a checkpoint counts towards the budget after it."""
+    config = small(time_budget=9.5)
+    with ticking(1.0):
+        (uninterrupted,) = train(config)
+        (checkpoint,) = saved_after(1, config)
+        (resumed,) = Trainer([config], checkpoints=[checkpoint]).train()
+    assert resumed.status == "out of time"
+    assert resumed.seconds == uninterrupted.seconds == 10.0
+    assert_same_bits(resumed, uninterrupted)
 
 
 @pytest.mark.parametrize("model", ["bilevel", "deq"])
@@ -378,8 +524,13 @@ def test_the_training_loss_is_a_mean_over_images() -> None:
     assert member.history[1]["train_loss"] == pytest.approx(torch.cat(errors).mean().item(), rel=1e-5)
 
 
-def test_batches_do_not_change_the_evaluation() -> None:
-    """The untrained model's test metrics are means over images, also where the last batch is smaller."""
-    rows = [train(small(batch_size=size, epochs=1))[0].history[0] for size in (7, 50, 100)]
+def test_batches_do_not_change_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test metrics are means over images, whatever the batches of either loop."""
+    rows = []
+    for size in (7, 50, 100):
+        monkeypatch.setattr(training, "TEST_BATCH", size)
+        rows += [train(small(batch_size=batch, epochs=1))[0].history[0] for batch in (20, 100)]
+    for one, other in zip(timeless(rows[::2]), timeless(rows[1::2]), strict=True):
+        assert one == other
     for row in timeless(rows[1:]):
         assert row == pytest.approx(timeless(rows)[0], rel=1e-4)

@@ -1,0 +1,399 @@
+"""Figures of a sweep: what they show is the sweep's numbers, and what is missing is said."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from lib import comparison
+from lib import sweep as sweeps
+from lib.config import RunConfig, grid
+from lib.figures import (
+    MODEL_COLORS,
+    best_runs_figure,
+    check_stored_losses,
+    epochs_figure,
+    loss_figure,
+    save,
+    sweep_budget,
+)
+from lib.models import MODELS
+from lib.operators import TASKS
+from lib.runs import get_run
+from lib.sweep import Sweep, get_sweep, load_sweep
+
+boxes = pytest.mark.filterwarnings("ignore:vert. bool was deprecated")
+"""seaborn 0.13 passes an argument to the boxplot that matplotlib 3.11 deprecates."""
+
+NOISES, TAUS = (0.0, 0.1, 0.5), (0.1, 0.5, 0.9, 1.1)
+VALUES: dict[str, Any] = {"noise": NOISES, "tau": TAUS, "gamma": 0.1, "sigma": "relu"}
+VALUES |= {"epochs": 4, "train_images": 20_000}
+CONFIGS = grid("quick", **VALUES)
+
+Record = dict[str, Any] | None
+Draw = Callable[[Sweep], Figure]
+
+DRAWINGS: dict[str, Draw] = {
+    "losses": loss_figure,
+    "best runs": best_runs_figure,
+    "epochs": lambda sweep: epochs_figure(sweep, 3.0),
+}
+
+
+@pytest.fixture(autouse=True)
+def drawing() -> Iterator[None]:
+    """Draws without a display, and closes what was drawn."""
+    with mpl.rc_context({"backend": "agg"}):
+        yield
+    plt.close("all")
+
+
+def record(*losses: float, status: str = "completed", pace: float = 1.0, steps: float = 5.0) -> Record:
+    """A stored run with these test losses after its epochs, each of which took `pace` seconds."""
+    history = []
+    for epoch, loss in enumerate(losses):
+        row = {"epoch": epoch, "seconds": epoch * pace, "test_loss": loss, "test_psnr": 10.0}
+        row |= {"test_steps": steps, "test_residual": 1e-3, "test_unconverged": 0.0}
+        if epoch:
+            row |= {"train_loss": loss, "forward_steps": steps + epoch, "backward_steps": 2 * steps + epoch}
+        history.append(row)
+    provenance = {"seconds": len(losses) * pace, "environment": {"accelerator": "none"}}
+    return {"status": status, "reason": "", "history": history, "provenance": provenance}
+
+
+def make_sweep(records: dict[RunConfig, Record], profile: str = "quick") -> Sweep:
+    """The sweep of stored runs that were never trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweeps, "read_record", lambda config, results=None: records[config])
+        return load_sweep(profile, list(records))
+
+
+def mixed() -> dict[RunConfig, Record]:
+    """Runs of all sorts: most are kept, and some dropped, diverged, late or missing."""
+    rng = np.random.default_rng(0)
+    records: dict[RunConfig, Record] = {}
+    for i, config in enumerate(CONFIGS):
+        loss = float(rng.uniform(0.05, 0.45))
+        pace = float(rng.choice([0.5, 1.0, 2.0]))
+        kept = record(0.9, 3 * loss, 2 * loss, 1.5 * loss, loss, pace=pace, steps=float(rng.uniform(3, 9)))
+        records[config] = kept
+        if i % 7 == 1:
+            records[config] = record(0.9, 0.8, 0.8, 0.7, 0.6)
+        elif i % 9 == 2:
+            records[config] = record(status="diverged")
+        elif i % 11 == 3:
+            records[config] = record(0.9, status="out of time")
+        elif i % 13 == 4:
+            records[config] = None
+    return records
+
+
+MIXED = make_sweep(mixed())
+COMPLETE = make_sweep(
+    {config: record(0.9, 0.5, 0.4, 0.3, 0.01 * (i % 9 + 1)) for i, config in enumerate(CONFIGS)}
+)
+
+
+def everywhere(stored: Record) -> Sweep:
+    """All configurations with the same end."""
+    return make_sweep(dict.fromkeys(CONFIGS, stored))
+
+
+def only(**values: Any) -> Sweep:
+    """The part of the mixed sweep whose configurations have these values."""
+    records = {
+        config: stored
+        for config, stored in mixed().items()
+        if all(getattr(config, name) == value for name, value in values.items())
+    }
+    return make_sweep(records)
+
+
+SMALL = only(noise=0.1)
+
+DEGENERATE: dict[str, Callable[[], Sweep]] = {
+    "all diverged at once": lambda: everywhere(record(status="diverged")),
+    "all diverged later": lambda: everywhere(record(0.9, 0.4, status="diverged")),
+    "all late": lambda: everywhere(record(0.4, status="out of time")),
+    "all dropped": lambda: everywhere(record(0.9, 0.8, 0.7)),
+    "none run": lambda: everywhere(None),
+    "one task": lambda: only(task="inpainting"),
+    "one model": lambda: only(model="deq"),
+    "one noise level": lambda: only(noise=0.1),
+    "one run": lambda: make_sweep({CONFIGS[0]: record(0.9, 0.4)}),
+    "equal losses": lambda: everywhere(record(0.9, 0.4)),
+    "a loss of zero": lambda: everywhere(record(0.9, 0.0)),
+}
+
+
+def texts(drawn: Figure | Axes) -> list[str]:
+    return [text.get_text() for text in drawn.findobj(plt.Text) if text.get_text()]
+
+
+def bar_heights(axes: Axes) -> dict[str, float]:
+    """Total height of the bars of each colour."""
+    heights = dict.fromkeys(map(MODEL_COLORS.get, MODELS), 0.0)
+    for patch in axes.patches:
+        heights[to_hex(patch.get_facecolor())] += patch.get_height()
+    return {model: heights[MODEL_COLORS[model]] for model in MODELS}
+
+
+def counted(axes: Axes, name: str) -> list[int]:
+    """The numbers that stand in the line of this name, from left to right."""
+    (label,) = (text for text in axes.texts if text.get_text() == name)
+    line = [text for text in axes.texts if text.get_position()[1] == label.get_position()[1]]
+    line.remove(label)
+    return [int(text.get_text()) for text in sorted(line, key=lambda text: text.get_position()[0])]
+
+
+def assert_same_files(first: Path, second: Path) -> None:
+    for name in ("fig.png", "fig.pdf", "fig.csv"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+@boxes
+def test_the_losses_are_counted_under_their_boxes() -> None:
+    """The kept, dropped and diverged runs of each task and model, late and missing ones, left to right."""
+    left, _ = loss_figure(MIXED).axes
+    ends = comparison.outcome(MIXED.runs)
+    for name in ("kept", "dropped", "diverged", "no epoch", "not run"):
+        expected = [
+            int(((MIXED.runs["task"] == task) & (MIXED.runs["model"] == model) & (ends == name)).sum())
+            for task, model in product(TASKS, MODELS)
+        ]
+        assert counted(left, name) == expected
+        assert sum(expected) > 0
+    assert [text.get_text() for text in left.get_xticklabels()] == list(TASKS)
+
+
+@boxes
+def test_what_did_not_happen_is_not_counted() -> None:
+    """A complete sweep has no line for missing runs, and says zero where none was dropped or diverged."""
+    left, _ = loss_figure(COMPLETE).axes
+    assert counted(left, "kept") == [12] * 6
+    assert counted(left, "dropped") == counted(left, "diverged") == [0] * 6
+    assert not {"not run", "no epoch"} & set(texts(left))
+
+
+@boxes
+@pytest.mark.parametrize("threshold", [0.5, 0.2])
+def test_the_boxes_are_of_the_kept_runs(threshold: float) -> None:
+    """The box of each task and model has the quartiles and the range of the kept losses, no others."""
+    left, _ = loss_figure(MIXED, threshold).axes
+    kept = MIXED.runs[(MIXED.runs["status"] == "completed") & (MIXED.runs["test_loss"] <= threshold)]
+    expected = {
+        (task, model): np.quantile(losses, [0, 0.25, 0.5, 0.75, 1])
+        for (task, model), losses in kept.groupby(["task", "model"])["test_loss"]
+    }
+    assert len(expected) == 6
+    for model, container in zip(MODELS, left.containers, strict=True):
+        for i, task in enumerate(TASKS):
+            box = container.boxes[i].get_path().get_extents()
+            ends = np.concatenate(
+                [line.get_ydata() for line in (*container.whiskers[2 * i : 2 * i + 2], container.fliers[i])]
+            )
+            drawn = (ends.min(), box.y0, container.medians[i].get_ydata()[0], box.y1, ends.max())
+            assert drawn == pytest.approx(expected[task, model])
+            assert (box.x0 + box.x1) / 2 == pytest.approx(i, abs=0.2)
+            assert ((box.x0 + box.x1) / 2 < i) == (model == MODELS[0])
+
+
+@boxes
+def test_the_differences_are_those_of_the_pairs() -> None:
+    """A point per pair of kept runs, and per task the median with its interval and the number of pairs."""
+    _, right = loss_figure(MIXED).axes
+    pairs = comparison.paired(comparison.kept_runs(MIXED.runs), "test_loss")
+    points = [c for c in right.collections if isinstance(c, PathCollection)]
+    drawn = np.concatenate([np.asarray(c.get_offsets()) for c in points if len(c.get_offsets())])
+    for i, task in enumerate(TASKS):
+        differences = pairs.loc[pairs["task"] == task, "difference"].to_numpy()
+        assert len(differences) > 2
+        near = drawn[np.abs(drawn[:, 1] - i) < 0.4, 0]
+        assert np.allclose(np.sort(near), np.sort(differences))
+        test = comparison.paired_test(differences)
+        assert f"{len(differences)} pairs, median {test['median']:+.2g}" in texts(right)
+        (bar,) = (bar for bar in right.containers if bar.lines[0].get_ydata()[0] == i)
+        assert bar.lines[0].get_xdata()[0] == test["median"]
+        ((start, end),) = bar.lines[2][0].get_segments()
+        assert (start[0], end[0]) == pytest.approx((test["low"], test["high"]))
+
+
+def test_the_best_runs_are_drawn_epoch_by_epoch() -> None:
+    """Each panel has the history of the best run of each model, in its colour, on a logarithmic axis."""
+    fig = best_runs_figure(MIXED)
+    panels = fig.axes
+    assert len(panels) == len(NOISES) * len(TASKS)
+    best = comparison.best_runs(MIXED.runs)
+    for axes, (noise, task) in zip(panels, product(NOISES, TASKS), strict=True):
+        assert axes.get_yscale() == "log"
+        here = best[(best["noise"] == noise) & (best["task"] == task)]
+        assert len(here) == len(axes.lines) == 2
+        lines = {line.get_color(): line for line in axes.lines}
+        for key, model in zip(here["key"], here["model"], strict=True):
+            history = MIXED.epochs[MIXED.epochs["key"] == key]
+            assert list(lines[MODEL_COLORS[model]].get_xdata()) == [0, 1, 2, 3, 4]
+            assert list(lines[MODEL_COLORS[model]].get_ydata()) == history["test_loss"].tolist()
+    assert [axes.get_title() for axes in panels[:3]] == list(TASKS)
+    assert [axes.get_ylabel().split()[1] for axes in panels[::3]] == ["0", "0.1", "0.5"]
+    legend = panels[0].get_legend()
+    assert legend is not None
+    assert {text.get_text() for text in legend.get_texts()} == {"bilevel", "DEQ"}
+
+
+def test_a_panel_without_a_run_says_so() -> None:
+    """Where no run has ended there is a remark in the place of lines."""
+    records = {
+        config: record(status="diverged") if config.noise == 0.1 else stored
+        for config, stored in mixed().items()
+    }
+    panels = best_runs_figure(make_sweep(records)).axes
+    for axes, (noise, _) in zip(panels, product(NOISES, TASKS), strict=True):
+        remarks = [text for text in texts(axes) if text.startswith("no run")]
+        assert len(remarks) == (noise == 0.1)
+        assert len(axes.lines) == (0 if noise == 0.1 else 2)
+
+
+@pytest.mark.parametrize("seconds", [0.4, 3.0, 100.0])
+def test_the_histograms_count_the_kept_runs(seconds: float) -> None:
+    """The bars of each task and model add up to its kept runs, each at the epochs that it finished."""
+    panels = epochs_figure(MIXED, seconds).axes
+    within = comparison.epochs_within(MIXED, seconds)
+    for axes, task in zip(panels, TASKS, strict=False):
+        here = within[within["task"] == task]
+        assert bar_heights(axes) == here["model"].value_counts().to_dict()
+        for patch in axes.patches:
+            near = round(patch.get_x() + patch.get_width() / 2)
+            model = next(m for m in MODELS if MODEL_COLORS[m] == to_hex(patch.get_facecolor()))
+            count = ((here["model"] == model) & (here["epochs_within"] == near)).sum()
+            assert patch.get_height() == count
+        assert axes.get_title() == task
+        assert f"{seconds:g} s" in axes.get_xlabel()
+
+
+def test_the_solver_steps_are_medians_over_the_runs() -> None:
+    """A line per model and direction through the median steps of each epoch, within its middle half."""
+    panels = epochs_figure(MIXED, 3.0).axes[len(TASKS) :]
+    kept = comparison.kept_runs(MIXED.runs)[["key", "task", "model"]]
+    epochs = MIXED.epochs[MIXED.epochs["epoch"] > 0].merge(kept, on="key")
+    for axes, task in zip(panels, TASKS, strict=True):
+        drawn = {line.get_label(): line for line in axes.lines}
+        assert len(drawn) == 4
+        for model, name in zip(MODELS, ("bilevel", "DEQ"), strict=True):
+            here = epochs[(epochs["task"] == task) & (epochs["model"] == model)]
+            for direction in ("forward", "backward"):
+                line = drawn[f"{name}, {direction}"]
+                assert line.get_color() == MODEL_COLORS[model]
+                assert list(line.get_xdata()) == [1, 2, 3, 4]
+                medians = [np.median(here.loc[here["epoch"] == e, f"{direction}_steps"]) for e in range(1, 5)]
+                assert np.allclose(line.get_ydata(), medians)
+        for axis in panels[1:]:
+            assert axis.get_ylim() == panels[0].get_ylim()
+
+
+@boxes
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_every_figure_says_what_it_was_made_with(name: str) -> None:
+    """The line below is the budget of the sweep."""
+    assert sweep_budget(MIXED) in texts(DRAWINGS[name](MIXED))
+
+
+def test_the_budget_of_a_sweep() -> None:
+    """Data, profile, configurations, images and epochs; missing runs are named, if there are any."""
+    line = sweep_budget(MIXED)
+    missing = int((MIXED.runs["status"] == "not run").sum())
+    assert missing > 0
+    for part in ("MNIST 14x14", "profile quick", "72 configurations", "20,000 training images", "4 epochs"):
+        assert part in line
+    assert "100 test images" in line
+    assert line.endswith(f"{missing} configurations not run")
+    assert "not run" not in sweep_budget(COMPLETE)
+    assert "profile paper" in sweep_budget(replace(COMPLETE, profile="paper"))
+    several = make_sweep({c: record(0.9) for c in grid("smoke", epochs=[2, 5])}, "smoke")
+    assert "2 or 5 epochs" in sweep_budget(several)
+
+
+WITHOUT_EPOCHS = {"all diverged at once", "all diverged later", "all late", "all dropped", "none run"}
+WITHOUT_EPOCHS |= {"one task", "one run"}
+
+
+@boxes
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        (name, case)
+        for name, case in product(DRAWINGS, DEGENERATE)
+        if name != "epochs" or case not in WITHOUT_EPOCHS
+    ],
+)
+def test_a_figure_of_little_is_drawn(name: str, case: str) -> None:
+    """A sweep that lacks runs, tasks or a model makes a picture with its budget, and no warning."""
+    sweep = DEGENERATE[case]()
+    fig = DRAWINGS[name](sweep)
+    assert sweep_budget(sweep) in texts(fig)
+    fig.draw_without_rendering()
+
+
+@boxes
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_a_saved_figure_has_its_numbers_and_its_provenance(name: str, tmp_path: Path) -> None:
+    """PNG, PDF and CSV with their digests, the same each time, and the sweep's axes, counts and code."""
+    table = comparison.outcome_table(SMALL.runs)
+    fig = DRAWINGS[name](SMALL)
+    folder = save("fig", fig, table, SMALL, "quick", tmp_path)
+    assert folder == tmp_path / "quick" / "fig"
+    files = {"fig.png", "fig.pdf", "fig.csv"}
+    assert {path.name for path in folder.iterdir()} == files | {"provenance.json"}
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert set(provenance["sha256"]) == files
+    for file, digest in provenance["sha256"].items():
+        assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest
+    assert (provenance["figure"], provenance["profile"]) == ("fig", "quick")
+    for part in ("axes", "shared", "statuses", "data", "code"):
+        assert provenance[part] == json.loads(json.dumps(SMALL.provenance[part]))
+    assert sum(provenance["statuses"].values()) == len(SMALL.runs)
+    assert (folder / "fig.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "fig.pdf").read_bytes().startswith(b"%PDF")
+    with (folder / "fig.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["task", "model", *comparison.OUTCOMES]
+    assert [[int(number) for number in row[2:]] for row in rows[1:]] == table.to_numpy().tolist()
+    assert_same_files(folder, save("fig", fig, table, SMALL, "quick", tmp_path / "again"))
+
+
+@pytest.mark.parametrize("name", sorted(set(DRAWINGS) - {"losses"}))
+def test_a_figure_is_drawn_the_same_each_time(name: str, tmp_path: Path) -> None:
+    """Drawn anew it has the same bytes again, as picture and as PDF."""
+    folders = [save("fig", DRAWINGS[name](SMALL), SMALL.runs, SMALL, "quick", tmp_path / p) for p in "ab"]
+    assert_same_files(*folders)
+
+
+def test_stored_losses_are_recomputed_from_the_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights of one run per task and model give its test loss again; another loss is noticed."""
+    small = {"task": "denoising", "tau": 0.5, "train_images": 20, "test_images": 10, "batch_size": 10}
+    for config in grid("smoke", **small):
+        get_run(config, tmp_path)
+    runs = get_sweep("smoke", tmp_path, train=False, **small).runs
+    check_stored_losses(runs, tmp_path)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    for row in runs.index:
+        changed = runs.copy()
+        changed.loc[row, "test_loss"] *= 1.00001
+        with pytest.raises(AssertionError):
+            check_stored_losses(changed, tmp_path)
