@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from lib.config import RunConfig
 from lib.operators import TASKS
 from lib.sweep import NOT_RUN, Sweep
 from lib.training import DIVERGED, OUT_OF_TIME
@@ -22,7 +24,7 @@ CONFIDENCE, RESAMPLES = 0.95, 9999
 KEPT, DROPPED, NO_EPOCH = "kept", "dropped", "no epoch"
 OUTCOMES = (KEPT, DROPPED, DIVERGED, NO_EPOCH, NOT_RUN)
 
-PAIRED = ("task", "noise", "tau", "gamma", "sigma", "seed")
+PAIRED = tuple(name for name in RunConfig.model_fields if name != "model")
 """What the two runs of a pair have in common."""
 
 REPRODUCED, NOT_REPRODUCED, NOT_DECIDED = "reproduced", "not reproduced", "not decided at this budget"
@@ -103,9 +105,9 @@ def paired_table(pairs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """`paired_test` within each group of pairs, such as each `task` or each `task` and `noise`."""
     rows = {
         name: paired_test(group["difference"].to_numpy()) | {"deq lower": (group["difference"] > 0).mean()}
-        for name, group in pairs.groupby(list(by))
+        for name, group in pairs.groupby(by[0] if len(by) == 1 else list(by))
     }
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(list(by))
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(by[0] if len(by) == 1 else list(by))
     return table.astype({"pairs": int}) if len(table) else table
 
 
@@ -173,16 +175,18 @@ def claims_per_task(pairs: pd.DataFrame, statement: str, level: float = 0.05) ->
         test = paired_test(pairs.loc[pairs["task"] == task, "difference"].to_numpy(float))
         significant = test["p"] < level
         verdict = decide(significant and test["low"] > 0, significant and test["high"] < 0)
-        numbers = (
-            f"{test['pairs']:.0f} pairs, median {test['median']:+.2g}, 95 % interval "
-            f"[{test['low']:+.2g}, {test['high']:+.2g}], p = {test['p']:.1g}"
-        )
+        numbers = f"{test['pairs']:.0f} pairs, median {test['median']:+.2g}, "
+        if math.isnan(test["p"]):
+            numbers += "too few or none that differs"
+        else:
+            interval = f"[{test['low']:+.2g}, {test['high']:+.2g}]"
+            numbers += f"95 % interval {interval}, p = {test['p']:.1g}"
         claims.append(Claim(f"{task}: {statement}", verdict, numbers))
     return claims
 
 
 def claims_of_best_runs(best: pd.DataFrame, level: float = 0.05) -> list[Claim]:
-    """The best DEQ is at least as good as the best bilevel model; and more noise costs more.
+    """The best DEQ is better than the best bilevel model; and more noise costs more.
 
     The first is decided by the number of panels (task and noise) in which the DEQ's best loss is the
     lower one, when a two-sided sign test over the panels is below `level`. The second is reproduced when
@@ -215,14 +219,10 @@ def claims_of_best_runs(best: pd.DataFrame, level: float = 0.05) -> list[Claim]:
     ]
 
 
-def print_claims(claims: Sequence[Claim]) -> None:
-    """Print each verdict with its statement; the numbers are in `claims_table`."""
+def print_claims(claims: Sequence[Claim], numbers: bool = False) -> None:
+    """Print each verdict with its statement, and with the numbers behind it if they are asked for."""
     for claim in claims:
-        print(claim)
-
-
-def claims_table(claims: Sequence[Claim]) -> pd.DataFrame:
-    return pd.DataFrame([vars(claim) for claim in claims])
+        print(f"{claim}: {claim.numbers}" if numbers else claim)
 
 
 def check_sweep(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> None:

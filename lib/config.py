@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import product
 from typing import Annotated, Any, Literal, Self
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 MNIST_SIDE, MNIST_TRAIN, MNIST_TEST, BLUR_SIDE = 28, 60_000, 10_000, 5
@@ -125,6 +127,30 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def parse_parameters(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Names and values from a command line; a value is YAML, with numbers such as 1e-3 as well.
+
+    Raises:
+        ConfigError: a value cannot be parsed.
+    """
+    parsed = {}
+    for name, text in pairs:
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError):
+            raise ConfigError(f"{name}: got {shown(text)}, allowed: a value or a list of values") from None
+        parsed[name] = [_number(v) for v in value] if isinstance(value, list) else _number(value)
+    return parsed
+
+
+def _number(value: object) -> object:
+    """YAML takes 1e-3 for a text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def require_positive(**values: object) -> None:
     """Refuse values that are not positive finite numbers; None stands for a default and passes.
 
@@ -197,7 +223,7 @@ SWEEPS: dict[str, dict[str, Any]] = {
 """What each profile changes in `GRID` and in the defaults of `RunConfig`."""
 
 
-def grid(profile: str, **values: Any) -> list[RunConfig]:
+def grid(profile: str, /, **values: Any) -> list[RunConfig]:
     """The configurations of a sweep: all combinations of the values of all axes.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator
 from skimage.metrics import structural_similarity
@@ -38,6 +40,7 @@ MODEL_NAMES = {"bilevel": "bilevel", "deq": "DEQ"}
 DATA_NAMES = {"mnist": "MNIST"}
 
 MODEL_COLORS = {"bilevel": "#0072b2", "deq": "#e69f00"}
+MODEL_OFFSETS = {"bilevel": -0.175, "deq": 0.175}
 MODEL_LINES = {"bilevel": "-", "deq": "--"}
 """Blue and orange differ for every kind of colour vision, and in grey one is dark and one is light."""
 
@@ -244,10 +247,8 @@ def reconstruction_figure(
     return fig
 
 
-def _legend(axes: Axes, **options: Any) -> None:
-    """A legend of the models by their names in print."""
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles, [MODEL_NAMES.get(label, label) for label in labels], frameon=False, **options)
+def _model_patches() -> list[Patch]:
+    return [Patch(facecolor=MODEL_COLORS[model], edgecolor="k", label=MODEL_NAMES[model]) for model in MODELS]
 
 
 def sweep_budget(sweep: Sweep) -> str:
@@ -282,21 +283,20 @@ def loss_figure(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> Figure:
     with plt.rc_context(STYLE):
         fig, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 3.4), width_ratios=(1.25, 1))
         fig.subplots_adjust(left=0.09, right=0.99, top=0.92, bottom=0.31, wspace=0.3)
-        sns.boxplot(
-            kept,
-            x="task",
-            y="test_loss",
-            hue="model",
-            order=TASKS,
-            hue_order=MODELS,
-            palette=MODEL_COLORS,
-            width=0.7,
-            linewidth=0.8,
-            fliersize=2,
-            ax=left,
-        )
-        _legend(left, loc="upper left")
-        left.set(xlabel="", ylabel="final test loss", ylim=(-0.01, threshold * 1.02))
+        for model, offset in MODEL_OFFSETS.items():
+            losses = [kept["test_loss"][(kept["task"] == t) & (kept["model"] == model)] for t in TASKS]
+            left.boxplot(
+                losses,
+                positions=[i + offset for i in range(len(TASKS))],
+                widths=0.32,
+                patch_artist=True,
+                boxprops={"facecolor": MODEL_COLORS[model]},
+                medianprops={"color": "k"},
+                flierprops={"markersize": 2},
+            )
+        left.legend(handles=_model_patches(), frameon=False, loc="upper left")
+        left.set_xticks(range(len(TASKS)), TASKS)
+        left.set(ylabel="final test loss", ylim=(-0.01, threshold * 1.02))
         left.set_title(f"runs with a final test loss up to {threshold:g}")
         _write_counts(left, comparison.outcome_table(sweep.runs, threshold))
         _draw_differences(right, comparison.paired(kept, "test_loss"))
@@ -314,7 +314,7 @@ def _write_counts(axes: Axes, outcomes: pd.DataFrame) -> None:
         text["transform"] = axes.get_xaxis_transform()
         axes.text(x=-0.55, s=name, ha="right", **text)
         for i, task in enumerate(TASKS):
-            for model, offset in zip(MODELS, (-0.175, 0.175), strict=True):
+            for model, offset in MODEL_OFFSETS.items():
                 if (task, model) in counts:
                     axes.text(x=i + offset, s=str(counts[task, model][name]), ha="center", **text)
     axes.tick_params(axis="x", length=0, pad=7 + 10.5 * len(shown))
@@ -324,10 +324,12 @@ def _write_counts(axes: Axes, outcomes: pd.DataFrame) -> None:
 def _draw_differences(axes: Axes, pairs: pd.DataFrame) -> None:
     """Each pair's difference, and per task the median with its interval."""
     axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
-    points: Any = {"color": "0.55", "size": 2, "jitter": 0.22, "zorder": 1}
-    sns.stripplot(pairs, x="difference", y="task", order=TASKS, ax=axes, **points)
+    jitter = np.random.default_rng(0)
     for i, task in enumerate(TASKS):
-        test = comparison.paired_test(pairs.loc[pairs["task"] == task, "difference"].to_numpy())
+        differences = pairs.loc[pairs["task"] == task, "difference"].to_numpy()
+        heights = i + jitter.uniform(-0.2, 0.2, len(differences))
+        axes.scatter(differences, heights, s=4, color="0.55", linewidth=0, zorder=1)
+        test = comparison.paired_test(differences)
         if test["pairs"]:
             spread = [[test["median"] - test["low"]], [test["high"] - test["median"]]]
             bar: Any = {"fmt": "D", "color": "k", "markersize": 3.5, "capsize": 3, "linewidth": 1.2}
@@ -336,6 +338,7 @@ def _draw_differences(axes: Axes, pairs: pd.DataFrame) -> None:
         axes.text(0.98, i - 0.33, label, size=7, ha="right", transform=axes.get_yaxis_transform())
     axes.set_xscale("symlog", linthresh=0.01, linscale=0.6)
     axes.set(ylabel="", xlabel="bilevel minus DEQ (right of 0: the DEQ is better)")
+    axes.set_yticks(range(len(TASKS)), TASKS)
     axes.set_ylim(len(TASKS) - 0.5, -0.6)
     axes.set_title("the same configuration, both kept")
 
@@ -366,7 +369,8 @@ def best_runs_figure(sweep: Sweep) -> Figure:
         for axes, noise in zip(grid[:, 0], levels, strict=True):
             axes.set_ylabel(f"noise {noise:g}\ntest loss")
             axes.yaxis.set_label_coords(-0.2, 0.5)
-        _legend(grid[0, 0], loc="upper right")
+        lines = [Line2D([], [], label=MODEL_NAMES[model], **_line(model)) for model in MODELS]
+        grid[0, 0].legend(handles=lines, frameon=False, loc="upper right")
         _note(fig, sweep_budget(sweep))
     return fig
 
@@ -383,16 +387,12 @@ def _draw_histories(axes: Axes, runs: pd.DataFrame, epochs: pd.DataFrame) -> Non
         axes.text(0.5, 0.5, "no run ended", ha="center", size=8, transform=axes.transAxes)
     for key, model in zip(runs["key"], runs["model"], strict=True):
         history = epochs[epochs["key"] == key]
-        axes.plot(
-            history["epoch"],
-            history["test_loss"],
-            MODEL_LINES[model],
-            color=MODEL_COLORS[model],
-            marker="o" if model == "bilevel" else "s",
-            markersize=2.5,
-            linewidth=1.2,
-            label=MODEL_NAMES[model],
-        )
+        axes.plot(history["epoch"], history["test_loss"], label=MODEL_NAMES[model], **_line(model))
+
+
+def _line(model: str) -> dict[str, Any]:
+    style = {"linestyle": MODEL_LINES[model], "color": MODEL_COLORS[model], "linewidth": 1.2}
+    return style | {"marker": "o" if model == "bilevel" else "s", "markersize": 2.5}
 
 
 def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOLD) -> Figure:
@@ -406,32 +406,34 @@ def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOL
     runs = comparison.epochs_within(sweep, seconds, threshold)
     epochs = sweep.epochs[sweep.epochs["epoch"] > 0].merge(runs[["key", "task", "model"]], on="key")
     most = int(sweep.runs["epochs"].max())
+    width = math.ceil((most + 1) / 20)
+    edges = np.arange(0, most + width + 1, width) - 0.5
     with plt.rc_context(STYLE):
         fig, (top, bottom) = plt.subplots(2, len(TASKS), figsize=(TEXT_WIDTH, 4.2), sharey="row")
         fig.subplots_adjust(left=0.085, right=0.99, top=0.94, bottom=0.17, wspace=0.08, hspace=0.38)
         for upper, lower, task in zip(top, bottom, TASKS, strict=True):
             here = runs[runs["task"] == task]
-            sns.histplot(
-                here,
-                x="epochs_within",
-                hue="model",
-                hue_order=MODELS,
-                palette=MODEL_COLORS,
-                bins=np.linspace(-0.5, most + 0.5, min(most + 2, 22)).tolist(),
-                multiple="dodge",
-                shrink=0.85,
-                alpha=1,
-                linewidth=0,
-                legend=False,
-                ax=upper,
-            )
+            if not here.empty:
+                sns.histplot(
+                    here,
+                    x="epochs_within",
+                    hue="model",
+                    hue_order=MODELS,
+                    palette=MODEL_COLORS,
+                    bins=edges.tolist(),
+                    multiple="dodge",
+                    shrink=0.85,
+                    alpha=1,
+                    linewidth=0,
+                    legend=False,
+                    ax=upper,
+                )
             upper.xaxis.set_major_locator(MaxNLocator(integer=True))
             upper.set(title=task, xlabel=f"epochs finished in {seconds:.3g} s", ylabel="runs")
             _draw_solver_steps(lower, epochs[epochs["task"] == task])
-        handles = [Patch(color=MODEL_COLORS[model]) for model in MODELS]
-        top[0].legend(handles, [MODEL_NAMES[model] for model in MODELS], frameon=False, loc="upper left")
+        top[0].legend(handles=_model_patches(), frameon=False, loc="upper left")
         bottom[0].set(ylabel="solver steps per solve", ylim=(0, None))
-        _legend(bottom[0], loc="upper left", handlelength=2.6)
+        bottom[0].legend(frameon=False, loc="upper left", handlelength=2.6)
         _note(fig, sweep_budget(sweep))
     return fig
 

@@ -16,11 +16,10 @@ from typing import Any
 import nbclient
 import nbformat
 import papermill
-import yaml
 from nbclient.exceptions import CellExecutionError
 from papermill.exceptions import PapermillExecutionError
 
-from lib.config import PROFILES, ConfigError
+from lib.config import PROFILES, ConfigError, parse_parameters
 from lib.store import REPOSITORY, RESULTS, write_atomic
 
 NOTEBOOKS = REPOSITORY / "nbs"
@@ -124,8 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         start = time.perf_counter()
         try:
             if options.command == "run":
-                parameters = {key: yaml.safe_load(value) for key, value in options.p}
-                made = run(name, options.profile, parameters)
+                made = run(name, options.profile, parse_parameters(options.p))
             else:
                 made = refresh(name)
         except ConfigError as error:

@@ -13,10 +13,11 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -312,7 +313,8 @@ def train_runs(configs: Sequence[RunConfig], results: Path | str | None = None) 
             waiting = [config for config in waiting if not is_stored(config, results)]
             if len(waiting) == before:
                 bar.set_postfix_str(f"{before} runs are being trained by another process")
-                time.sleep(POLL_SECONDS)
+                while all(_is_locked(config, results) for config in waiting):
+                    time.sleep(POLL_SECONDS)
     if "ipykernel" in sys.modules:
         clear_output()
 
@@ -322,8 +324,9 @@ def _train_in_processes(todo: Sequence[list[RunConfig]], results: Path | str | N
     context = multiprocessing.get_context("spawn")
     reports = context.SimpleQueue()
     taken = context.Value("i", 0)
+    arguments = (todo, taken, results, reports, code_version())
     processes = [
-        context.Process(target=_work, args=(todo, taken, results, reports), daemon=True)
+        context.Process(target=_work, args=arguments, daemon=True)
         for _ in range(min(workers(default_device()), len(todo)))
     ]
 
@@ -335,8 +338,9 @@ def _train_in_processes(todo: Sequence[list[RunConfig]], results: Path | str | N
             report(message)
 
     try:
-        for process in processes:
-            process.start()
+        with _interrupts_ignored():
+            for process in processes:
+                process.start()
         while any(process.is_alive() for process in processes):
             multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], timeout=0.2)
             receive()
@@ -353,14 +357,30 @@ def _train_in_processes(todo: Sequence[list[RunConfig]], results: Path | str | N
                 process.join()
 
 
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started in here leave Ctrl-C to the one that asked for them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def _work(
     todo: Sequence[list[RunConfig]],
     taken: Synchronized[int],
     results: Path | str | None,
     reports: SimpleQueue[Progress | str],
+    version: str,
 ) -> None:
     """Body of a training process: takes the next stack until there is none."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process stops this one
+    if code_version() != version:
+        reports.put("the code of lib was changed while it ran; run again")
+        return
     parent = multiprocessing.parent_process()
 
     def report(progress: Progress) -> None:
@@ -378,8 +398,18 @@ def _work(
         try:
             train_stack(stack, results, report)
         except Exception as error:
-            reports.put(f"{stack[0].model} {stack[0].task}: {type(error).__name__}: {error}")
+            said = " ".join(str(error).split())
+            reports.put(f"{stack[0].model} {stack[0].task}: {type(error).__name__}: {said}")
             return
+
+
+def _is_locked(config: RunConfig, results: Path | str | None) -> bool:
+    """Whether another process is training a run."""
+    try:
+        with FileLock(run_folder(config, results) / "lock", timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def train_stack(configs: Sequence[RunConfig], results: Path | str | None, report: Report) -> None:
@@ -474,7 +504,7 @@ def read_record(config: RunConfig, results: Path | str | None = None) -> dict[st
             raise DamagedFile(f"{path}: its content does not match its checksum")
         if record["config"] != config.model_dump():
             raise DamagedFile(f"{path}: it belongs to another configuration")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, DamagedFile) as error:
         set_aside(path, str(error))

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from tqdm import tqdm
 
-from lib.config import ConfigError, RunConfig, grid, shown
+from lib.config import ConfigError, RunConfig, grid, parse_parameters, shown
 from lib.data import DataError
 from lib.runs import (
     DATA_DIGESTS,
@@ -62,7 +61,7 @@ class Sweep:
     provenance: dict[str, Any]
 
 
-def get_sweep(profile: str, results: Path | str | None = None, train: bool = True, **values: Any) -> Sweep:
+def get_sweep(profile: str, results: Path | str | None = None, train: bool = True, /, **values: Any) -> Sweep:
     """The sweep of a profile, trained as far as it is not stored; its tables are written beside it.
 
     Args:
@@ -120,8 +119,9 @@ def load_sweep(profile: str, configs: Sequence[RunConfig], results: Path | str |
 
 
 def _columns(epochs: Sequence[dict[str, Any]]) -> list[str]:
-    """Columns of all rows; the first row of a run lacks those of training."""
-    return list(dict.fromkeys(name for row in epochs for name in row)) or ["key", "epoch"]
+    """Columns of all rows, and those that the figures read where no run has got so far."""
+    read = ("key", "epoch", "seconds", "test_loss", "forward_steps", "backward_steps")
+    return list(dict.fromkeys([*read[:4], *(name for row in epochs for name in row), *read[4:]]))
 
 
 def write_tables(sweep: Sweep, results: Path | str | None = None) -> list[Path]:
@@ -236,14 +236,14 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args(arguments)
     try:
-        configs = grid(options.profile, **{name: yaml.safe_load(value) for name, value in options.p})
+        configs = grid(options.profile, **parse_parameters(options.p))
         if options.command == "status":
             print(status(configs).to_string())
         elif options.command == "plan":
             print_plan(configs)
         else:
             return _run(options.profile, configs)
-    except (ConfigError, DataError, RuntimeError, yaml.YAMLError) as error:
+    except (ConfigError, DataError, RuntimeError) as error:
         print(f"sweep: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0

@@ -212,7 +212,10 @@ class Trainer:
         self.solver = make_solver(self.config)
         self.model = make_model(configs).to(self.device)
         self.noise = torch.tensor([c.noise for c in configs], device=self.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.learning_rate, fused=True)
+        # Not fused: that kernel rounds a tensor's last numbers otherwise, and members would not be equal.
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=self.config.learning_rate, foreach=False, fused=False
+        )
         if checkpoints is not None:
             self._restore(checkpoints)
 
@@ -395,7 +398,7 @@ class Trainer:
         for name, parameter in self.model.regularizer.named_parameters():
             tensors = zip(*(state["weights"][name] for state in states), strict=True)
             parameter.data, *moments = (torch.stack(slices).to(self.device) for slices in tensors)
-            step = torch.tensor(float(self.step), device=self.device)
+            step = torch.tensor(float(self.step))
             self.optimizer.state[parameter] = {"step": step} | dict(zip(MOMENTS, moments, strict=True))
         for member, state in zip(self.members, states, strict=True):
             member.history, member.seconds = state["history"], state["seconds"]

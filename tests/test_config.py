@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lib.config import GRID, PROFILES, SWEEPS, ConfigError, RunConfig, grid, profile_config
+from lib.config import (
+    GRID,
+    PROFILES,
+    SWEEPS,
+    ConfigError,
+    RunConfig,
+    grid,
+    parse_parameters,
+    profile_config,
+    require_positive,
+)
 from lib.models import MODELS
 from lib.operators import TASKS
 
@@ -480,3 +490,45 @@ def test_any_axis_is_valid_or_refused_by_name(name: str, value: Any) -> None:
     else:
         axis = value if isinstance(value, list) else [value]
         assert levels(configs)[name] == {float(level) if name in FLOATS else level for level in axis}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0.5", 0.5),
+        ("1e-3", 1e-3),
+        ("3", 3),
+        ("relu", "relu"),
+        ("[0.1, 1e-2]", [0.1, 0.01]),
+        ("[relu, identity]", ["relu", "identity"]),
+        ("null", None),
+        ("True", True),
+    ],
+)
+def test_parameters_are_parsed(text: str, value: object) -> None:
+    """Numbers in every notation, names, lists of them, and None."""
+    parsed = parse_parameters([["tau", text]])
+    assert parsed == {"tau": value}
+    assert type(parsed["tau"]) is type(value)
+
+
+@pytest.mark.parametrize("text", ["[0.1", "{", "2020-13-45", "1" * 5000])
+def test_parameters_that_cannot_be_parsed_are_refused(text: str) -> None:
+    """In one line that names the parameter."""
+    with pytest.raises(ConfigError, match=r"^tau: got ") as refusal:
+        parse_parameters([["tau", text]])
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_parameter_cannot_replace_the_profile() -> None:
+    """`profile` is no parameter of a run."""
+    with pytest.raises(ConfigError, match="profile: no such parameter"):
+        grid("smoke", profile="quick")
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, True, "1", [1.0]])
+def test_what_is_not_positive_is_refused(value: object) -> None:
+    """In one line that names the parameter; positive numbers and None pass."""
+    require_positive(threshold=0.5, seconds=None, digits=3)
+    with pytest.raises(ConfigError, match=r"^seconds: got .*, allowed: a positive number$"):
+        require_positive(threshold=0.5, seconds=value)

@@ -982,8 +982,10 @@ SWEEP = [LONG.model_copy(update={"sigma": sigma}) for sigma in ("softshrink", "r
 """Two stacks, which take seconds."""
 
 
-def sweep_in_a_group(results: Path, stack: ExitStack) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    """A process group that trains `SWEEP`, each of its training processes having saved a checkpoint."""
+def sweep_in_a_group(
+    results: Path, stack: ExitStack, training: bool = True
+) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A process group that trains `SWEEP`, its training processes started or with a checkpoint each."""
     request = f"""
 from lib.config import RunConfig
 from lib.runs import train_runs
@@ -1000,6 +1002,10 @@ train_runs([RunConfig(**values) for values in {[config.model_dump() for config i
     )
     stack.callback(process.kill)
     busy = min(runs.cores(), 2)
+    if not training:
+        # Beside them, multiprocessing's resource tracker runs.
+        wait_for(lambda: len(psutil.Process(process.pid).children()) > busy or process.poll())
+        return process, psutil.Process(process.pid).children(recursive=True)
     wait_for(lambda: sum(has_come_to(1, config, results) for config in SWEEP) >= busy or process.poll())
     return process, psutil.Process(process.pid).children(recursive=True)
 
@@ -1020,6 +1026,26 @@ def assert_resumed(results: Path) -> None:
         assert len(record["history"]) == 1 + config.epochs
         if config in before:
             assert record["history"][: len(before[config])] == before[config]
+
+
+def test_a_sweep_interrupted_at_its_start_stops_quietly(tmp_path: Path) -> None:
+    """Ctrl-C while the training processes still import leaves none of them, nor their tracebacks."""
+    with ExitStack() as stack:
+        process, children = sweep_in_a_group(tmp_path, stack, training=False)
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert told.count("Traceback") == 1
+    assert told.rstrip().endswith("KeyboardInterrupt")
+    assert_gone(children)
+
+
+def test_code_that_changes_during_a_sweep_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training processes that have read other code than the asking one say so, and store nothing."""
+    monkeypatch.setattr(runs, "code_version", lambda: "0" * 16)
+    with pytest.raises(RuntimeError, match="the code of lib was changed while it ran; run again"):
+        train_runs([CONFIG], tmp_path)
+    assert not list(tmp_path.glob("runs/*/run.json"))
 
 
 def test_an_interrupted_sweep_stops_and_is_resumed(tmp_path: Path) -> None:
