@@ -61,7 +61,7 @@ class Sweep:
     provenance: dict[str, Any]
 
 
-def get_sweep(profile: str, results: Path | str | None = None, train: bool = True, /, **values: Any) -> Sweep:
+def get_sweep(profile: str, /, results: Path | str | None = None, train: bool = True, **values: Any) -> Sweep:
     """The sweep of a profile, trained as far as it is not stored; its tables are written beside it.
 
     Args:
@@ -115,7 +115,9 @@ def load_sweep(profile: str, configs: Sequence[RunConfig], results: Path | str |
         "code": code_version(),
         "trained_on": environments,
     }
-    return Sweep(profile, runs, pd.DataFrame(epochs, columns=_columns(epochs)), provenance)
+    columns = _columns(epochs)
+    kinds = {"key": str, "epoch": int} | dict.fromkeys(columns[2:], float)
+    return Sweep(profile, runs, pd.DataFrame(epochs, columns=columns).astype(kinds), provenance)
 
 
 def _columns(epochs: Sequence[dict[str, Any]]) -> list[str]:

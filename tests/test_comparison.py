@@ -18,14 +18,12 @@ from lib.comparison import (
     NOT_DECIDED,
     NOT_REPRODUCED,
     OUTCOMES,
-    PAIRED,
     REPRODUCED,
     Claim,
     best_runs,
     check_sweep,
     claims_of_best_runs,
     claims_per_task,
-    claims_table,
     decide,
     epoch_budget,
     epochs_within,
@@ -67,7 +65,8 @@ CONFIGURATIONS = st.tuples(
     st.sampled_from(["relu", "identity"]),
     st.integers(0, 1),
 )
-"""What the two runs of a pair share, in the order of `PAIRED`."""
+"""What the two runs of a pair share, in the order of `SHARED`."""
+SHARED = ("task", "noise", "tau", "gamma", "sigma", "seed")
 
 
 def runs_table(*rows: dict[str, Any]) -> pd.DataFrame:
@@ -147,6 +146,14 @@ def test_the_outcomes_are_counted_per_task_and_model() -> None:
     assert outcome_table(runs, 1.0).loc[("denoising", "deq")].tolist() == [5, 0, 4, 0, 0]
 
 
+def test_pairs_differ_in_no_other_parameter() -> None:
+    """Runs that differ in more than the model are no pair, whichever parameter it is."""
+    rows = [{"model": model, "lam": lam} for model in ("bilevel", "deq") for lam in (0.5, 1.0)]
+    pairs = paired(runs_table(*rows[1:]), "test_loss")
+    assert pairs["lam"].tolist() == [1.0]
+    assert len(paired(runs_table(*rows), "test_loss")) == 2
+
+
 @given(
     losses=st.dictionaries(
         CONFIGURATIONS, st.tuples(st.none() | LOSSES, st.none() | st.just(math.nan) | LOSSES), max_size=12
@@ -156,7 +163,7 @@ def test_the_outcomes_are_counted_per_task_and_model() -> None:
 def test_pairs_are_one_configuration_of_both_models(losses: dict[Any, Any], random: Any) -> None:
     """A pair where both losses are there, and no other, with their difference, whatever the rows' order."""
     rows = [
-        dict(zip(PAIRED, configuration, strict=True)) | {"model": model, "test_loss": loss}
+        dict(zip(SHARED, configuration, strict=True)) | {"model": model, "test_loss": loss}
         for configuration, both in losses.items()
         for model, loss in zip(("bilevel", "deq"), both, strict=True)
         if loss is not None
@@ -170,7 +177,7 @@ def test_pairs_are_one_configuration_of_both_models(losses: dict[Any, Any], rand
     }
     pairs = paired(shuffled, "test_loss")
     found = {
-        tuple(pair[name] for name in PAIRED): (pair["bilevel"], pair["deq"], pair["difference"])
+        tuple(pair[name] for name in SHARED): (pair["bilevel"], pair["deq"], pair["difference"])
         for pair in pairs.to_dict("records")
     }
     assert len(pairs) == len(found)
@@ -513,19 +520,17 @@ def test_nothing_decides_nothing() -> None:
     assert [claim.verdict for claim in claims_of_best_runs(one_level)] == [NOT_DECIDED] * 2
 
 
-def test_claims_are_printed_and_tabulated(capsys: pytest.CaptureFixture[str]) -> None:
-    """A line per claim with its verdict first; the table has the numbers too."""
+def test_claims_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line per claim with its verdict first, and its numbers last where they are asked for."""
     claims = [Claim("it is so", REPRODUCED, "3 pairs"), Claim("it is not", NOT_DECIDED, "0 pairs")]
     print_claims(claims)
+    print_claims(claims, numbers=True)
     assert capsys.readouterr().out.splitlines() == [
         "REPRODUCED: it is so",
         "NOT DECIDED AT THIS BUDGET: it is not",
+        "REPRODUCED: it is so: 3 pairs",
+        "NOT DECIDED AT THIS BUDGET: it is not: 0 pairs",
     ]
-    assert claims_table(claims).to_dict("list") == {
-        "statement": ["it is so", "it is not"],
-        "verdict": [REPRODUCED, NOT_DECIDED],
-        "numbers": ["3 pairs", "0 pairs"],
-    }
 
 
 def sound_sweep() -> Sweep:
