@@ -1,8 +1,8 @@
 """What a stack gains: optimizer steps per second and configuration for stacks of growing size (`make bench`).
 
-A stack's members are spread over the steps, weights and noise levels of the paper's grid. A stack of one is
-each of four of them alone. All sizes are timed in one process, in turns, on one thread of the CPU or on the
-accelerator.
+A stack's members are spread over the noise levels, steps and weights of the paper's grid. A stack of one is
+the mean of four of them, each alone. All sizes are timed in one process, in turns, on one thread of the CPU
+or on the accelerator.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from tqdm import tqdm
 
 from lib.config import GRID, RunConfig, grid
-from lib.runs import default_device, environment
+from lib.runs import code_version, default_device, environment
 from lib.store import RESULTS, write_atomic
 from lib.training import Trainer
 
-ALONE, ROUNDS = 4, 3
-SHAPES = {"14x14, batch 20": ("quick", 6), "28x28, batch 100": ("paper", 2)}
-"""Images and batch of these profiles' sweeps, and the optimizer steps of one round."""
+ALONE = 4
+STEPS = {"quick": 6, "paper": 2}
+"""Optimizer steps of one round with the images and the batch of a profile's sweep."""
 
 
 def members(profile: str, task: str, model: str, steps: int) -> list[RunConfig]:
@@ -33,6 +33,11 @@ def members(profile: str, task: str, model: str, steps: int) -> list[RunConfig]:
     shape = grid(profile)[0]
     values = {"train_images": steps * shape.batch_size, "test_images": 1, "epochs": 1, "sigma": "relu"}
     return grid(profile, task=task, model=model, tau=GRID["tau"], **values)
+
+
+def spread(group: Sequence[RunConfig], count: int) -> list[RunConfig]:
+    """Members of a group at even distances."""
+    return [group[k * len(group) // count] for k in range(count)]
 
 
 def seconds_per_step(stack: Sequence[RunConfig], device: torch.device) -> list[float]:
@@ -44,35 +49,37 @@ def seconds_per_step(stack: Sequence[RunConfig], device: torch.device) -> list[f
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 8, 16, 64])
+    parser.add_argument("--profile", choices=STEPS, default="quick", help="whose images and batch")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 8, 16, 64], help="of the stacks")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each size is timed")
     options = parser.parse_args()
     device = default_device()
     cases = [
-        (shape, task, model, size)
-        for _ in range(ROUNDS)
-        for shape in SHAPES
+        (task, model, size)
+        for _ in range(options.rounds)
         for task in GRID["task"]
         for model in GRID["model"]
         for size in options.sizes
     ]
     rows = []
-    for shape, task, model, size in tqdm(cases, desc="bench"):
-        profile, steps = SHAPES[shape]
-        group = members(profile, task, model, steps)
-        chosen = group[:: max(1, len(group) // size)][:size]
-        stacks = [[c] for c in group[:: len(group) // ALONE][:ALONE]] if size == 1 else [chosen]
-        for stack in stacks:
-            for seconds in seconds_per_step(stack, device):
-                case = {"images": shape, "task": task, "model": model, "stack": size}
-                rows.append(case | {"ms": 1e3 * seconds / len(stack)})
-    times = pd.DataFrame(rows).groupby(["images", "task", "model", "stack"], sort=False)["ms"]
+    for task, model, size in tqdm(cases, desc="bench"):
+        group = members(options.profile, task, model, STEPS[options.profile])
+        stacks = [[config] for config in spread(group, ALONE)] if size == 1 else [spread(group, size)]
+        count = sum(len(stack) for stack in stacks)
+        for step in zip(*(seconds_per_step(stack, device) for stack in stacks), strict=True):
+            rows.append({"task": task, "model": model, "stack": size, "ms": 1e3 * sum(step) / count})
+    times = pd.DataFrame(rows).groupby(["task", "model", "stack"], sort=False)["ms"]
     table = times.agg(median="median", low=lambda t: t.quantile(0.25), high=lambda t: t.quantile(0.75))
     table["steps per second"] = 1e3 / table["median"]
-    print("milliseconds per optimizer step and configuration (median, middle half)")
+    shape = grid(options.profile)[0]
+    images = f"{shape.size}x{shape.size}, batch {shape.batch_size}"
+    print(f"{images}: milliseconds per optimizer step and configuration (median, middle half)")
     print(table.to_string(float_format="{:.3g}".format))
     folder = RESULTS / "bench"
-    write_atomic(folder / "stacks.csv", table.round(3).to_csv().encode())
-    write_atomic(folder / "stacks_provenance.json", json.dumps(environment(device), indent=1).encode())
+    name = f"stacks_{options.profile}"
+    write_atomic(folder / f"{name}.csv", table.round(3).to_csv().encode())
+    provenance = {"images": images, "code": code_version(), "environment": environment(device)}
+    write_atomic(folder / f"{name}_provenance.json", json.dumps(provenance, indent=1).encode())
     return 0
 
 

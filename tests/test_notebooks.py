@@ -84,6 +84,10 @@ def test_failure_leaves_the_old_result(tmp_path: Path, capsys: pytest.CaptureFix
     [
         ("fig02", {"gama": 1.0}, "gama: no such parameter"),
         ("fig02", {"gamma": -1.0}, "gamma: got -1.0"),
+        ("fig01", {"threshold": "half"}, "threshold: got 'half'"),
+        ("fig05", {"train": "no"}, "train: got 'no'"),
+        ("fig06", {"seconds": 0}, "seconds: got 0"),
+        ("fig06", {"tau": [0.1, -1]}, "tau: got -1"),
         ("fig99", {}, "notebook: got 'fig99'"),
     ],
 )
