@@ -72,8 +72,11 @@ RESULT_MODULES = (
 )
 """Modules of `lib` that can change the result of a run."""
 
-MAX_STACK = {"cpu": 16, "cuda": 256}
-"""Larger stacks gain nothing more on such a device (`make bench`)."""
+STACK_NUMBERS = {"cpu": 2**16, "cuda": 2**24}
+"""Numbers in the iterate of a whole stack at most. On a CPU a larger one leaves the cache, and its members
+wait for each other: with 100 images of 28x28 a stack of 64 is up to twice slower than its members alone
+(`results/bench/`). An accelerator needs millions of numbers to be busy.
+"""
 
 SOLVER_BUFFERS = 16
 """Tensors of a batch's size that a solve and a recorded step hold beside Anderson's history."""
@@ -181,7 +184,8 @@ def stack_size(config: RunConfig, device: torch.device) -> int:
     """How many configurations like this one to train together, at most.
 
     A member needs its weights, their gradient and Adam's two moments, and per image of a batch the
-    solver's history and the iterates of a step. Half of the device's free memory is filled.
+    solver's history and the iterates of a step. Half of the device's free memory is filled, as far as
+    `STACK_NUMBERS` allows.
     """
     n = config.size**2
     weights = n * n * (2 if config.model == "deq" else 1) + n
@@ -191,7 +195,8 @@ def stack_size(config: RunConfig, device: torch.device) -> int:
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = psutil.virtual_memory().available // workers(device)
-    return max(1, min(MAX_STACK[device.type], free // 2 // member))
+    largest = STACK_NUMBERS[device.type] // (config.batch_size * n)
+    return max(1, min(largest, free // 2 // member))
 
 
 def stacks(configs: Iterable[RunConfig], device: torch.device) -> list[list[RunConfig]]:

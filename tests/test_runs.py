@@ -33,7 +33,7 @@ from tqdm import tqdm
 from lib import data, runs, training
 from lib.config import RunConfig
 from lib.runs import (
-    MAX_STACK,
+    STACK_NUMBERS,
     Progress,
     Run,
     code_version,
@@ -868,9 +868,10 @@ def test_a_stack_fits_the_memory(config: RunConfig, side: int, one: int, other: 
             patch.setattr(runs, "cores", lambda: cores)
             return stack_size(config.model_copy(update=values), torch.device(kind))
 
-    assert 1 <= size(little) <= size(much) <= MAX_STACK[kind]
+    largest = max(1, STACK_NUMBERS[kind] // (config.batch_size * side**2))
+    assert 1 <= size(little) <= size(much) <= largest
     assert size(0) == 1
-    assert size(2**50) == MAX_STACK[kind]
+    assert size(2**50) == largest
     assert size(much, batch_size=1000) <= size(much)
     assert size(much, memory=50) <= size(much)
     weights = 4 * 4 * (2 if config.model == "deq" else 1) * config.size**4
@@ -882,12 +883,13 @@ def test_a_stack_fits_the_memory(config: RunConfig, side: int, one: int, other: 
 def test_a_stack_shrinks_with_the_memory() -> None:
     """Between one member and the most there are sizes in between."""
     found = set()
-    for free in range(0, 2**31, 2**23):
+    for free in range(0, 2**28, 2**21):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
             patch.setattr(runs, "cores", lambda: 1)
-            found.add(stack_size(RunConfig(model="deq"), torch.device("cpu")))
-    assert found == set(range(1, MAX_STACK["cpu"] + 1))
+            config = RunConfig(model="deq", size=14, batch_size=20)
+            found.add(stack_size(config, torch.device("cpu")))
+    assert found == set(range(1, STACK_NUMBERS["cpu"] // (20 * 14**2) + 1))
 
 
 def test_the_bar_counts_runs_and_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
