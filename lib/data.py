@@ -9,12 +9,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 import pickle
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -235,6 +236,89 @@ def faces(split: str, count: int, root: Path = DATA) -> Tensor:
     people = pixels.view(FACE_PEOPLE, FACE_IMAGES, FACE_HEIGHT, FACE_WIDTH)
     chosen = people[:FACE_TRAIN_PEOPLE] if split == "train" else people[FACE_TRAIN_PEOPLE:]
     return _scaled(chosen.transpose(0, 1).flatten(0, 1)[:count])
+
+
+LARGEST_SIDE = 256
+"""Photographs of a folder with a longer side are reduced to it, or a solve would take minutes."""
+
+CELEBA_HELP = (
+    "name the folder of its aligned JPEGs, CELEBA_DIR=path/to/img_align_celeba, or let torchvision fetch "
+    "them, torchvision.datasets.CelebA('data', download=True); its licence forbids shipping them"
+)
+
+
+def photographs(
+    dataset: str, train: int, test: int, reduction: int = 1, root: Path = DATA
+) -> dict[str, Tensor]:
+    """Grey photographs of one size, to train with and to test with.
+
+    Args:
+        dataset: `faces`; `celeba`, from the folder that `CELEBA_DIR` names or else from torchvision's place
+            under `root`; or the path of a folder of images.
+        train, test: how many images; of a folder these are the first and the last ones by name.
+        reduction: side of the blocks of pixels over which the images are averaged.
+        root: the cache.
+
+    Returns:
+        `train` and `test`, `(N, 1, H, W)` in [-1, 1], float32. The images of a folder are reduced to
+        `LARGEST_SIDE` and cut to the smallest height and width among them, around their centres.
+
+    Raises:
+        DataError: the data cannot be had, or there are too few images or pixels.
+    """
+    if dataset == "faces":
+        people = {"train": FACE_TRAIN_PEOPLE, "test": FACE_PEOPLE - FACE_TRAIN_PEOPLE}
+        for split, count in (("train", train), ("test", test)):
+            if count > people[split] * FACE_IMAGES:
+                most = people[split] * FACE_IMAGES
+                raise DataError(f"{split}_images: got {count}, allowed: at most the {most} of faces")
+        images = torch.cat([faces("train", train, root), faces("test", test, root)])
+    else:
+        images = _scaled(_grey(photograph_files(dataset, train, test, root)))
+    side = min(images.shape[-2:])
+    if side < reduction:
+        raise DataError(f"reduction: got {reduction}, allowed: at most the images' {side} pixels")
+    images = torch.nn.functional.avg_pool2d(images, reduction)
+    return {"train": images[:train], "test": images[train:]}
+
+
+def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> list[Path]:
+    """The files of a folder of photographs, those to train with before those to test with.
+
+    Raises:
+        DataError: there is no such folder, or it has too few images.
+    """
+    folder = Path(dataset).expanduser()
+    if dataset == "celeba":
+        folder = Path(os.environ.get("CELEBA_DIR", root / "celeba" / "img_align_celeba"))
+    if not folder.is_dir():
+        hint = CELEBA_HELP if dataset == "celeba" else "allowed: faces, celeba or a folder of images"
+        raise DataError(f"dataset: got {dataset!r}, but {folder} is no folder; {hint}")
+    suffixes = Image.registered_extensions()
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    if len(files) < train + test:
+        raise DataError(
+            f"train_images, test_images: got {train} and {test}, allowed: together at most the {len(files)} "
+            f"images of {folder}"
+        )
+    return files[:train] + files[len(files) - test :]
+
+
+def _grey(files: Sequence[Path]) -> Tensor:
+    """Bytes `(N, H, W)` of image files, in grey."""
+    pictures = []
+    for path in files:
+        try:
+            with Image.open(path) as picture:
+                grey = picture.convert("L")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read as an image: {error}") from None
+        grey.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+        pictures.append(torch.from_numpy(np.array(grey)))
+    height, width = (min(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    corners = [((p.shape[0] - height) // 2, (p.shape[1] - width) // 2) for p in pictures]
+    pairs = zip(pictures, corners, strict=True)
+    return torch.stack([p[top : top + height, left : left + width] for p, (top, left) in pairs])
 
 
 def _scaled(pixels: Tensor) -> Tensor:

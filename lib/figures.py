@@ -25,19 +25,30 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from lib import comparison, data
+from lib import comparison
 from lib.comparison import LOSS_THRESHOLD
-from lib.config import RunConfig
+from lib.config import FacesConfig, RunConfig
 from lib.models import MODELS
 from lib.operators import TASKS
-from lib.runs import DATA_DIGESTS, Run, code_version, default_device, environment, get_run
+from lib.runs import Run, code_version, data_digests, default_device, environment, get_run
 from lib.solvers import Status
 from lib.store import RESULTS, write_atomic
 from lib.sweep import NOT_RUN, Sweep
-from lib.training import COMPLETED, TEST_BATCH, make_operator, observe, one_thread, psnr, solve, test_noise
+from lib.training import (
+    COMPLETED,
+    TEST_BATCH,
+    image_shape,
+    load_images,
+    make_operator,
+    observe,
+    one_thread,
+    psnr,
+    solve,
+    test_noise,
+)
 
 MODEL_NAMES = {"bilevel": "bilevel", "deq": "DEQ"}
-DATA_NAMES = {"mnist": "MNIST"}
+DATA_NAMES = {"mnist": "MNIST", "faces": "AT&T faces", "celeba": "CelebA"}
 
 MODEL_COLORS = {"bilevel": "#0072b2", "deq": "#e69f00"}
 MODEL_OFFSETS = {"bilevel": -0.175, "deq": 0.175}
@@ -95,7 +106,7 @@ def reconstruct(runs: Mapping[str, Run]) -> Reconstructions:
     config = next(iter(runs.values())).config
     device = default_device()
     operator = make_operator(config)
-    truth = data.mnist("test", config.test_images, config.size)
+    truth = load_images(config)["test"]
     observed = observe(operator, truth, torch.tensor(config.noise), test_noise(config))
     rows = {"input": _quality(observed, truth)}
     outputs, forwarded = {}, {}
@@ -196,9 +207,14 @@ def print_findings(result: Reconstructions, margin: float = 0.5) -> None:
 def budget(run: Run, profile: str) -> str:
     """One line that says which data, parameters, profile and budget a run was made with."""
     c = run.config
+    height, width = image_shape(c)
+    name = DATA_NAMES.get(c.dataset, Path(c.dataset).name)
+    experts = (
+        f"{c.filters} kernels {c.filter_size}x{c.filter_size}" if isinstance(c, FacesConfig) else c.sigma
+    )
     return (
-        f"{DATA_NAMES[c.dataset]} {c.size}x{c.size}, {c.task}, noise {c.noise:g}, "
-        rf"$\tau$ = {c.tau:g}, $\gamma$ = {c.gamma:g}, {c.sigma}; profile {profile}: "
+        f"{name} {height}x{width}, {c.task}, noise {c.noise:g}, "
+        rf"$\tau$ = {c.tau:g}, $\gamma$ = {c.gamma:g}, {experts}; profile {profile}: "
         f"{c.train_images:,} training images, {c.epochs} epochs; {c.test_images:,} test images"
     )
 
@@ -507,7 +523,7 @@ def save(
 def _provenance(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "runs": {run.key: run.config.model_dump() | {"status": run.status} for run in runs},
-        "data": {run.config.dataset: DATA_DIGESTS[run.config.dataset] for run in runs},
+        "data": {run.config.dataset: data_digests(run.config) for run in runs},
         "code": code_version(),
         "training_seconds": sum(run.provenance["seconds"] for run in runs),
         "trained_on": {run.key: run.provenance["environment"] for run in runs},

@@ -22,6 +22,8 @@ def implicit_fixed_point(
     solver: Solver,
     adjoint_solver: Solver | None = None,
     on_adjoint: Callable[[Solution], None] | None = None,
+    vjp: Callable[[Tensor], StepMap] | None = None,
+    w0: Tensor | None = None,
 ) -> Solution:
     """Solve `u = T(u)` and attach the implicit gradient to the solution's value.
 
@@ -31,6 +33,8 @@ def implicit_fixed_point(
         solver: solver of the fixed point.
         adjoint_solver: solver of `w = J^T w + dL/du*`; the same solver when None.
         on_adjoint: called in the backward pass with the adjoint `Solution` (residual, steps, status).
+        vjp: takes `u*` and returns `w -> J^T w`; when None, autograd goes back through one recorded step.
+        w0: like `u0`, first iterate of the adjoint equation; when None its right-hand side.
 
     Returns:
         The `Solution` of the fixed point; gradients flow through `value`.
@@ -38,16 +42,21 @@ def implicit_fixed_point(
     solution = fixed_point(step_map, u0, solver)
     if not torch.is_grad_enabled():
         return solution
-    u = solution.value.detach().requires_grad_()
+    u = solution.value.detach().requires_grad_(vjp is None)
     step = step_map(u)
     # Forward value u*, derivative that of T: the residual at `value` is the one reported.
     value = u.detach() + (step - step.detach())
 
-    def solve_adjoint(cotangent: Tensor) -> Tensor:
-        def adjoint_map(w: Tensor) -> Tensor:
-            return torch.autograd.grad(step, u, w, retain_graph=True)[0] + cotangent
+    def recorded(w: Tensor) -> Tensor:
+        return torch.autograd.grad(step, u, w, retain_graph=True)[0]
 
-        adjoint = fixed_point(adjoint_map, cotangent, adjoint_solver or solver)
+    def solve_adjoint(cotangent: Tensor) -> Tensor:
+        transposed_jacobian = recorded if vjp is None else vjp(u)
+
+        def adjoint_map(w: Tensor) -> Tensor:
+            return transposed_jacobian(w) + cotangent
+
+        adjoint = fixed_point(adjoint_map, cotangent if w0 is None else w0, adjoint_solver or solver)
         if on_adjoint is not None:
             on_adjoint(adjoint)
         return adjoint.value

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from lib.operators import Operator
-from lib.regularizer import FieldsOfExperts
+from lib.regularizer import (
+    Activation,
+    ConvFieldsOfExperts,
+    DenseFieldsOfExperts,
+    FieldsOfExperts,
+    broadcast,
+)
 from lib.solvers import StepMap
 
 MODELS = ("bilevel", "deq")
@@ -48,13 +54,20 @@ class FixedPointModel(nn.Module):
     def step_map(self, f: Tensor) -> StepMap:
         """`T` for the data `f`, `(*stack, batch, C, H, W)`."""
         K, Ktf = self.operator, self.operator.adjoint(f)
-        tau, lam = self.tau[..., None, None, None, None], self.lam[..., None, None, None, None]
+        tau, lam = broadcast(self.tau, f), broadcast(self.lam, f)
 
         def T(u: Tensor) -> Tensor:
             data_gradient = lam * (K.normal(u) - Ktf)
             return u - tau * (data_gradient + self.regularizer.field(u, self.gamma, self.tau))
 
         return T
+
+    @torch.no_grad()
+    def vjp(self, u: Tensor) -> StepMap:
+        """`w -> J^T w` with `J = dT/du` at `u`, `(*stack, batch, C, H, W)`, whatever the data are."""
+        K, field_vjp = self.operator, self.regularizer.vjp(u, self.gamma, self.tau)
+        tau, lam = broadcast(self.tau, u), broadcast(self.lam, u)
+        return lambda w: w - tau * (lam * K.normal(w) + field_vjp(w))
 
     def lower_level(self, u: Tensor, f: Tensor) -> Tensor:
         """`lambda/2 ||K u - f||^2 + R(u)` of every image, `(*stack, batch)`; `R` is that of `A, b`."""
@@ -72,13 +85,43 @@ def build_model(
     lam: float | Tensor,
     gamma: float | Tensor,
 ) -> FixedPointModel:
-    """The bilevel model (`C = A`) or the DEQ (`C` a parameter of its own) from weights `A, b, C`.
+    """The bilevel model (`C = A`) or the DEQ (`C` a parameter of its own) from dense weights `A, b, C`.
+
+    Raises:
+        ValueError: the model is unknown.
+    """
+    A, b, C = weights
+    regularizer = DenseFieldsOfExperts(A, b, C if is_free(model) else None, activation)
+    return FixedPointModel(operator, regularizer, tau, lam, gamma)
+
+
+def build_conv_model(
+    model: str,
+    operator: Operator,
+    kernels: tuple[Tensor, Tensor],
+    activation: Activation,
+    direction: Tensor | None = None,
+    *,
+    tau: float | Tensor,
+    lam: float | Tensor,
+    gamma: float | Tensor,
+) -> FixedPointModel:
+    """The same two models from kernels `A, C`, normalized in training (see `ConvFieldsOfExperts`).
+
+    Raises:
+        ValueError: the model is unknown.
+    """
+    A, C = kernels
+    regularizer = ConvFieldsOfExperts(A, C if is_free(model) else None, activation, direction)
+    return FixedPointModel(operator, regularizer, tau, lam, gamma)
+
+
+def is_free(model: str) -> bool:
+    """Whether `C` is a parameter of its own.
 
     Raises:
         ValueError: the model is unknown.
     """
     if model not in MODELS:
         raise ValueError(f"model: got {model!r}, allowed: {', '.join(MODELS)}")
-    A, b, C = weights
-    regularizer = FieldsOfExperts(A, b, None if model == "bilevel" else C, activation)
-    return FixedPointModel(operator, regularizer, tau, lam, gamma)
+    return model == "deq"

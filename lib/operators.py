@@ -123,7 +123,9 @@ def diagonal_motion_kernel(size: int) -> Tensor:
     return torch.eye(size) / size
 
 
-def forward_operator(task: str, height: int, width: int, *, faces: bool = False) -> Operator:
+def forward_operator(
+    task: str, height: int, width: int, *, faces: bool = False, blur: int | None = None
+) -> Operator:
     """The operator `K` that the paper uses for a task on images of `height x width` pixels.
 
     Args:
@@ -131,6 +133,7 @@ def forward_operator(task: str, height: int, width: int, *, faces: bool = False)
         height, width: image size in pixels.
         faces: faces have a central block masked and an 11x11 blur; MNIST has its top rows masked
             and a 5x5 blur.
+        blur: another side of the blur's kernel in pixels.
 
     Raises:
         ValueError: the task is unknown.
@@ -140,5 +143,5 @@ def forward_operator(task: str, height: int, width: int, *, faces: bool = False)
     if task == "inpainting":
         return Mask((central_block_mask if faces else top_rows_mask)(height, width))
     if task == "deblurring":
-        return CircularBlur(diagonal_motion_kernel(11 if faces else 5))
+        return CircularBlur(diagonal_motion_kernel(blur or (11 if faces else 5)))
     raise ValueError(f"task: got {task!r}, allowed: {', '.join(TASKS)}")

@@ -1,25 +1,34 @@
 """Fields-of-experts regularizers `R(u) = gamma sum phi(A u + b)` and their learned fields.
 
 `grad R(u) = gamma A^T sigma(A u + b)` with `sigma = phi'` (Roth and Black, IJCV 82, 2009). Freeing the
-transpose, `gamma C^T sigma(A u + b)`, gives the deep equilibrium model's field.
+transpose, `gamma C^T sigma(A u + b)`, gives the deep equilibrium model's field. `A` is a dense matrix with a
+bias, or a convolution with several kernels and none.
 
 Every tensor may carry leading dimensions for a stack of models that are evaluated together.
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lib.kernels import correlate, correlate_adjoint, spectral_norm
+
 
 @dataclass(frozen=True)
 class Activation:
-    """`sigma` with its potential `phi`, `sigma = phi'`; both take `(z, tau)`, `tau` the step size."""
+    """`sigma` with its slope `sigma'` and its potential `phi`, `sigma = phi'`.
+
+    All take `(z, tau)`, `tau` the step size.
+    """
 
     sigma: Callable[[Tensor, Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor], Tensor]
     potential: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -30,17 +39,45 @@ def _softshrink(z: Tensor, tau: Tensor) -> Tensor:
 ACTIVATIONS = {
     "relu": Activation(
         sigma=lambda z, tau: z.relu(),
+        slope=lambda z, tau: (z > 0).to(z),
         potential=lambda z, tau: z.relu().square() / 2,
     ),
     "softshrink": Activation(
         sigma=_softshrink,
+        slope=lambda z, tau: (z.abs() > tau).to(z),
         potential=lambda z, tau: _softshrink(z, tau).square() / 2,
     ),
     "identity": Activation(
         sigma=lambda z, tau: z,
+        slope=lambda z, tau: torch.ones_like(z),
         potential=lambda z, tau: z.square() / 2,
     ),
 }
+
+
+def smoothed_sign(sharpness: float) -> Activation:
+    """`sigma(z) = tanh(s z)` and `phi(z) = log(cosh(s z)) / s`, the smoothed sign and modulus.
+
+    With finite differences as kernels `R` is a smoothed total variation.
+
+    Args:
+        sharpness: `s`, the slope of `sigma` at zero.
+    """
+
+    # torch.sigmoid is several times faster than torch.tanh on a CPU.
+    def sigma(z: Tensor) -> Tensor:
+        return 2 * torch.sigmoid(2 * sharpness * z) - 1
+
+    def potential(z: Tensor) -> Tensor:
+        # log cosh x without overflow
+        x = (sharpness * z).abs()
+        return (x + torch.log1p(torch.exp(-2 * x)) - math.log(2)) / sharpness
+
+    return Activation(
+        sigma=lambda z, tau: sigma(z),
+        slope=lambda z, tau: sharpness * (1 - sigma(z).square()),
+        potential=lambda z, tau: potential(z),
+    )
 
 
 def affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
@@ -48,7 +85,80 @@ def affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     return torch.baddbmm(b, x, W) if x.dim() == W.dim() == 3 else x @ W + b
 
 
-class FieldsOfExperts(nn.Module):
+def broadcast(value: Tensor, like: Tensor) -> Tensor:
+    """A value per model, `(*stack)`, with the dimensions behind it that `like` has."""
+    return value.view(*value.shape, *[1] * (like.dim() - value.dim()))
+
+
+class FieldsOfExperts(nn.Module, ABC):
+    """What dense and convolutional fields of experts share.
+
+    Attributes:
+        A: analysis weights.
+        C: synthesis weights, or None where they are tied, `C = A`, which makes the field a gradient.
+        activation: `sigma`, its slope and its potential.
+    """
+
+    A: nn.Parameter
+    C: nn.Parameter | None
+    activation: Activation
+
+    @abstractmethod
+    def analysis(self, u: Tensor) -> Tensor:
+        """`A u + b`, the experts of images `u` `(*stack, batch, C, H, W)`."""
+
+    @abstractmethod
+    def analysis_of_synthesis(self, w: Tensor) -> Tensor:
+        """`C w`, `w` like `u`."""
+
+    @abstractmethod
+    def synthesis(self, z: Tensor, u: Tensor) -> Tensor:
+        """`C^T z`, like `u`, of experts `z`."""
+
+    @abstractmethod
+    def adjoint_analysis(self, z: Tensor, u: Tensor) -> Tensor:
+        """`A^T z`, like `u`, of experts `z`."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that act on images, by name, with the leading dimensions of the stack."""
+
+    def refresh(self) -> None:
+        """Called whenever the parameters have changed."""
+
+    def field(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
+        """`gamma C^T sigma(A u + b)`, which is `grad R(u)` when `C = A`.
+
+        Args:
+            u: `(*stack, batch, C, H, W)`, images.
+            gamma: `(*stack)`, weight of the regularizer.
+            tau: `(*stack)`, step size, which is the threshold of softshrink.
+
+        Returns:
+            Tensor like `u`.
+        """
+        z = self.analysis(u)
+        return broadcast(gamma, u) * self.synthesis(self.activation.sigma(z, broadcast(tau, z)), u)
+
+    @torch.no_grad()
+    def vjp(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Callable[[Tensor], Tensor]:
+        """The transposed Jacobian of `field` at `u`, `w -> gamma A^T (sigma'(A u + b) * C w)`."""
+        z = self.analysis(u)
+        slope = self.activation.slope(z, broadcast(tau, z))
+
+        def transposed_jacobian(w: Tensor) -> Tensor:
+            return broadcast(gamma, w) * self.adjoint_analysis(slope * self.analysis_of_synthesis(w), w)
+
+        return transposed_jacobian
+
+    def energy(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
+        """`R(u) = gamma sum phi(A u + b)` of every image, `(*stack, batch)`."""
+        z = self.analysis(u)
+        potential = self.activation.potential(z, broadcast(tau, z))
+        return gamma[..., None] * potential.flatten(u.dim() - 3).sum(-1)
+
+
+class DenseFieldsOfExperts(FieldsOfExperts):
     """Dense fields of experts: `A` mixes all pixels of an image of `n` pixels into `m` experts.
 
     Args:
@@ -69,25 +179,85 @@ class FieldsOfExperts(nn.Module):
         """`A u + b`, `(*stack, batch, m)`, of images `u` `(*stack, batch, C, H, W)`."""
         return affine(u.flatten(-3), self.A.mT, self.b[..., None, :])
 
-    def field(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
-        """`gamma C^T sigma(A u + b)`, which is `grad R(u)` when `C = A`.
+    def analysis_of_synthesis(self, w: Tensor) -> Tensor:
+        return w.flatten(-3) @ (self.A if self.C is None else self.C).mT
 
-        Args:
-            u: `(*stack, batch, C, H, W)`, images.
-            gamma: `(*stack)`, weight of the regularizer.
-            tau: `(*stack)`, step size, which is the threshold of softshrink.
+    def synthesis(self, z: Tensor, u: Tensor) -> Tensor:
+        return (z @ (self.A if self.C is None else self.C)).view_as(u)
 
-        Returns:
-            Tensor like `u`.
-        """
-        synthesis = self.A if self.C is None else self.C
-        experts = self.activation.sigma(self.analysis(u), tau[..., None, None])
-        return ((gamma[..., None, None] * experts) @ synthesis).view_as(u)
+    def adjoint_analysis(self, z: Tensor, u: Tensor) -> Tensor:
+        return (z @ self.A).view_as(u)
 
-    def energy(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
-        """`R(u) = gamma sum phi(A u + b)` of every image, `(*stack, batch)`."""
-        potential = self.activation.potential(self.analysis(u), tau[..., None, None])
-        return gamma[..., None] * potential.sum(-1)
+    def weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+
+GRADIENT_NORM = 2.7300944
+"""The norm to which kernels are scaled, the paper's for the finite-difference gradient."""
+
+FIRST_ITERATIONS, REFRESHING_ITERATIONS = 500, 10
+"""Power iterations for kernels never seen before, and after a small change of the kernels."""
+
+
+class ConvFieldsOfExperts(FieldsOfExperts):
+    """Convolutional fields of experts: `F` kernels, zero padding, no bias (see `lib.kernels`).
+
+    In training each of `A` and `C` acts as `GRADIENT_NORM A / ||A||`. The norm is that of the operator on
+    images of the training's size. It is refreshed after every optimizer step, by power iterations that go
+    on from the last direction, and is a constant for the gradient, as in the paper.
+
+    Args:
+        A: `(*stack, F, k, k)`, analysis kernels, `k` odd.
+        C: `(*stack, F, k, k)`, or None to tie `C = A`, which makes the field a gradient.
+        activation: such as `smoothed_sign(100)`.
+        direction: `(*stack, 1, 1, H, W)`, image from which the power iterations start; None takes the
+            kernels as they are.
+    """
+
+    scales: Tensor
+    directions: Tensor
+
+    def __init__(
+        self, A: Tensor, C: Tensor | None, activation: Activation, direction: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.A = nn.Parameter(A)
+        self.C = None if C is None else nn.Parameter(C)
+        self.activation = activation
+        sets = 1 if C is None else 2
+        self.normalized = direction is not None
+        self.register_buffer("scales", A.new_ones(*A.shape[:-3], sets))
+        if direction is not None:
+            self.register_buffer("directions", torch.stack([direction] * sets, dim=-5))
+            self.refresh(FIRST_ITERATIONS)
+
+    def refresh(self, iterations: int = REFRESHING_ITERATIONS) -> None:
+        """Measure the norms of the kernels, where they are to be normalized."""
+        if self.normalized:
+            kernels = torch.stack([k.detach() for k in (self.A, self.C) if k is not None], dim=-4)
+            norms, self.directions = spectral_norm(kernels, self.directions, iterations)
+            self.scales = GRADIENT_NORM / norms
+
+    def _kernels(self, name: str) -> Tensor:
+        if name == "C" and self.C is not None:
+            return self.scales[..., 1, None, None, None] * self.C
+        return self.scales[..., 0, None, None, None] * self.A
+
+    def analysis(self, u: Tensor) -> Tensor:
+        """`A u`, `(*stack, batch, F r r, blocks)`, block by block, of images `(*stack, batch, 1, H, W)`."""
+        return correlate(self._kernels("A"), u)
+
+    def analysis_of_synthesis(self, w: Tensor) -> Tensor:
+        return correlate(self._kernels("C"), w)
+
+    def synthesis(self, z: Tensor, u: Tensor) -> Tensor:
+        return correlate_adjoint(self._kernels("C"), z, *u.shape[-2:])
+
+    def adjoint_analysis(self, z: Tensor, u: Tensor) -> Tensor:
+        return correlate_adjoint(self._kernels("A"), z, *u.shape[-2:])
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: self._kernels(name).detach() for name, _ in self.named_parameters()}
 
 
 def initial_weights(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

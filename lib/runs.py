@@ -32,12 +32,11 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 from IPython.display import clear_output
-from torch import Tensor
 from tqdm import tqdm
 
-from lib.config import RunConfig
-from lib.data import FACES_FILES, MNIST_FILES, mnist
-from lib.models import FixedPointModel, build_model
+from lib.config import FacesConfig
+from lib.data import FACES_FILES, MNIST_FILES, photograph_files
+from lib.models import FixedPointModel
 from lib.store import (
     REPOSITORY,
     RESULTS,
@@ -51,12 +50,16 @@ from lib.training import (
     DIVERGED,
     OUT_OF_TIME,
     TEST_BATCH,
+    Config,
     Member,
     Trainer,
-    make_operator,
+    Weights,
+    image_shape,
+    load_images,
     read_checkpoint,
     shared,
     total_steps,
+    trained_model,
 )
 
 DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
@@ -64,6 +67,7 @@ DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
 RESULT_MODULES = (
     "data",
     "implicit",
+    "kernels",
     "models",
     "operators",
     "regularizer",
@@ -78,8 +82,8 @@ wait for each other: with 100 images of 28x28 a stack of 64 is up to twice slowe
 (`results/bench/`). An accelerator needs millions of numbers to be busy.
 """
 
-SOLVER_BUFFERS = 16
-"""Tensors of a batch's size that a solve and a recorded step hold beside Anderson's history."""
+SOLVER_BUFFERS, EXPERT_BUFFERS = 12, 4
+"""Tensors of a batch's size, and per expert, that a solve and a recorded step hold beside the history."""
 
 POLL_SECONDS = 2.0
 """Between two looks at the runs that another process is training."""
@@ -106,14 +110,22 @@ def _is_docstring(node: ast.stmt) -> bool:
     )
 
 
-def run_key(config: RunConfig) -> str:
+def run_key(config: Config) -> str:
     """Key of a run: a digest of its configuration, its data and the code that can change its result."""
     identity = {
         "config": config.model_dump(),
-        "data": DATA_DIGESTS[config.dataset],
+        "data": data_digests(config),
         "code": code_version(),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def data_digests(config: Config) -> dict[str, str]:
+    """Digests of the files that a configuration's images come from."""
+    if config.dataset in DATA_DIGESTS or not isinstance(config, FacesConfig):
+        return DATA_DIGESTS[config.dataset]
+    files = photograph_files(config.dataset, config.train_images, config.test_images)
+    return {path.name: f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files}
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
@@ -142,28 +154,24 @@ class Run:
         history: a row per epoch, epoch 0 being the untrained model; columns `epoch`, `seconds`,
             `train_loss`, `test_loss`, `test_psnr` (dB) and, for the solves `forward`, `backward`
             (training) and `test`, the means of `_steps` and `_residual` and the share `_unconverged`.
-        weights: `A`, `b` and, for a DEQ, `C`.
+        weights: `A`, `b` unless they are kernels and, for a DEQ, `C`.
         provenance: data digests, code version, environment and seconds.
     """
 
     key: str
-    config: RunConfig
+    config: Config
     status: str
     reason: str
     history: pd.DataFrame
-    weights: dict[str, Tensor]
+    weights: Weights
     provenance: dict[str, Any]
 
-    def model(self, stacked: bool = False) -> FixedPointModel:
-        """The trained model; `stacked` gives it the leading dimension that it was trained with."""
-        c = self.config
-        w = {name: weight[None] if stacked else weight for name, weight in self.weights.items()}
-        numbers = {
-            name: torch.tensor([value] if stacked else value)
-            for name, value in (("tau", c.tau), ("lam", c.lam), ("gamma", c.gamma))
-        }
-        weights = (w["A"], w["b"], w.get("C", w["A"]))
-        return build_model(c.model, make_operator(c), weights, c.sigma, **numbers)
+    def model(self, stacked: bool = False, shape: tuple[int, int] | None = None) -> FixedPointModel:
+        """The trained model; `stacked` gives it the leading dimension that it was trained with.
+
+        Convolutional models take images of another `shape` too.
+        """
+        return trained_model(self.config, self.weights, stacked, shape)
 
 
 def default_device() -> torch.device:
@@ -180,16 +188,19 @@ def workers(device: torch.device) -> int:
     return cores() if device.type == "cpu" else 1
 
 
-def stack_size(config: RunConfig, device: torch.device) -> int:
+def stack_size(config: Config, device: torch.device) -> int:
     """How many configurations like this one to train together, at most.
 
     A member needs its weights, their gradient and Adam's two moments, and per image of a batch the
     solver's history and the iterates of a step. Half of the device's free memory is filled, as far as
     `STACK_NUMBERS` allows.
     """
-    n = config.size**2
-    weights = n * n * (2 if config.model == "deq" else 1) + n
-    images = max(config.batch_size, TEST_BATCH) * n * (2 * config.memory + SOLVER_BUFFERS)
+    height, width = image_shape(config)
+    n = height * width
+    experts = config.filters if isinstance(config, FacesConfig) else 1
+    weights = 0 if isinstance(config, FacesConfig) else n * n * (2 if config.model == "deq" else 1) + n
+    buffers = 2 * config.memory + SOLVER_BUFFERS + EXPERT_BUFFERS * experts
+    images = max(config.batch_size, min(TEST_BATCH, config.test_images)) * n * buffers
     member = 4 * (4 * weights + images)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -199,13 +210,13 @@ def stack_size(config: RunConfig, device: torch.device) -> int:
     return max(1, min(largest, free // 2 // member))
 
 
-def stacks(configs: Iterable[RunConfig], device: torch.device) -> list[list[RunConfig]]:
+def stacks(configs: Iterable[Config], device: torch.device) -> list[list[Config]]:
     """Configurations in groups that train together, as large as the device allows.
 
     Members with like steps stay together, since they need about as many solver steps as each other.
     The groups take turns, so that a sweep's first minutes are a sample of all of it.
     """
-    groups: dict[RunConfig, list[RunConfig]] = {}
+    groups: dict[Config, list[Config]] = {}
     for config in configs:
         groups.setdefault(shared(config), []).append(config)
     chunks = []
@@ -216,7 +227,7 @@ def stacks(configs: Iterable[RunConfig], device: torch.device) -> list[list[RunC
     return [stack for turn in zip_longest(*chunks) for stack in turn if stack]
 
 
-def get_runs(configs: Sequence[RunConfig], results: Path | str | None = None) -> list[Run]:
+def get_runs(configs: Sequence[Config], results: Path | str | None = None) -> list[Run]:
     """The runs of some configurations, trained if they are not stored (see `train_runs`).
 
     Args:
@@ -230,7 +241,7 @@ def get_runs(configs: Sequence[RunConfig], results: Path | str | None = None) ->
     return [get_run(config, results) for config in configs]
 
 
-def get_run(config: RunConfig, results: Path | str | None = None) -> Run:
+def get_run(config: Config, results: Path | str | None = None) -> Run:
     """The run of a configuration: loaded if it is stored, else trained, resuming where it was killed.
 
     Two processes that ask for the same run do the work once: the second one waits and loads.
@@ -275,7 +286,7 @@ class Progress:
 Report = Callable[[Progress], object]
 
 
-def train_runs(configs: Sequence[RunConfig], results: Path | str | None = None) -> None:
+def train_runs(configs: Sequence[Config], results: Path | str | None = None) -> None:
     """Train all configurations that are not stored yet, in stacks, with one process per core.
 
     Runs that another process is training are left to it, and waited for. When one training fails or this
@@ -293,7 +304,12 @@ def train_runs(configs: Sequence[RunConfig], results: Path | str | None = None) 
     waiting = [config for config in configs if not is_stored(config, results)]
     if not waiting:
         return
-    mnist("test", 1)  # here, where a missing download is reported once
+    train_runs(
+        [c.initial for c in waiting if isinstance(c, FacesConfig) and isinstance(c.initial, FacesConfig)],
+        results,
+    )
+    for config in {config.dataset: config for config in waiting}.values():
+        load_images(config)  # here, where a missing download is reported once
     # The bar goes to the terminal or, in a notebook, into an output that is cleared in the end.
     interval = 0.2 if sys.stderr.isatty() else 5.0
     names = {f"{config.model} {config.task}" for config in waiting}
@@ -324,7 +340,7 @@ def train_runs(configs: Sequence[RunConfig], results: Path | str | None = None) 
         clear_output()
 
 
-def _train_in_processes(todo: Sequence[list[RunConfig]], results: Path | str | None, report: Report) -> None:
+def _train_in_processes(todo: Sequence[list[Config]], results: Path | str | None, report: Report) -> None:
     """Train stacks in as many processes as the device takes, each with the next stack when it is free."""
     context = multiprocessing.get_context("spawn")
     reports = context.SimpleQueue()
@@ -376,7 +392,7 @@ def _interrupts_ignored() -> Iterator[None]:
 
 
 def _work(
-    todo: Sequence[list[RunConfig]],
+    todo: Sequence[list[Config]],
     taken: Synchronized[int],
     results: Path | str | None,
     reports: SimpleQueue[Progress | str],
@@ -408,7 +424,7 @@ def _work(
             return
 
 
-def _is_locked(config: RunConfig, results: Path | str | None) -> bool:
+def _is_locked(config: Config, results: Path | str | None) -> bool:
     """Whether another process is training a run."""
     try:
         with FileLock(run_folder(config, results) / "lock", timeout=0):
@@ -417,7 +433,7 @@ def _is_locked(config: RunConfig, results: Path | str | None) -> bool:
         return True
 
 
-def train_stack(configs: Sequence[RunConfig], results: Path | str | None, report: Report) -> None:
+def train_stack(configs: Sequence[Config], results: Path | str | None, report: Report) -> None:
     """Train and store those configurations of a stack that no other process has stored or is training."""
     with ExitStack() as locks:
         mine = []
@@ -433,9 +449,9 @@ def train_stack(configs: Sequence[RunConfig], results: Path | str | None, report
         _train(mine, results, report)
 
 
-def _train(configs: Sequence[RunConfig], results: Path | str | None, report: Report) -> None:
+def _train(configs: Sequence[Config], results: Path | str | None, report: Report) -> None:
     """Train configurations of one stack, whose locks are held: those of one epoch together."""
-    by_epoch: dict[int, list[tuple[RunConfig, bytes | None]]] = {}
+    by_epoch: dict[int, list[tuple[Config, bytes | None]]] = {}
     for config in configs:
         epoch, checkpoint = _read_checkpoint(config, results)
         by_epoch.setdefault(epoch, []).append((config, checkpoint))
@@ -444,7 +460,7 @@ def _train(configs: Sequence[RunConfig], results: Path | str | None, report: Rep
         _train_together([config for config, _ in pairs], checkpoints if epoch else None, results, report)
 
 
-def _read_checkpoint(config: RunConfig, results: Path | str | None) -> tuple[int, bytes | None]:
+def _read_checkpoint(config: Config, results: Path | str | None) -> tuple[int, bytes | None]:
     """The checkpoint of a run and its epoch, or epoch 0 and None where there is none that can be used."""
     path = run_folder(config, results) / "checkpoint.pt"
     if not path.exists():
@@ -458,12 +474,14 @@ def _read_checkpoint(config: RunConfig, results: Path | str | None) -> tuple[int
 
 
 def _train_together(
-    configs: Sequence[RunConfig],
+    configs: Sequence[Config],
     checkpoints: Sequence[bytes] | None,
     results: Path | str | None,
     report: Report,
 ) -> None:
-    trainer = Trainer(configs, default_device(), checkpoints)
+    initial = getattr(configs[0], "initial", None)
+    start = get_run(initial, results).weights if isinstance(initial, FacesConfig) else None
+    trainer = Trainer(configs, default_device(), checkpoints, start)
     stored: set[int] = set()
     reported = trainer.step * len(configs)
     report(Progress(steps=reported, resumed=reported))
@@ -490,16 +508,16 @@ def _train_together(
     keep(trainer)
 
 
-def run_folder(config: RunConfig, results: Path | str | None = None) -> Path:
+def run_folder(config: Config, results: Path | str | None = None) -> Path:
     """The folder of a run in the store."""
     return Path(results or RESULTS) / "runs" / run_key(config)
 
 
-def is_stored(config: RunConfig, results: Path | str | None = None) -> bool:
+def is_stored(config: Config, results: Path | str | None = None) -> bool:
     return (run_folder(config, results) / "run.json").exists()
 
 
-def read_record(config: RunConfig, results: Path | str | None = None) -> dict[str, Any] | None:
+def read_record(config: Config, results: Path | str | None = None) -> dict[str, Any] | None:
     """What is stored of a run beside its weights, or None; a record that cannot be used is set aside."""
     path = run_folder(config, results) / "run.json"
     try:
@@ -517,7 +535,7 @@ def read_record(config: RunConfig, results: Path | str | None = None) -> dict[st
     return record
 
 
-def _load(folder: Path, config: RunConfig) -> Run | None:
+def _load(folder: Path, config: Config) -> Run | None:
     record = read_record(config, folder.parents[1])
     if record is None:
         return None
@@ -556,7 +574,7 @@ def _store(member: Member, results: Path | str | None) -> None:
             for row in member.history
         ],
         "provenance": {
-            "data": DATA_DIGESTS[member.config.dataset],
+            "data": data_digests(member.config),
             "code": code_version(),
             "environment": environment(default_device()),
             "seconds": member.seconds,

@@ -13,17 +13,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lib import data
-from lib.config import RunConfig
+from lib.config import FacesConfig, RunConfig, TrainingConfig
 from lib.implicit import implicit_fixed_point
-from lib.models import FixedPointModel, build_model
+from lib.kernels import initial_kernels
+from lib.models import FixedPointModel, build_conv_model, build_model
 from lib.operators import Operator, forward_operator
-from lib.regularizer import initial_weights
+from lib.regularizer import initial_weights, smoothed_sign
 from lib.solvers import Anderson, PlainIteration, Solution, Solver, Status, fixed_point
 
 COMPLETED, DIVERGED, OUT_OF_TIME = "completed", "diverged", "out of time"
@@ -40,7 +41,10 @@ TEST_BATCH = 100
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state, which a checkpoint holds behind each parameter."""
 
+Config = RunConfig | FacesConfig
+ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 Metrics = dict[str, float]
+Weights = dict[str, Tensor]
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
@@ -50,23 +54,99 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def make_solver(config: RunConfig) -> Solver:
+def make_solver(config: TrainingConfig) -> Solver:
     if config.solver == "plain":
         return PlainIteration(config.tol, config.max_steps)
     return Anderson(config.tol, config.max_steps, config.memory, config.regularization, config.beta)
 
 
-def make_operator(config: RunConfig) -> Operator:
-    return forward_operator(config.task, config.size, config.size)
+def load_images(config: Config) -> dict[str, Tensor]:
+    """The images of a configuration, `train` and `test`, `(N, 1, H, W)` in [-1, 1].
+
+    Raises:
+        DataError: the data cannot be had.
+    """
+    if isinstance(config, FacesConfig):
+        return data.photographs(config.dataset, config.train_images, config.test_images, config.reduction)
+    counts = {"train": config.train_images, "test": config.test_images}
+    return {split: data.mnist(split, count, config.size) for split, count in counts.items()}
 
 
-def make_model(configs: Sequence[RunConfig]) -> FixedPointModel:
-    """The untrained models of a stack, with one leading dimension of `len(configs)`."""
+def image_shape(config: Config) -> tuple[int, int]:
+    """Height and width of the images of a configuration in pixels."""
+    if isinstance(config, RunConfig):
+        return config.size, config.size
+    height, width = load_images(config)["test"].shape[-2:]
+    return height, width
+
+
+def make_operator(config: Config, shape: tuple[int, int] | None = None) -> Operator:
+    """The operator `K` of a configuration, for images of another shape where one is given."""
+    height, width = shape or image_shape(config)
+    if isinstance(config, FacesConfig):
+        return forward_operator(config.task, height, width, faces=True, blur=config.blur)
+    return forward_operator(config.task, height, width)
+
+
+def make_model(configs: Sequence[Config], start: Weights | None = None) -> FixedPointModel:
+    """The untrained models of a stack, with one leading dimension of `len(configs)`.
+
+    Args:
+        configs: of the members, which differ at most in `STACKED`.
+        start: the weights to start from when `initial` is another run's configuration.
+    """
     first = configs[0]
-    weights = initial_weights(first.size**2, generator(first.seed, "weights"))
-    A, b, C = (w.expand(len(configs), *w.shape).clone() for w in weights)
-    numbers = {k: torch.tensor([getattr(c, k) for c in configs]) for k in ("tau", "lam", "gamma")}
-    return build_model(first.model, make_operator(first), (A, b, C), first.sigma, **numbers)
+    shape = image_shape(first)
+
+    def stacked(weight: Tensor) -> Tensor:
+        return weight.expand(len(configs), *weight.shape).clone()
+
+    if isinstance(first, RunConfig):
+        drawn = initial_weights(first.size**2, generator(first.seed, "weights"))
+        start = dict(zip(("A", "b", "C"), drawn, strict=True))
+    elif isinstance(first.initial, str):
+        draws = generator(first.seed, "kernels")
+        A = initial_kernels(first.initial, first.filters, first.filter_size, draws)
+        start = {"A": A, "C": A}
+    elif start is None:
+        raise ValueError("start: got None, allowed: the weights of the run that `initial` names")
+    weights = {name: stacked(weight) for name, weight in start.items()}
+    direction = stacked(torch.randn(1, 1, *shape, generator=generator(first.seed, "direction")))
+    return _model(configs, weights, make_operator(first, shape), direction)
+
+
+def trained_model(
+    config: Config, weights: Weights, stacked: bool = False, shape: tuple[int, int] | None = None
+) -> FixedPointModel:
+    """The model with weights that a training ended with.
+
+    Args:
+        config: of the training.
+        weights: `A`, `b` or none, and for a DEQ `C`.
+        stacked: give it the leading dimension that it was trained with.
+        shape: of the images; that of the training's when None.
+    """
+    if stacked:
+        weights = {name: weight[None] for name, weight in weights.items()}
+    return _model([config] if stacked else config, weights, make_operator(config, shape))
+
+
+def _model(
+    configs: Sequence[Config] | Config, weights: Weights, operator: Operator, direction: Tensor | None = None
+) -> FixedPointModel:
+    first = configs[0] if isinstance(configs, Sequence) else configs
+    numbers = {
+        name: torch.tensor(
+            [getattr(c, name) for c in configs] if isinstance(configs, Sequence) else getattr(configs, name)
+        )
+        for name in ("tau", "lam", "gamma")
+    }
+    C = weights.get("C", weights["A"])
+    if isinstance(first, RunConfig):
+        matrices = (weights["A"], weights["b"], C)
+        return build_model(first.model, operator, matrices, first.sigma, **numbers)
+    activation = smoothed_sign(first.sharpness)
+    return build_conv_model(first.model, operator, (weights["A"], C), activation, direction, **numbers)
 
 
 def observe(operator: Operator, images: Tensor, noise: Tensor, n: Tensor) -> Tensor:
@@ -81,14 +161,19 @@ def observe(operator: Operator, images: Tensor, noise: Tensor, n: Tensor) -> Ten
     return operator.forward(images) + noise[..., None, None, None, None] * n
 
 
-def solve(model: FixedPointModel, f: Tensor, config: RunConfig) -> Solution:
+def first_iterate(f: Tensor, config: TrainingConfig) -> Tensor:
+    """`u^0` for the data `f`."""
+    return f if config.start == "data" else torch.zeros_like(f)
+
+
+def solve(model: FixedPointModel, f: Tensor, config: TrainingConfig) -> Solution:
     """Reconstruct the data `f`, `(*stack, N, C, H, W)`, with a model and its configuration's solver."""
-    return fixed_point(model.step_map(f), torch.zeros_like(f), make_solver(config))
+    return fixed_point(model.step_map(f), first_iterate(f, config), make_solver(config))
 
 
-def test_noise(config: RunConfig) -> Tensor:
+def test_noise(config: Config) -> Tensor:
     """The noise `n` of the test images, `(N, 1, H, W)`: the same in every epoch and every figure."""
-    shape = (config.test_images, 1, config.size, config.size)
+    shape = (config.test_images, 1, *image_shape(config))
     return torch.randn(shape, generator=generator(config.seed, "test noise"))
 
 
@@ -97,17 +182,20 @@ def psnr(mse: Tensor) -> Tensor:
     return 10 * torch.log10(4 / mse.clamp_min(1e-12))
 
 
-def learning_rate(config: RunConfig, step: int, total: int) -> float:
-    """Cosine decay from `learning_rate` to `final_learning_rate` over all optimizer steps."""
+def learning_rate(config: TrainingConfig, step: int, total: int) -> float:
+    """Decay from `learning_rate` to `final_learning_rate` over all optimizer steps, linear or as a cosine."""
     low, high = config.final_learning_rate, config.learning_rate
-    return low + (high - low) * (1 + math.cos(math.pi * step / total)) / 2
+    passed = step / total
+    return low + (high - low) * (
+        1 - passed if config.schedule == "linear" else (1 + math.cos(math.pi * passed)) / 2
+    )
 
 
-def steps_per_epoch(config: RunConfig) -> int:
+def steps_per_epoch(config: Config) -> int:
     return math.ceil(config.train_images / config.batch_size)
 
 
-def total_steps(config: RunConfig) -> int:
+def total_steps(config: Config) -> int:
     return config.epochs * steps_per_epoch(config)
 
 
@@ -120,15 +208,15 @@ class Member:
         history: a row of metrics per epoch; epoch 0 is the untrained model.
         status: `completed`, `diverged`, `out of time`, or empty while it trains.
         reason: why it did not complete.
-        weights: `A`, `b` and, for a DEQ, `C`, once it has ended.
+        weights: what `FieldsOfExperts.weights` returns, once it has ended.
         seconds: of computation that it was charged with.
     """
 
-    config: RunConfig
+    config: Config
     history: list[Metrics] = field(default_factory=list)
     status: str = ""
     reason: str = ""
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    weights: Weights = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -161,6 +249,12 @@ def _solver_metrics(name: str, solution: Solution) -> dict[str, Tensor]:
     }
 
 
+def _usable(solution: Solution, otherwise: Tensor) -> Tensor:
+    """The solution as a first iterate of the next epoch; a sample that diverged starts afresh."""
+    diverged = (solution.status == Status.DIVERGED)[..., None, None, None]
+    return torch.where(diverged, otherwise, solution.value.detach())
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Compute on one thread: results then do not depend on how many cores there are.
@@ -176,9 +270,9 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def shared(config: RunConfig) -> RunConfig:
+def shared(config: ConfigT) -> ConfigT:
     """What a configuration has in common with every member of its stack."""
-    return config.model_copy(update={name: RunConfig.model_fields[name].default for name in STACKED})
+    return config.model_copy(update={name: type(config).model_fields[name].default for name in STACKED})
 
 
 class Trainer:
@@ -189,6 +283,7 @@ class Trainer:
         device: where to train.
         checkpoints: for each member what `Trainer.checkpoint` returned, to go on from there. The members
             need not have been in one stack before.
+        start: the weights to start from when `initial` is another run's configuration.
 
     Raises:
         ValueError: the configurations cannot share a stack, or the checkpoints are of different epochs.
@@ -196,9 +291,10 @@ class Trainer:
 
     def __init__(
         self,
-        configs: Sequence[RunConfig],
+        configs: Sequence[Config],
         device: torch.device | str = "cpu",
         checkpoints: Sequence[bytes] | None = None,
+        start: Weights | None = None,
     ) -> None:
         self.config = configs[0]
         if any(shared(config) != shared(self.config) for config in configs):
@@ -208,14 +304,16 @@ class Trainer:
         self.alive = list(range(len(configs)))
         self.epoch = 0
         self.step = 0
-        self.operator = make_operator(self.config)
         self.solver = make_solver(self.config)
-        self.model = make_model(configs).to(self.device)
+        with one_thread():
+            self.model = make_model(configs, start).to(self.device)
         self.noise = torch.tensor([c.noise for c in configs], device=self.device)
         # Not fused: that kernel rounds a tensor's last numbers otherwise, and members would not be equal.
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=self.config.learning_rate, foreach=False, fused=False
         )
+        self.warm = isinstance(self.config, FacesConfig) and self.config.warm_start
+        self.solutions: dict[str, Tensor] = {}
         if checkpoints is not None:
             self._restore(checkpoints)
 
@@ -234,9 +332,8 @@ class Trainer:
         Returns:
             The members, in the order of their configurations.
         """
-        size = self.config.size
-        images = data.mnist("train", self.config.train_images, size).to(self.device)
-        test_images = data.mnist("test", self.config.test_images, size).to(self.device)
+        loaded = load_images(self.config)
+        images, test_images = loaded["train"].to(self.device), loaded["test"].to(self.device)
         if self.epoch == 0:
             self._record(self._evaluate(test_images))
         while self.alive and self.epoch < self.config.epochs:
@@ -244,7 +341,9 @@ class Trainer:
             if not self.alive:
                 break
             self.epoch += 1
-            self._record(self._evaluate(test_images), training)
+            last = self.epoch == self.config.epochs
+            tested = last or self.epoch % self.config.test_every == 0
+            self._record(self._evaluate(test_images) if tested else None, training)
             on_epoch(self)
         self._end(COMPLETED, dict.fromkeys(range(len(self.alive)), ""))
         return self.members
@@ -253,6 +352,8 @@ class Trainer:
         seed = self.config.seed
         order = torch.randperm(len(images), generator=generator(seed, "order", self.epoch))
         draws = generator(seed, "noise", self.epoch)
+        if self.warm:
+            order, draws = torch.arange(len(images)), generator(seed, "noise")
         meter = _Meter()
         for indices in order.split(self.config.batch_size):
             batch = images[indices.to(self.device)]
@@ -266,10 +367,15 @@ class Trainer:
 
     def _train_step(self, images: Tensor, n: Tensor, meter: _Meter) -> None:
         start = time.perf_counter()
-        f = observe(self.operator, images, self.noise, n)
+        f = observe(self.model.operator, images, self.noise, n)
         adjoint: list[Solution] = []
         solution = implicit_fixed_point(
-            self.model.step_map(f), torch.zeros_like(f), self.solver, on_adjoint=adjoint.append
+            self.model.step_map(f),
+            self.solutions.get("forward", first_iterate(f, self.config)),
+            self.solver,
+            on_adjoint=adjoint.append,
+            vjp=self.model.vjp,
+            w0=self.solutions.get("backward"),
         )
         loss = (solution.value - images).square().mean((-4, -3, -2, -1))
         sane = loss.detach() <= LOSS_LIMIT
@@ -279,6 +385,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step, total_steps(self.config))
         self.optimizer.step()
+        self.model.regularizer.refresh()
+        if self.warm:
+            self.solutions = {
+                "forward": _usable(solution, first_iterate(f, self.config)),
+                "backward": _usable(adjoint[0], torch.zeros_like(f)),
+            }
         self.step += 1
         self._charge(start, solution.steps.double().mean(-1) + adjoint[0].steps.double().mean(-1))
         meter.add(
@@ -313,7 +425,7 @@ class Trainer:
         meter = _Meter()
         steps: Tensor | float = 0.0
         for batch, batch_n in zip(images.split(TEST_BATCH), n.split(TEST_BATCH), strict=True):
-            f = observe(self.operator, batch, self.noise, batch_n)
+            f = observe(self.model.operator, batch, self.noise, batch_n)
             solution = solve(self.model, f, self.config)
             mse = (solution.value - batch).square().mean((-3, -2, -1))
             meter.add(
@@ -326,14 +438,14 @@ class Trainer:
         self._charge(start, torch.as_tensor(steps))
         return meter
 
-    def _record(self, test: _Meter, training: _Meter | None = None) -> None:
+    def _record(self, test: _Meter | None, training: _Meter | None = None) -> None:
         """Add a row to the history of every living member; one whose test loss is absurd has diverged."""
         lost = {}
         for position, index in enumerate(self.alive):
-            row = {"epoch": self.epoch, "seconds": self.members[index].seconds} | test.row(position)
-            if training is not None:
-                row |= training.row(position)
-            if row["test_loss"] <= LOSS_LIMIT:
+            row = {"epoch": self.epoch, "seconds": self.members[index].seconds}
+            for meter in (test, training):
+                row |= {} if meter is None else meter.row(position)
+            if test is None or row["test_loss"] <= LOSS_LIMIT:
                 self.members[index].history.append(row)
             else:
                 lost[position] = (
@@ -352,11 +464,11 @@ class Trainer:
         """Take the members at these positions out of the stack; from then on they cost nothing."""
         if not reasons:
             return
+        weights = self.model.regularizer.weights()
         for position, reason in reasons.items():
             member = self.members[self.alive[position]]
             member.status, member.reason = status, reason
-            named = self.model.regularizer.named_parameters()
-            member.weights = {name: p.data[position].cpu().clone() for name, p in named}
+            member.weights = {name: weight[position].cpu().clone() for name, weight in weights.items()}
         self._keep([position for position in range(len(self.alive)) if position not in reasons])
 
     def _keep(self, positions: Sequence[int]) -> None:
@@ -367,9 +479,11 @@ class Trainer:
             for name, value in self.optimizer.state[parameter].items():
                 if value.dim():
                     self.optimizer.state[parameter][name] = value[index]
-        for name, buffer in list(self.model.named_buffers()):
-            setattr(self.model, name, buffer[index])
+        for module in self.model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer[index])
         self.noise = self.noise[index]
+        self.solutions = {name: solution[index] for name, solution in self.solutions.items()}
         self.alive = [self.alive[position] for position in positions]
 
     def checkpoint(self, index: int) -> bytes:
@@ -384,9 +498,11 @@ class Trainer:
             state = self.optimizer.state[parameter]
             tensors = (parameter.data, *(state[moment] for moment in MOMENTS))
             weights[name] = [tensor[position].cpu().clone() for tensor in tensors]
-        buffer = io.BytesIO()
+        named = dict(self.model.regularizer.named_buffers()) | self.solutions
+        buffers = {name: tensor[position].cpu().clone() for name, tensor in named.items()}
         content = {"epoch": self.epoch, "seconds": member.seconds, "history": member.history}
-        torch.save(content | {"weights": weights}, buffer)
+        buffer = io.BytesIO()
+        torch.save(content | {"weights": weights, "buffers": buffers}, buffer)
         return buffer.getvalue()
 
     def _restore(self, checkpoints: Sequence[bytes]) -> None:
@@ -400,6 +516,12 @@ class Trainer:
             parameter.data, *moments = (torch.stack(slices).to(self.device) for slices in tensors)
             step = torch.tensor(float(self.step))
             self.optimizer.state[parameter] = {"step": step} | dict(zip(MOMENTS, moments, strict=True))
+        for name in states[0]["buffers"]:
+            buffer = torch.stack([state["buffers"][name] for state in states]).to(self.device)
+            if name in ("forward", "backward"):
+                self.solutions[name] = buffer
+            else:
+                setattr(self.model.regularizer, name, buffer)
         for member, state in zip(self.members, states, strict=True):
             member.history, member.seconds = state["history"], state["seconds"]
 

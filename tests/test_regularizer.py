@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
-from lib.regularizer import ACTIVATIONS, FieldsOfExperts, initial_weights
+from lib.regularizer import ACTIVATIONS, DenseFieldsOfExperts, FieldsOfExperts, initial_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,7 +35,7 @@ def draw_field(
     b = normal((*stack, EXPERTS), seed + 1)
     gamma, tau = normal((2, *stack), seed + 2).abs() + 0.1
     u = normal((*stack, BATCH, *SHAPE), seed + 3)
-    return FieldsOfExperts(A, b, None if tied else C, activation), u, gamma, tau
+    return DenseFieldsOfExperts(A, b, None if tied else C, activation), u, gamma, tau
 
 
 @given(NAMES, st.floats(0.01, 3), SEEDS)
@@ -101,7 +101,7 @@ def test_a_stack_is_its_members_one_at_a_time(
     assert field.shape == u.shape
     for i in itertools.product(*map(range, stack)):
         C = None if regularizer.C is None else regularizer.C[i]
-        member = FieldsOfExperts(regularizer.A[i], regularizer.b[i], C, name)
+        member = DenseFieldsOfExperts(regularizer.A[i], regularizer.b[i], C, name)
         alone = member.field(u[i], gamma[i], tau[i])
         torch.testing.assert_close(field[i], alone, rtol=1e-12, atol=1e-12)
         alone = member.energy(u[i], gamma[i], tau[i])
@@ -116,7 +116,7 @@ def test_members_of_a_stack_may_differ_in_their_numbers(name: str) -> None:
     A, b, C = (w.detach().expand(3, *w.shape) for w in (regularizer.A, regularizer.b, regularizer.C))
     gamma = torch.tensor([0.5, 1.0, 0.5], dtype=torch.float64)
     tau = torch.tensor([0.2, 0.2, 0.9], dtype=torch.float64)
-    first, doubled, shifted = FieldsOfExperts(A, b, C, name).field(u.expand(3, *u.shape), gamma, tau)
+    first, doubled, shifted = DenseFieldsOfExperts(A, b, C, name).field(u.expand(3, *u.shape), gamma, tau)
     torch.testing.assert_close(doubled, 2 * first, rtol=1e-12, atol=1e-12)
     threshold_matters = (shifted - first).norm() > 1e-3 * first.norm()
     assert threshold_matters == (name == "softshrink")
