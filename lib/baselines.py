@@ -1,0 +1,94 @@
+"""Reconstructions without learning, to compare with: total variation and harmonic inpainting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import scipy.sparse
+import scipy.sparse.linalg
+import torch
+from scipy.optimize import minimize_scalar
+from skimage.restoration import denoise_tv_chambolle
+from torch import Tensor
+
+from lib.kernels import difference_kernels
+from lib.models import FixedPointModel, build_conv_model
+from lib.operators import Operator
+from lib.regularizer import smoothed_sign
+from lib.solvers import Anderson, fixed_point
+
+Method = Callable[[Tensor, float], Tensor]
+"""Takes data `f` and a weight, and returns images, all `(N, 1, H, W)`."""
+
+DIFFERENCES_NORM = math.sqrt(8)
+"""Largest norm of the forward differences in both directions (Chambolle, JMIV 20, 2004)."""
+
+
+def chambolle(f: Tensor, weight: float) -> Tensor:
+    """Total variation denoising by scikit-image; a larger weight smooths more."""
+    images = [denoise_tv_chambolle(image, weight=weight, eps=1e-5) for image in f.squeeze(1).numpy()]
+    return torch.from_numpy(np.stack(images))[:, None]
+
+
+def tv_model(operator: Operator, lam: float, sharpness: float = 100.0) -> FixedPointModel:
+    """Our lower level with the two forward differences as kernels: smoothed anisotropic total variation."""
+    A = difference_kernels(1, 2, 3)
+    tau = 1 / (lam + sharpness * DIFFERENCES_NORM**2)
+    activation = smoothed_sign(sharpness)
+    return build_conv_model("bilevel", operator, (A, A), activation, tau=tau, lam=lam, gamma=1.0)
+
+
+def tv_reconstruction(operator: Operator, tol: float = 1e-5, max_steps: int = 500) -> Method:
+    """Reconstruction by `tv_model` for an operator; the weight is `lambda`, a larger one smooths less."""
+
+    @torch.no_grad()
+    def method(f: Tensor, weight: float) -> Tensor:
+        return fixed_point(tv_model(operator, weight).step_map(f), f, Anderson(tol, max_steps)).value
+
+    return method
+
+
+def best_weight(method: Method, f: Tensor, truth: Tensor, low: float, high: float) -> float:
+    """The weight with the smallest mean squared error, to three digits.
+
+    Args:
+        method: what is to be weighted.
+        f, truth: data and true images to choose it with, `(N, 1, H, W)`.
+        low, high: where to search.
+    """
+
+    def error(exponent: float) -> float:
+        return (method(f, math.exp(exponent)) - truth).square().mean().item()
+
+    bounds = (math.log(low), math.log(high))
+    found = minimize_scalar(error, bounds=bounds, method="bounded", options={"xatol": 0.05})
+    return float(f"{math.exp(found.x):.3g}")
+
+
+def harmonic_inpainting(f: Tensor, mask: Tensor) -> Tensor:
+    """The lost pixels solve Laplace's equation with their known neighbours as boundary values.
+
+    Args:
+        f: `(N, 1, H, W)`, known where the mask is one.
+        mask: `(H, W)`, zero where a pixel is lost.
+    """
+    lost = mask.numpy() == 0
+    height, width = lost.shape
+    number = np.full(lost.shape, -1)
+    number[lost] = np.arange(lost.sum())
+    laplacian = scipy.sparse.lil_matrix((lost.sum(), lost.sum()))
+    values = f.squeeze(1).double().numpy()
+    right = np.zeros((lost.sum(), len(values)))
+    for i, j in zip(*np.nonzero(lost), strict=True):
+        for p, q in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
+            if 0 <= p < height and 0 <= q < width:
+                laplacian[number[i, j], number[i, j]] += 1
+                if lost[p, q]:
+                    laplacian[number[i, j], number[p, q]] -= 1
+                else:
+                    right[number[i, j]] += values[:, p, q]
+    filled = values.copy()
+    filled[:, lost] = scipy.sparse.linalg.spsolve(laplacian.tocsc(), right).reshape(lost.sum(), -1).T
+    return torch.from_numpy(filled).to(f)[:, None]

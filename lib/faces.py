@@ -1,0 +1,229 @@
+"""Figures of photographs: reconstructions with their quality below, and kernels before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+from lib.baselines import best_weight, chambolle, tv_reconstruction
+from lib.config import FacesConfig, faces_config
+from lib.figures import MODEL_NAMES, STYLE, TEXT_WIDTH, Reconstructions, budget, note
+from lib.kernels import spectral_norm
+from lib.models import MODELS
+from lib.regularizer import GRADIENT_NORM
+from lib.runs import Run, get_run, get_runs
+from lib.training import (
+    Weights,
+    generator,
+    image_shape,
+    load_images,
+    make_model,
+    make_operator,
+    observe,
+    one_thread,
+    psnr,
+)
+
+FILTERS = {"11x11": (2, 11), "3x3": (30, 3)}
+"""How many kernels of which side the paper's figures have."""
+
+
+def get_face_runs(
+    profile: str,
+    task: str,
+    results: Path | str | None = None,
+    models: Sequence[str] = MODELS,
+    sizes: Sequence[str] = tuple(FILTERS),
+    **values: Any,
+) -> dict[str, Run]:
+    """The runs of some models and kernel sizes by name, such as `DEQ 3x3`, trained where they are not stored.
+
+    Args:
+        profile, task, values: as in `faces_config`.
+        results: folder of the results; the repository's when None.
+        models: which models.
+        sizes: which of `FILTERS`.
+    """
+    configs = {}
+    for size in sizes:
+        count, side = FILTERS[size]
+        for model in models:
+            own = {"model": model, "filters": count, "filter_size": side}
+            configs[f"{MODEL_NAMES[model]} {size}"] = faces_config(profile, task, **values | own)
+    # The slow ones first, so that no process waits for one of them in the end.
+    order = sorted(configs, key=lambda name: -configs[name].filters)
+    runs = dict(zip(order, get_runs([configs[name] for name in order], results), strict=True))
+    return {name: runs[name] for name in configs}
+
+
+def starting_weights(run: Run, results: Path | str | None = None) -> Weights:
+    """The kernels that a training started from, normalized as in the training."""
+    config = run.config
+    initial = config.initial if isinstance(config, FacesConfig) else None
+    start = get_run(initial, results).weights if isinstance(initial, FacesConfig) else None
+    with one_thread():
+        weights = make_model([config], start).regularizer.weights()
+    return {name: weight[0] for name, weight in weights.items()}
+
+
+def with_weights(run: Run, weights: Weights, status: str) -> Run:
+    """A run's model with other weights; the status says which."""
+    return replace(run, weights=weights, status=status, reason="", history=pd.DataFrame())
+
+
+@one_thread()
+def total_variation(config: FacesConfig, observed: Tensor, images: int = 4) -> tuple[Tensor, str]:
+    """Total variation reconstructions with the weight that is best on training images.
+
+    Denoising is scikit-image's; deblurring is our lower level with finite differences as kernels.
+
+    Args:
+        config: gives the task, the noise and the training images.
+        observed: data `(N, H, W)` to reconstruct.
+        images: how many of the training images the weight is chosen with.
+
+    Returns:
+        `(N, 1, H, W)`, and what was chosen.
+    """
+    operator = make_operator(config)
+    truth = load_images(config)["train"][:images]
+    n = torch.randn(truth.shape, generator=generator(config.seed, "noise of the baseline"))
+    f = observe(operator, truth, torch.tensor(config.noise), n)
+    if config.task == "denoising":
+        weight = best_weight(chambolle, f, truth, 0.005, 1.0)
+        return chambolle(observed[:, None], weight), f"weight {weight:g}"
+    method = tv_reconstruction(operator, tol=1e-4, max_steps=300)
+    weight = best_weight(method, f, truth, 10.0, 3000.0)
+    return method(observed[:, None], weight), f"lambda {weight:g}"
+
+
+def photograph_figure(
+    result: Reconstructions, rows: Sequence[Mapping[str, str]], profile: str, image: int = 0
+) -> Figure:
+    """One test image in a grid of reconstructions, with PSNR and SSIM of that image under each.
+
+    Args:
+        result: what to show.
+        rows: in each row, the names of the images (`truth`, `input`, or an output's) with their titles.
+        profile: name of the profile, for the line below.
+        image: index of the test image.
+    """
+    shown = {"truth": result.truth, "input": result.observed} | result.outputs
+    truth = result.truth[image]
+    aspect = truth.shape[0] / truth.shape[1]
+    columns = max(len(row) for row in rows)
+    side = min(1.6, TEXT_WIDTH / columns)
+    with plt.rc_context(STYLE):
+        size = (max(columns * side, 4.6), len(rows) * (side * aspect + 0.36) + 0.25)
+        fig, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+        fig.subplots_adjust(left=0.01, right=0.99, wspace=0.04, hspace=0.36 / (side * aspect))
+        fig.subplots_adjust(top=1 - 0.2 / fig.get_figheight(), bottom=0.4 / fig.get_figheight())
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for line, row in zip(axes, rows, strict=True):
+            for axis, (name, title) in zip(line, row.items(), strict=False):
+                picture = shown[name][image]
+                axis.imshow(picture, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+                axis.set_title(title, pad=3)
+                if name != "truth":
+                    decibels = psnr((picture - truth).square().mean()).item()
+                    ssim = structural_similarity(picture.numpy(), truth.numpy(), data_range=2)
+                    text = f"{decibels:.1f} dB, SSIM {ssim:.2f}"
+                    axis.text(0.5, -0.02, text, size=7.5, ha="center", va="top", transform=axis.transAxes)
+        experts = ", ".join(f"{count} kernels {size}" for size, (count, _) in FILTERS.items())
+        note(fig, budget(next(iter(result.runs.values())), profile, experts))
+    return fig
+
+
+def distance(weights: Weights) -> float:
+    """`||A - C|| / ||A||` of kernels; 0 where they are tied."""
+    A, C = weights["A"], weights.get("C", weights["A"])
+    return float(torch.linalg.vector_norm(A - C) / torch.linalg.vector_norm(A))
+
+
+def kernel_figure(run: Run, before: Weights, profile: str, shown: Sequence[int] | None = None) -> Figure:
+    """Kernels of `A` and of `C^T` before (first row) and after (second row) training.
+
+    Args:
+        run: the training.
+        before: the kernels that it started from.
+        profile: name of the profile, for the line below.
+        shown: which kernels; all when None. Those of `A` and of `C^T` in one row share a grey scale, whose
+            middle is 0. A kernel of `C^T` is drawn as the one of `C`, so that tied kernels look alike.
+    """
+    chosen = list(shown if shown is not None else range(len(run.weights["A"])))
+    count = len(chosen)
+    with plt.rc_context(STYLE):
+        side = min(1.25, (TEXT_WIDTH - 1.2) / (2 * count))
+        size = (max(2 * count * side + 1.2, 4.6), 2 * (side + 0.42) + 0.4)
+        fig, axes = plt.subplots(
+            2,
+            2 * count + 2,
+            figsize=size,
+            squeeze=False,
+            width_ratios=[*[1] * count, 0.2, *[1] * count, 0.09],
+        )
+        fig.subplots_adjust(left=0.075, right=1 - 0.5 / size[0], wspace=0.08, hspace=0.42 / side)
+        fig.subplots_adjust(top=1 - 0.25 / size[1], bottom=0.42 / size[1])
+        for line, weights, label in zip(axes, (before, run.weights), ("before", "after"), strict=True):
+            A, C = weights["A"], weights.get("C", weights["A"])
+            limit = max(A[chosen].abs().max().item(), C[chosen].abs().max().item())
+            drawn = [*[("A", i, A) for i in chosen], None, *[("C^\\top", i, C) for i in chosen]]
+            for axis, kernel in zip(line, drawn, strict=False):
+                axis.set(xticks=[], yticks=[])
+                if kernel is None:
+                    axis.set_axis_off()
+                    continue
+                name, i, kernels = kernel
+                picture = axis.imshow(kernels[i], cmap="gray", vmin=-limit, vmax=limit)
+                axis.set_title(rf"${name}_{{{i + 1}}}$", pad=5)
+            line[0].set_ylabel(label)
+            line[count].text(0.5, -0.03, rf"$\|A-C\|/\|A\|$ = {distance(weights):.2g}", size=8)
+            line[count].texts[0].set(ha="center", va="top", transform=line[count].transAxes)
+            fig.colorbar(picture, cax=line[-1], ticks=[-limit, 0, limit], format="%.2g")
+        note(fig, budget(run, profile))
+    return fig
+
+
+def kernel_table(run: Run, before: Weights) -> pd.DataFrame:
+    """Norms of the kernels on the training's images, and how far `C` is from `A`, before and after."""
+    shape = image_shape(run.config)
+    direction = torch.randn(1, 1, *shape, generator=generator(0, "direction of the check"))
+    rows = {}
+    for label, weights in (("before", before), ("after", run.weights)):
+        with one_thread():
+            norms = {
+                f"norm of {name}": spectral_norm(kernels, direction, 500)[0].item()
+                for name, kernels in weights.items()
+            }
+        rows[label] = norms | {"||A - C|| / ||A||": distance(weights)}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("kernels")
+
+
+def check_kernels(run: Run, table: pd.DataFrame) -> None:
+    """Print what must hold of the kernels whatever the parameters are.
+
+    Raises:
+        AssertionError: the kernels are not normalized, or not tied where they should be.
+    """
+    for name in run.weights:
+        worst = (table[f"norm of {name}"] / GRADIENT_NORM - 1).abs().max()
+        assert worst <= 0.01, f"norm of {name}: {table[f'norm of {name}'].tolist()}, not {GRADIENT_NORM}"
+        print(f"{name} has norm {GRADIENT_NORM:.2f} on the images, before and after, to 1 %")
+    before, after = table["||A - C|| / ||A||"]
+    if run.config.model == "bilevel":
+        assert before == after == 0, f"tied kernels differ: {before}, {after}"
+        print("C is tied to A: the distance is 0 before and after")
+    else:
+        started = isinstance(run.config, FacesConfig) and isinstance(run.config.initial, FacesConfig)
+        assert started or before == 0, f"before training C differs from A: {before}"
+        print(f"the distance of C from A is {before:.2f} before and {after:.2f} after training")
