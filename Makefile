@@ -13,7 +13,7 @@ export PYTHONNOUSERSITE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help figures $(FIGURES) sweep sweep-status sweep-plan test bench lab data refresh lock clean
+.PHONY: help figures $(FIGURES) theory reconstruct sweep sweep-status sweep-plan test bench lab data refresh lock clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z$$(][^:]*:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -23,7 +23,10 @@ help: ## print the targets
 figures: $(INSTALLED) ## all figures, into results/$(PROFILE)/
 	@$(BIN)/python -m lib.notebooks run $(FIGURES) --profile $(PROFILE) $(ARGS)
 
-$(FIGURES): $(INSTALLED)
+theory: $(INSTALLED) ## bilevel learning as a deep equilibrium model with tied weights, in numbers
+reconstruct: $(INSTALLED) ## a photograph of your own with the committed kernels: ARGS="-p image photo.jpg"
+
+$(FIGURES) theory reconstruct: $(INSTALLED)
 	@$(BIN)/python -m lib.notebooks run $@ --profile $(PROFILE) $(ARGS)
 
 sweep: $(INSTALLED) ## train the grid of figures 1, 5 and 6, or what is left of it
@@ -41,8 +44,9 @@ test: $(INSTALLED) ## lint, types, tests, and the notebooks against their stored
 	$(BIN)/mypy
 	$(BIN)/pytest --nbval $(ARGS)
 
-bench: $(INSTALLED) ## time stacks of configurations against single ones, into results/bench/
+bench: $(INSTALLED) ## times of stacks, and errors by solver tolerance, into results/bench/
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_stacks.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_tolerances.py
 
 lab: $(INSTALLED) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
@@ -51,7 +55,7 @@ data: $(INSTALLED) ## fetch and verify the data (the figures do so by themselves
 	@$(BIN)/python -c "from lib.data import faces, mnist; print(len(mnist('train', 60_000)), len(faces('train', 300)))"
 
 refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to be committed
-	@$(BIN)/python -m lib.notebooks refresh $(FIGURES)
+	@$(BIN)/python -m lib.notebooks refresh $(FIGURES) theory reconstruct
 
 lock: ## resolve environment.yml anew into requirements.lock
 	@$(PYTHON) -m venv --clear $(VENV)-lock

@@ -304,6 +304,15 @@ def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> 
     return files[:train] + files[len(files) - test :]
 
 
+def photograph(path: Path) -> Tensor:
+    """One image file in grey, `(1, 1, H, W)` in [-1, 1], reduced to `LARGEST_SIDE`.
+
+    Raises:
+        DataError: there is no such file, or it is no image.
+    """
+    return _scaled(_grey([path]))
+
+
 def _grey(files: Sequence[Path]) -> Tensor:
     """Bytes `(N, H, W)` of image files, in grey."""
     pictures = []

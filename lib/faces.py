@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,20 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from lib.baselines import best_weight, chambolle, tv_reconstruction
-from lib.config import FacesConfig, faces_config
+from lib.config import ConfigError, FacesConfig, faces_config, shown
+from lib.data import photograph
 from lib.figures import MODEL_NAMES, STYLE, TEXT_WIDTH, Reconstructions, budget, note
 from lib.kernels import spectral_norm
 from lib.models import MODELS
 from lib.regularizer import GRADIENT_NORM
 from lib.runs import Run, get_run, get_runs
+from lib.solvers import Solution, Status
+from lib.store import RESULTS, write_atomic
 from lib.training import (
     Weights,
     generator,
@@ -31,6 +37,7 @@ from lib.training import (
     observe,
     one_thread,
     psnr,
+    solve,
 )
 
 FILTERS = {"11x11": (2, 11), "3x3": (30, 3)}
@@ -117,7 +124,7 @@ def photograph_figure(
         profile: name of the profile, for the line below.
         image: index of the test image.
     """
-    shown = {"truth": result.truth, "input": result.observed} | result.outputs
+    images = {"truth": result.truth, "input": result.observed} | result.outputs
     truth = result.truth[image]
     aspect = truth.shape[0] / truth.shape[1]
     columns = max(len(row) for row in rows)
@@ -131,7 +138,7 @@ def photograph_figure(
             axis.set_axis_off()
         for line, row in zip(axes, rows, strict=True):
             for axis, (name, title) in zip(line, row.items(), strict=False):
-                picture = shown[name][image]
+                picture = images[name][image]
                 axis.imshow(picture, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
                 axis.set_title(title, pad=3)
                 if name != "truth":
@@ -150,17 +157,17 @@ def distance(weights: Weights) -> float:
     return float(torch.linalg.vector_norm(A - C) / torch.linalg.vector_norm(A))
 
 
-def kernel_figure(run: Run, before: Weights, profile: str, shown: Sequence[int] | None = None) -> Figure:
+def kernel_figure(run: Run, before: Weights, profile: str, chosen: Sequence[int] | None = None) -> Figure:
     """Kernels of `A` and of `C^T` before (first row) and after (second row) training.
 
     Args:
         run: the training.
         before: the kernels that it started from.
         profile: name of the profile, for the line below.
-        shown: which kernels; all when None. Those of `A` and of `C^T` in one row share a grey scale, whose
+        chosen: which kernels; all when None. Those of `A` and of `C^T` in one row share a grey scale, whose
             middle is 0. A kernel of `C^T` is drawn as the one of `C`, so that tied kernels look alike.
     """
-    chosen = list(shown if shown is not None else range(len(run.weights["A"])))
+    chosen = list(range(len(run.weights["A"])) if chosen is None else chosen)
     count = len(chosen)
     with plt.rc_context(STYLE):
         side = min(1.25, (TEXT_WIDTH - 1.2) / (2 * count))
@@ -227,3 +234,102 @@ def check_kernels(run: Run, table: pd.DataFrame) -> None:
         started = isinstance(run.config, FacesConfig) and isinstance(run.config.initial, FacesConfig)
         assert started or before == 0, f"before training C differs from A: {before}"
         print(f"the distance of C from A is {before:.2f} before and {after:.2f} after training")
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One photograph and what trained kernels make of it; images are `(1, 1, H, W)` in [-1, 1].
+
+    Attributes:
+        run: whose kernels they are.
+        truth: the photograph before it was degraded, or None where it came degraded.
+        f: the data.
+        solution: the fixed point.
+        noise: standard deviation of the noise that was added, 0 where none was.
+    """
+
+    run: Run
+    truth: Tensor | None
+    f: Tensor
+    solution: Solution
+    noise: float
+
+
+@torch.no_grad()
+@one_thread()
+def reconstruct_photograph(
+    run: Run, image: str | None = None, noise: float | None = None, clean: bool = True, seed: int = 0
+) -> Photograph:
+    """Reconstruct a photograph with trained kernels.
+
+    Args:
+        run: gives the kernels, the task and the solver.
+        image: path of the photograph; None takes a test image of the faces.
+        noise: standard deviation of the noise to add; the run's when None.
+        clean: whether the photograph is to be degraded first; else it is the data.
+        seed: of the noise.
+
+    Raises:
+        ConfigError: the noise is no non-negative number.
+        DataError: the photograph cannot be read.
+    """
+    config = run.config
+    noise = config.noise if noise is None else noise
+    if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
+        raise ConfigError(f"noise: got {shown(noise)}, allowed: a non-negative number")
+    u = load_images(config)["test"][:1] if image is None else photograph(Path(image))
+    height, width = u.shape[-2:]
+    model = run.model(shape=(height, width))
+    n = torch.randn(u.shape, generator=generator(seed, "photograph"))
+    f = observe(model.operator, u, torch.tensor(noise), n) if clean else u
+    return Photograph(run, u if clean else None, f, solve(model, f, config), noise if clean else 0.0)
+
+
+def reconstruction_figure(result: Photograph) -> Figure:
+    """The photograph where it is known, the data and the reconstruction, with their quality."""
+    pictures = {"truth": result.truth} if result.truth is not None else {}
+    pictures |= {"data": result.f, "reconstruction": result.solution.value}
+    height, width = result.f.shape[-2:]
+    with plt.rc_context(STYLE):
+        side = 2.2
+        size = (len(pictures) * side, side * height / width + 0.6)
+        fig, axes = plt.subplots(1, len(pictures), figsize=size)
+        fig.subplots_adjust(left=0.01, right=0.99, wspace=0.04)
+        fig.subplots_adjust(top=1 - 0.25 / size[1], bottom=0.3 / size[1])
+        for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
+            axis.imshow(picture[0, 0], cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+            axis.set_axis_off()
+            axis.set_title(title, pad=3)
+            if result.truth is not None and title != "truth":
+                decibels = psnr((picture - result.truth).square().mean()).item()
+                axis.text(0.5, -0.02, f"{decibels:.1f} dB", ha="center", va="top", transform=axis.transAxes)
+    return fig
+
+
+def check_reconstruction(result: Photograph) -> None:
+    """Print how the solve ended and whether the reconstruction is better than the data.
+
+    Raises:
+        AssertionError: the reconstruction is not an image of the data's size, or not finite.
+    """
+    u = result.solution.value
+    assert u.shape == result.f.shape, f"shape: {tuple(u.shape)}"
+    assert u.isfinite().all(), "the reconstruction is not finite"
+    print(f"the solve ended as {Status(int(result.solution.status.item())).name.lower().replace('_', ' ')}")
+    if result.truth is not None:
+        before, after = ((v - result.truth).square().mean().item() for v in (result.f, u))
+        print(f"the reconstruction is {'better' if after < before else 'not better'} than the data in PSNR")
+
+
+def save_reconstruction(fig: Figure, result: Photograph, results: Path | str | None = None) -> Path:
+    """Write the figure and the reconstruction as PNG, `results/reconstruct/`, and return the folder."""
+    folder = Path(results or RESULTS) / "reconstruct"
+    buffer = io.BytesIO()
+    with plt.rc_context(STYLE):
+        fig.savefig(buffer, format="png", metadata={"Software": None})
+    write_atomic(folder / "figure.png", buffer.getvalue())
+    pixels = ((result.solution.value[0, 0].clamp(-1, 1) + 1) * 127.5).round().byte()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, format="png")
+    write_atomic(folder / "reconstruction.png", buffer.getvalue())
+    return folder

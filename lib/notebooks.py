@@ -20,10 +20,11 @@ from nbclient.exceptions import CellExecutionError
 from papermill.exceptions import PapermillExecutionError
 
 from lib.config import PROFILES, ConfigError, parse_parameters
+from lib.data import DataError
+from lib.runs import KERNELS, REFERENCE
 from lib.store import REPOSITORY, RESULTS, write_atomic
 
 NOTEBOOKS = REPOSITORY / "nbs"
-REFERENCE = RESULTS / "reference"
 
 
 def notebook_path(name: str) -> Path:
@@ -52,13 +53,14 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
         The figure's folder, with the executed notebook in it.
 
     Raises:
-        ConfigError: a name is unknown, or the notebook refused a value.
+        ConfigError: a name is unknown, the notebook refused a value, or its data cannot be had.
         PapermillExecutionError: the notebook failed.
     """
     source = notebook_path(name)
     if profile not in PROFILES:
         raise ConfigError(f"profile: got {profile!r}, allowed: {', '.join(PROFILES)}")
     known = papermill.inspect_notebook(str(source))
+    common = {"profile": profile, "results": str(results)}
     for parameter in parameters:
         if parameter not in known:
             raise ConfigError(f"{parameter}: no such parameter of {source.name}, allowed: {', '.join(known)}")
@@ -70,7 +72,7 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
             papermill.execute_notebook(
                 source,
                 executed,
-                parameters={"profile": profile, "results": str(results)} | parameters,
+                parameters={key: value for key, value in common.items() if key in known} | parameters,
                 kernel_name="python3",
                 cwd=NOTEBOOKS,
                 progress_bar=False,
@@ -78,7 +80,7 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
                 stderr_file=sys.stderr,
             )
         except PapermillExecutionError as error:
-            if error.ename == ConfigError.__name__:
+            if error.ename in (ConfigError.__name__, DataError.__name__):
                 raise ConfigError(error.evalue) from None
             kept = results / profile / f"{name}.failed.ipynb"
             write_atomic(kept, executed.read_bytes())
@@ -103,9 +105,10 @@ def refresh(name: str) -> Path:
         resources={"metadata": {"path": NOTEBOOKS}},
     ).execute()
     write_atomic(path, nbformat.writes(notebook).encode())
-    reference = REFERENCE / name
-    for suffix in (f"{name}.png", f"{name}.csv", "provenance.json"):
-        write_atomic(reference / suffix, (RESULTS / "quick" / name / suffix).read_bytes())
+    for suffix in (f"{name}.png", f"{name}.csv", "provenance.json", KERNELS):
+        made = RESULTS / "quick" / name / suffix
+        if made.exists():
+            write_atomic(REFERENCE / name / suffix, made.read_bytes())
     return path
 
 

@@ -195,7 +195,7 @@ class DenseFieldsOfExperts(FieldsOfExperts):
 GRADIENT_NORM = 2.7300944
 """The norm to which kernels are scaled, the paper's for the finite-difference gradient."""
 
-FIRST_ITERATIONS, REFRESHING_ITERATIONS = 500, 10
+FIRST_ITERATIONS, REFRESHING_ITERATIONS = 500, 20
 """Power iterations for kernels never seen before, and after a small change of the kernels."""
 
 

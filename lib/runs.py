@@ -34,7 +34,7 @@ from filelock import FileLock, Timeout
 from IPython.display import clear_output
 from tqdm import tqdm
 
-from lib.config import FacesConfig
+from lib.config import ConfigError, FacesConfig
 from lib.data import FACES_FILES, MNIST_FILES, photograph_files
 from lib.models import FixedPointModel
 from lib.store import (
@@ -172,6 +172,61 @@ class Run:
         Convolutional models take images of another `shape` too.
         """
         return trained_model(self.config, self.weights, stacked, shape)
+
+
+REFERENCE, KERNELS = RESULTS / "reference", "kernels.json"
+"""The figures that are committed, and the file of trained kernels in the folders of some of them."""
+
+
+def save_kernels(run: Run, folder: Path) -> None:
+    """Write the kernels of a run as a small text file with their configuration and provenance."""
+    record = {
+        "config": run.config.model_dump(),
+        "status": run.status,
+        "reason": run.reason,
+        "weights": {name: weight.tolist() for name, weight in run.weights.items()},
+        "provenance": run.provenance | {"run": run.key},
+    }
+    content = json.dumps({"sha256": _digest(record), "kernels": record}, indent=1)
+    write_atomic(folder / KERNELS, content.encode())
+
+
+def load_kernels(path: Path) -> Run:
+    """A run from its kernels alone, without a history.
+
+    Raises:
+        DamagedFile: the file is not what `save_kernels` wrote.
+    """
+    try:
+        stored = json.loads(path.read_bytes())
+        record = stored["kernels"]
+        if stored["sha256"] != _digest(record):
+            raise DamagedFile(f"{path}: its content does not match its checksum")
+        return Run(
+            key=record["provenance"]["run"],
+            config=FacesConfig(**record["config"]),
+            status=record["status"],
+            reason=record["reason"],
+            history=pd.DataFrame(),
+            weights={name: torch.tensor(weight) for name, weight in record["weights"].items()},
+            provenance=record["provenance"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFile(f"{path}: {error}") from None
+
+
+def trained_kernels(task: str, model: str, filters: int, folder: Path = REFERENCE) -> Run:
+    """The committed run of a task and a model with as many kernels.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = [load_kernels(path) for path in sorted(folder.glob(f"fig*/{KERNELS}"))]
+    for run in found:
+        if (run.config.task, run.config.model, getattr(run.config, "filters", 0)) == (task, model, filters):
+            return run
+    known = ", ".join(f"{run.config.task} {run.config.model} {len(run.weights['A'])}" for run in found)
+    raise ConfigError(f"task, model, filters: got {task} {model} {filters}, allowed: {known}")
 
 
 def default_device() -> torch.device:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ STACKS = st.lists(st.integers(1, 3), max_size=2).map(tuple)
 HEIGHT, WIDTH, BATCH, FILTERS = 8, 7, 2, 2
 SHARPNESS, LAM, GAMMA = 5.0, 4.0, 1.0
 TAU = 1 / (LAM + SHARPNESS * 2.73**2)
-ANDERSON, PLAIN = Anderson(tol=1e-13, max_steps=3000), PlainIteration(tol=1e-13, max_steps=3000)
+ANDERSON, PLAIN = Anderson(tol=1e-12, max_steps=3000), PlainIteration(tol=1e-12, max_steps=3000)
 EVERY_TASK = pytest.mark.parametrize(
     ("task", "side"), [("denoising", 3), ("denoising", 11), ("inpainting", 11), ("deblurring", 3)]
 )
@@ -241,6 +241,7 @@ def dense_field(activation: str, stack: tuple[int, ...], tied: bool, seed: int) 
 
 @pytest.mark.parametrize("kind", [*ACTIVATIONS, "conv 3", "conv 11", "normalized"])
 @given(STACKS, st.booleans(), SEEDS)
+@settings(max_examples=12)
 def test_products_with_the_jacobian_are_autograds(
     kind: str, stack: tuple[int, ...], tied: bool, seed: int
 ) -> None:
@@ -438,7 +439,7 @@ def test_denoising_is_an_independent_solution_of_smoothed_total_variation() -> N
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("side", "height", "width"), [(3, 8, 7), (11, 8, 7), (11, 15, 12)])
+@pytest.mark.parametrize(("side", "height", "width"), [(3, 8, 7), (11, 15, 12)])
 def test_kernels_are_scaled_to_the_norm_of_the_gradient(
     side: int, height: int, width: int, tied: bool
 ) -> None:

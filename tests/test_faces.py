@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from lib import data, runs
+from lib import data, runs, training
 from lib.config import (
     DENOISING_SHARES,
     FACES_PROFILES,
@@ -45,6 +45,8 @@ from lib.training import (
     read_checkpoint,
     solve,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FIELDS = sorted(FacesConfig.model_fields)
 OWN_FIELDS = sorted(set(FIELDS) - {"model", "task"})
@@ -94,9 +96,9 @@ def test_the_paper_profile_has_the_papers_noise_and_decay() -> None:
     assert (denoising.noise, deblurring.noise) == (0.1, 0.01)
     assert denoising.final_learning_rate == pytest.approx(0.01 * denoising.learning_rate)
     assert deblurring.final_learning_rate == pytest.approx(0.1 * deblurring.learning_rate)
-    ours = {"task", "noise", "final_learning_rate"}
+    theirs = {"task", "noise", "final_learning_rate", "tol", "max_steps"}
     for config in (denoising, deblurring):
-        assert config.model_dump(exclude=ours) == FacesConfig().model_dump(exclude=ours)
+        assert config.model_dump(exclude=theirs) == FacesConfig().model_dump(exclude=theirs)
     assert faces_config("paper", "inpainting").noise == 0.01
 
 
@@ -525,8 +527,7 @@ def train_losses(member: Member) -> list[float]:
     return [row["train_loss"] for row in member.history[1:]]
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("task", ["denoising", "deblurring"])
+@pytest.mark.parametrize(("model", "task"), [("bilevel", "denoising"), ("deq", "deblurring")])
 def test_a_training_completes_and_lowers_the_loss(model: str, task: str) -> None:
     """On the smoke profile; the weights are kernels without a bias, and only the DEQ has a `C`."""
     (member,) = train(smoke(task, model=model, epochs=8, learning_rate=0.05, blur=5))
@@ -552,8 +553,9 @@ def test_both_models_start_equal() -> None:
     assert parameters["A"].untyped_storage().data_ptr() != parameters["C"].untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("kind", ["first", "second", "random"])
-@pytest.mark.parametrize(("filters", "side"), [(2, 11), (30, 3)])
+@pytest.mark.parametrize(
+    ("kind", "filters", "side"), [("first", 30, 3), ("second", 2, 11), ("random", 2, 11)]
+)
 def test_trained_kernels_keep_the_norm_of_the_gradient(kind: str, filters: int, side: int) -> None:
     """On images of the training's size, for `A` and for `C`, after large steps too."""
     config = smoke(model="deq", initial=kind, filters=filters, filter_size=side, epochs=6, learning_rate=0.05)
@@ -574,7 +576,8 @@ def test_a_warm_start_gives_the_loss_of_a_cold_start(model: str, solver: str) ->
     warm, cold = Trainer([config]), Trainer([config])
     (ours,), (theirs,) = warm.train(), cold.train(on_step=lambda: cold.solutions.clear())
     assert train_losses(ours)[0] == train_losses(theirs)[0]
-    assert train_losses(ours) == pytest.approx(train_losses(theirs), rel=2e-4)
+    accuracy = 1e-3 if solver == "plain" else 2e-4
+    assert train_losses(ours) == pytest.approx(train_losses(theirs), rel=accuracy)
     assert len(set(train_losses(ours))) == 4
     for name, weight in ours.weights.items():
         assert (weight - theirs.weights[name]).norm() < 0.01 * weight.norm()
@@ -639,18 +642,17 @@ def saved(*configs: FacesConfig) -> tuple[list[Member], dict[int, list[bytes]]]:
 @pytest.mark.parametrize(
     "values",
     [
-        {"model": "bilevel"},
         {"model": "deq", "learning_rate": 0.05},
         {"model": "deq", "warm_start": False, "filters": 5, "filter_size": 3},
-        {"model": "deq", "solver": "plain", "task": "deblurring", "max_steps": 30},
+        {"model": "bilevel", "solver": "plain", "task": "deblurring", "max_steps": 30},
     ],
     ids=lambda values: "-".join(str(value) for value in values.values()),
 )
 def test_a_resumed_training_has_the_same_bits(values: dict[str, Any]) -> None:
     """From the checkpoint of any epoch, with its scales, its directions and its warm starts."""
-    config = smoke(**{"epochs": 4, "test_every": 3} | values)
+    config = smoke(**{"epochs": 3, "test_every": 2, "reduction": 6} | values)
     (member,), checkpoints = saved(config)
-    assert sorted(checkpoints) == [1, 2, 3, 4]
+    assert sorted(checkpoints) == [1, 2, 3]
     for checkpoint in checkpoints.values():
         (resumed,) = Trainer([config], checkpoints=checkpoint).train()
         assert_same_bits(resumed, member)
@@ -662,12 +664,11 @@ def test_a_resumed_training_has_the_same_bits(values: dict[str, Any]) -> None:
 VARIANTS: list[dict[str, Any]] = [{"noise": 0.1}, {"noise": 0.3}]
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("filters", "side"), [(2, 11), (6, 3)])
+@pytest.mark.parametrize(("model", "filters", "side"), [("bilevel", 2, 11), ("deq", 6, 3)])
 def test_a_stack_trains_each_member_as_alone(model: str, filters: int, side: int) -> None:
     """Two noise levels, to the accuracy of float32; also from checkpoints of different stacks."""
-    shared = {"model": model, "filters": filters, "filter_size": side, "epochs": 3, "learning_rate": 0.03}
-    configs = [smoke(**shared | variant) for variant in VARIANTS]
+    shared = {"model": model, "filters": filters, "filter_size": side, "epochs": 3, "reduction": 6}
+    configs = [smoke(**shared | variant, learning_rate=0.03) for variant in VARIANTS]
     together, checkpoints = saved(*configs)
     alone = [saved(config) for config in configs]
     mixed = [checkpoints[1][0], alone[1][1][1][0]]
@@ -687,9 +688,30 @@ def test_a_stack_trains_each_member_as_alone(model: str, filters: int, side: int
                 )
 
 
+def test_a_member_that_diverges_takes_only_its_own_warm_start_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one goes on from its own solutions, with as many steps as alone."""
+    configs = [smoke(model="deq", epochs=4, **variant) for variant in VARIANTS[::-1]]
+
+    def limit(trainer: Trainer) -> None:
+        noisy, other = (train_losses(member)[0] for member in trainer.members)
+        monkeypatch.setattr(training, "LOSS_LIMIT", (noisy + other) / 2)
+
+    lost, kept = Trainer(configs).train(on_epoch=limit)
+    assert lost.status == "diverged"
+    assert " in epoch 2, step 1" in lost.reason
+    assert [row["epoch"] for row in lost.history] == [0, 1]
+    assert kept.status == "completed"
+    (alone,) = train(configs[1])
+    assert train_losses(kept) == pytest.approx(train_losses(alone), rel=1e-3)
+    for row, expected in zip(kept.history[1:], alone.history[1:], strict=True):
+        assert row["forward_steps"] == pytest.approx(expected["forward_steps"], abs=1)
+        assert row["backward_steps"] == pytest.approx(expected["backward_steps"], abs=1)
+    assert kept.history[-1]["forward_steps"] < 0.7 * kept.history[1]["forward_steps"]
+
+
 @pytest.mark.parametrize(
     ("epochs", "every", "tested"),
-    [(5, 2, {0, 2, 4, 5}), (3, 10, {0, 3}), (4, 2, {0, 2, 4}), (2, 1, {0, 1, 2})],
+    [(5, 2, {0, 2, 4, 5}), (3, 10, {0, 3}), (2, 1, {0, 1, 2})],
 )
 def test_tests_are_where_they_are_asked_for_and_at_the_end(epochs: int, every: int, tested: set[int]) -> None:
     """Rows of other epochs have no test metrics at all, and no row has a NaN."""
@@ -748,7 +770,7 @@ def test_a_run_starts_from_the_kernels_of_another_run(
     tmp_path: Path, recorded: dict[str, Weights], model: str
 ) -> None:
     """Exactly those that it ended with, `A` and `C`; it is trained and stored if it is not there yet."""
-    config = smoke("deblurring", initial="denoising", model=model, blur=5, reduction=5)
+    config = smoke("deblurring", initial="denoising", model=model, blur=5, reduction=7)
     assert isinstance(config.initial, FacesConfig)
     run = get_run(config, tmp_path)
     assert run.status == "completed"
@@ -763,7 +785,7 @@ def test_a_run_starts_from_the_kernels_of_another_run(
         acting = recorded["deblurring"][f"acting {name}"]
         assert (acting - weight).norm() < 1e-2 * weight.norm()
         assert not torch.equal(run.weights[name], weight)
-    untrained = get_run(smoke("deblurring", model=model, blur=5, reduction=5), tmp_path)
+    untrained = get_run(smoke("deblurring", model=model, blur=5, reduction=7), tmp_path)
     assert untrained.history["test_loss"][0] != run.history["test_loss"][0]
 
 
