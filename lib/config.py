@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lib.kernels import difference_count
+
 MNIST_SIDE, MNIST_TRAIN, MNIST_TEST, BLUR_SIDE = 28, 60_000, 10_000, 5
 
 Positive = Annotated[float, Field(gt=0)]
@@ -192,6 +194,15 @@ class FacesConfig(TrainingConfig):
     def _consistent(self) -> Self:
         if self.filter_size % 2 == 0:
             raise ValueError(f"filter_size: got {self.filter_size}, allowed: an odd number")
+        if self.dataset == "mnist":
+            raise ValueError("dataset: got 'mnist', allowed: faces, celeba or a folder of images")
+        if isinstance(self.initial, str) and self.initial != "random":
+            most = difference_count(1 if self.initial == "first" else 2, self.filter_size)
+            if self.filters > most:
+                raise ValueError(
+                    f"filters: got {self.filters}, allowed: at most the {most} differences of {self.initial} "
+                    f"order in {self.filter_size}x{self.filter_size}"
+                )
         if isinstance(self.initial, FacesConfig):
             for name in ("model", "filters", "filter_size"):
                 ours, theirs = getattr(self, name), getattr(self.initial, name)
@@ -201,18 +212,21 @@ class FacesConfig(TrainingConfig):
 
 
 def _one_line(error: ValidationError, kind: type[TrainingConfig]) -> str:
-    problems = []
+    problems: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         if problem["type"] == "value_error":
-            problems.append(str(problem["ctx"]["error"]))
+            problems.setdefault("", str(problem["ctx"]["error"]))
             continue
-        name = ".".join(shown(part) if "\n" in str(part) else str(part) for part in problem["loc"])
+        part = problem["loc"][0]
+        name = shown(part) if "\n" in str(part) else str(part)
         if problem["type"] == "extra_forbidden":
-            problems.append(f"{name}: no such parameter, allowed: {', '.join(kind.model_fields)}")
-            continue
-        message = problem["msg"].removeprefix("Input should be ")
-        problems.append(f"{name}: got {shown(problem['input'])}, allowed: {message}")
-    return "; ".join(problems)
+            said = f"{name}: no such parameter, allowed: {', '.join(kind.model_fields)}"
+        else:
+            message = problem["msg"].removeprefix("Input should be ")
+            said = f"{name}: got {shown(problem['input'])}, allowed: {message}"
+        # Of the alternatives of a union the first is named.
+        problems.setdefault(name, said)
+    return "; ".join(problems.values())
 
 
 def shown(value: object) -> str:
@@ -300,6 +314,7 @@ FACES_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     # The pipeline's parts in seconds, for the tests.
     "smoke": {
         "all": {"reduction": 4, "train_images": 2, "test_images": 2, "epochs": 2, "tol": 1e-3},
+        "inpainting": {"max_steps": 50},
     },
     # Kernels that have taken shape, in minutes on two cores: fewer and larger steps than the paper's.
     "quick": {

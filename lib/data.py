@@ -238,6 +238,9 @@ def faces(split: str, count: int, root: Path = DATA) -> Tensor:
     return _scaled(chosen.transpose(0, 1).flatten(0, 1)[:count])
 
 
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+"""PIL's modes of images that turn grey without losing their range."""
+
 LARGEST_SIDE = 256
 """Photographs of a folder with a longer side are reduced to it, or a solve would take minutes."""
 
@@ -254,7 +257,7 @@ def photographs(
 
     Args:
         dataset: `faces`; `celeba`, from the folder that `CELEBA_DIR` names or else from torchvision's place
-            under `root`; or the path of a folder of images.
+            under `root`; or the path of a folder of images. Relative paths start at the repository.
         train, test: how many images; of a folder these are the first and the last ones by name.
         reduction: side of the blocks of pixels over which the images are averaged.
         root: the cache.
@@ -288,9 +291,10 @@ def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> 
     Raises:
         DataError: there is no such folder, or it has too few images.
     """
-    folder = Path(dataset).expanduser()
+    folder = REPOSITORY / Path(dataset).expanduser()
     if dataset == "celeba":
-        folder = Path(os.environ.get("CELEBA_DIR", root / "celeba" / "img_align_celeba"))
+        default = root / "celeba" / "img_align_celeba"
+        folder = REPOSITORY / Path(os.environ.get("CELEBA_DIR", default)).expanduser()
     if not folder.is_dir():
         hint = CELEBA_HELP if dataset == "celeba" else "allowed: faces, celeba or a folder of images"
         raise DataError(f"dataset: got {dataset!r}, but {folder} is no folder; {hint}")
@@ -307,10 +311,12 @@ def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> 
 def photograph(path: Path) -> Tensor:
     """One image file in grey, `(1, 1, H, W)` in [-1, 1], reduced to `LARGEST_SIDE`.
 
+    A relative path starts at the repository.
+
     Raises:
         DataError: there is no such file, or it is no image.
     """
-    return _scaled(_grey([path]))
+    return _scaled(_grey([REPOSITORY / path.expanduser()]))
 
 
 def _grey(files: Sequence[Path]) -> Tensor:
@@ -319,8 +325,10 @@ def _grey(files: Sequence[Path]) -> Tensor:
     for path in files:
         try:
             with Image.open(path) as picture:
-                grey = picture.convert("L")
-        except OSError as error:
+                if picture.mode not in EIGHT_BIT_MODES:
+                    raise ValueError(f"mode {picture.mode}, not 8 bits per channel")
+                grey = picture.convert("RGBA" if "transparency" in picture.info else "RGB").convert("L")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{path} cannot be read as an image: {error}") from None
         grey.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
         pictures.append(torch.from_numpy(np.array(grey)))

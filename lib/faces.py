@@ -130,10 +130,10 @@ def photograph_figure(
     columns = max(len(row) for row in rows)
     side = min(1.6, TEXT_WIDTH / columns)
     with plt.rc_context(STYLE):
-        size = (max(columns * side, 4.6), len(rows) * (side * aspect + 0.36) + 0.25)
+        size = (max(columns * side, 4.6), len(rows) * (side * aspect + 0.36) + 0.35)
         fig, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
         fig.subplots_adjust(left=0.01, right=0.99, wspace=0.04, hspace=0.36 / (side * aspect))
-        fig.subplots_adjust(top=1 - 0.2 / fig.get_figheight(), bottom=0.4 / fig.get_figheight())
+        fig.subplots_adjust(top=1 - 0.2 / fig.get_figheight(), bottom=0.5 / fig.get_figheight())
         for axis in axes.flat:
             axis.set_axis_off()
         for line, row in zip(axes, rows, strict=True):
@@ -171,7 +171,7 @@ def kernel_figure(run: Run, before: Weights, profile: str, chosen: Sequence[int]
     count = len(chosen)
     with plt.rc_context(STYLE):
         side = min(1.25, (TEXT_WIDTH - 1.2) / (2 * count))
-        size = (max(2 * count * side + 1.2, 4.6), 2 * (side + 0.42) + 0.4)
+        size = (max(2 * count * side + 1.2, 4.6), 2 * (side + 0.42) + 0.5)
         fig, axes = plt.subplots(
             2,
             2 * count + 2,
@@ -180,7 +180,7 @@ def kernel_figure(run: Run, before: Weights, profile: str, chosen: Sequence[int]
             width_ratios=[*[1] * count, 0.2, *[1] * count, 0.09],
         )
         fig.subplots_adjust(left=0.075, right=1 - 0.5 / size[0], wspace=0.08, hspace=0.42 / side)
-        fig.subplots_adjust(top=1 - 0.25 / size[1], bottom=0.42 / size[1])
+        fig.subplots_adjust(top=1 - 0.25 / size[1], bottom=0.52 / size[1])
         for line, weights, label in zip(axes, (before, run.weights), ("before", "after"), strict=True):
             A, C = weights["A"], weights.get("C", weights["A"])
             limit = max(A[chosen].abs().max().item(), C[chosen].abs().max().item())

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -307,8 +308,9 @@ def sweep_budget(sweep: Sweep) -> str:
 
 
 def note(fig: Figure | SubFigure, text: str) -> None:
-    """A line at the bottom of a figure."""
-    height = fig.bbox.height / fig.dpi
+    """A line at the bottom of a figure, or two where it is narrow."""
+    width, height = (side / fig.dpi for side in fig.bbox.size)
+    text = textwrap.fill(text, int(24 * width), break_on_hyphens=False)
     fig.text(0.5, 0.08 / height, text, ha="center", va="bottom", size=7)
 
 

@@ -93,13 +93,16 @@ def correlate_adjoint(kernels: Tensor, z: Tensor, height: int, width: int) -> Te
 
 
 @torch.no_grad()
-def spectral_norm(kernels: Tensor, direction: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+def spectral_norm(
+    kernels: Tensor, direction: Tensor, iterations: int, tol: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Norm of `A` as an operator on whole images, by power iteration on `A^T A`.
 
     Args:
         kernels: `A`, `(*stack, F, k, k)`.
         direction: `(*stack, 1, 1, H, W)`, image to start from.
-        iterations: how many; the norm is approached from below.
+        iterations: how many at most; the norm is approached from below.
+        tol: relative change of the norm from one iteration to the next at which to stop earlier.
 
     Returns:
         The norm, `(*stack)`, and the direction of unit norm that attains it.
@@ -110,9 +113,14 @@ def spectral_norm(kernels: Tensor, direction: Tensor, iterations: int) -> tuple[
         return norm.clamp_min(1e-30)
 
     v = direction / size(direction)
+    last = torch.zeros_like(size(v))
     for _ in range(iterations):
         v = correlate_adjoint(kernels, correlate(kernels, v), *v.shape[-2:])
-        v = v / size(v)
+        squared = size(v)
+        v = v / squared
+        if tol and bool(((squared - last).abs() <= 2 * tol * squared).all()):
+            break
+        last = squared
     return torch.linalg.vector_norm(correlate(kernels, v), dim=(-3, -2, -1)), v
 
 
@@ -133,6 +141,25 @@ def difference_kernels(order: int, count: int, side: int) -> Tensor:
     Raises:
         ValueError: there are not that many.
     """
+    found = _differences(order, side)
+    if count > len(found):
+        raise ValueError(f"filters: got {count}, allowed: at most {len(found)} differences of {side}x{side}")
+    kernels = torch.zeros(count, side, side)
+    for kernel, corners in zip(kernels, found, strict=False):
+        signs = (-1, 1) if order == 1 else (1, -1, -1, 1)
+        for (i, j), sign in zip(corners, signs, strict=False):
+            kernel[i, j] += sign
+    return kernels
+
+
+def difference_count(order: int, side: int) -> int:
+    """How many kernels of `side x side` `difference_kernels` has."""
+    return len(_differences(order, side))
+
+
+@cache
+def _differences(order: int, side: int) -> list[list[tuple[int, int]]]:
+    """For each difference the pixels of the kernel that it takes."""
     pairs = [(d, e) for d in NEIGHBOURS for e in (NEIGHBOURS if order == 2 else [(0, 0)]) if e <= d]
     centre = side // 2
     found = []
@@ -142,14 +169,7 @@ def difference_kernels(order: int, count: int, side: int) -> Tensor:
             length = sum(i * i for i in (*d, *e))
             off = sum((2 * (i - centre) + di + ei) ** 2 for i, di, ei in zip(x, d, e, strict=True))
             found.append(((length, order == 2 and d != e, off, (-x[0], -x[1]), d, e), corners))
-    if count > len(found):
-        raise ValueError(f"filters: got {count}, allowed: at most {len(found)} differences of {side}x{side}")
-    kernels = torch.zeros(count, side, side)
-    for kernel, (_, corners) in zip(kernels, sorted(found), strict=False):
-        signs = (-1, 1) if order == 1 else (1, -1, -1, 1)
-        for (i, j), sign in zip(corners, signs, strict=False):
-            kernel[i, j] += sign
-    return kernels
+    return [corners for _, corners in sorted(found)]
 
 
 def _plus(x: tuple[int, int], d: tuple[int, int]) -> tuple[int, int]:

@@ -67,7 +67,12 @@ class FixedPointModel(nn.Module):
         """`w -> J^T w` with `J = dT/du` at `u`, `(*stack, batch, C, H, W)`, whatever the data are."""
         K, field_vjp = self.operator, self.regularizer.vjp(u, self.gamma, self.tau)
         tau, lam = broadcast(self.tau, u), broadcast(self.lam, u)
-        return lambda w: w - tau * (lam * K.normal(w) + field_vjp(w))
+
+        @torch.no_grad()
+        def transposed_jacobian(w: Tensor) -> Tensor:
+            return w - tau * (lam * K.normal(w) + field_vjp(w))
+
+        return transposed_jacobian
 
     def lower_level(self, u: Tensor, f: Tensor) -> Tensor:
         """`lambda/2 ||K u - f||^2 + R(u)` of every image, `(*stack, batch)`; `R` is that of `A, b`."""

@@ -146,6 +146,7 @@ class FieldsOfExperts(nn.Module, ABC):
         z = self.analysis(u)
         slope = self.activation.slope(z, broadcast(tau, z))
 
+        @torch.no_grad()
         def transposed_jacobian(w: Tensor) -> Tensor:
             return broadcast(gamma, w) * self.adjoint_analysis(slope * self.analysis_of_synthesis(w), w)
 
@@ -195,8 +196,8 @@ class DenseFieldsOfExperts(FieldsOfExperts):
 GRADIENT_NORM = 2.7300944
 """The norm to which kernels are scaled, the paper's for the finite-difference gradient."""
 
-FIRST_ITERATIONS, REFRESHING_ITERATIONS = 500, 20
-"""Power iterations for kernels never seen before, and after a small change of the kernels."""
+NORM_ITERATIONS, NORM_TOL = 500, 1e-5
+"""Power iterations at most, and the relative change of the norm at which they end."""
 
 
 class ConvFieldsOfExperts(FieldsOfExperts):
@@ -222,20 +223,21 @@ class ConvFieldsOfExperts(FieldsOfExperts):
     ) -> None:
         super().__init__()
         self.A = nn.Parameter(A)
-        self.C = None if C is None else nn.Parameter(C)
+        # A copy, for `C` may be given as the same tensor.
+        self.C = None if C is None else nn.Parameter(C.clone())
         self.activation = activation
         sets = 1 if C is None else 2
         self.normalized = direction is not None
         self.register_buffer("scales", A.new_ones(*A.shape[:-3], sets))
         if direction is not None:
             self.register_buffer("directions", torch.stack([direction] * sets, dim=-5))
-            self.refresh(FIRST_ITERATIONS)
+            self.refresh()
 
-    def refresh(self, iterations: int = REFRESHING_ITERATIONS) -> None:
+    def refresh(self) -> None:
         """Measure the norms of the kernels, where they are to be normalized."""
         if self.normalized:
             kernels = torch.stack([k.detach() for k in (self.A, self.C) if k is not None], dim=-4)
-            norms, self.directions = spectral_norm(kernels, self.directions, iterations)
+            norms, self.directions = spectral_norm(kernels, self.directions, NORM_ITERATIONS, NORM_TOL)
             self.scales = GRADIENT_NORM / norms
 
     def _kernels(self, name: str) -> Tensor:

@@ -56,6 +56,7 @@ from lib.training import (
     Weights,
     image_shape,
     load_images,
+    make_operator,
     read_checkpoint,
     shared,
     total_steps,
@@ -121,11 +122,15 @@ def run_key(config: Config) -> str:
 
 
 def data_digests(config: Config) -> dict[str, str]:
-    """Digests of the files that a configuration's images come from."""
-    if config.dataset in DATA_DIGESTS or not isinstance(config, FacesConfig):
+    """Digests of the files that a configuration's images, and those of the run it starts from, come from."""
+    if not isinstance(config, FacesConfig):
         return DATA_DIGESTS[config.dataset]
-    files = photograph_files(config.dataset, config.train_images, config.test_images)
-    return {path.name: f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files}
+    if config.dataset == "faces":
+        digests = DATA_DIGESTS["faces"]
+    else:
+        files = photograph_files(config.dataset, config.train_images, config.test_images)
+        digests = {str(path): f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files}
+    return digests | (data_digests(config.initial) if isinstance(config.initial, FacesConfig) else {})
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
@@ -363,8 +368,12 @@ def train_runs(configs: Sequence[Config], results: Path | str | None = None) -> 
         [c.initial for c in waiting if isinstance(c, FacesConfig) and isinstance(c.initial, FacesConfig)],
         results,
     )
+    # Here, where data that are missing, or at odds with the configuration, are reported once.
     for config in {config.dataset: config for config in waiting}.values():
-        load_images(config)  # here, where a missing download is reported once
+        load_images(config)
+    for config in waiting:
+        if isinstance(config, FacesConfig):
+            make_operator(config)
     # The bar goes to the terminal or, in a notebook, into an output that is cleared in the end.
     interval = 0.2 if sys.stderr.isatty() else 5.0
     names = {f"{config.model} {config.task}" for config in waiting}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lib import data
-from lib.config import FacesConfig, RunConfig, TrainingConfig
+from lib.config import ConfigError, FacesConfig, RunConfig, TrainingConfig
 from lib.implicit import implicit_fixed_point
 from lib.kernels import initial_kernels
 from lib.models import FixedPointModel, build_conv_model, build_model
@@ -81,9 +81,17 @@ def image_shape(config: Config) -> tuple[int, int]:
 
 
 def make_operator(config: Config, shape: tuple[int, int] | None = None) -> Operator:
-    """The operator `K` of a configuration, for images of another shape where one is given."""
+    """The operator `K` of a configuration, for images of another shape where one is given.
+
+    Raises:
+        ConfigError: the blur is larger than the images.
+    """
     height, width = shape or image_shape(config)
     if isinstance(config, FacesConfig):
+        if config.task == "deblurring" and config.blur > min(height, width):
+            raise ConfigError(
+                f"blur: got {config.blur}, allowed: at most the images' {min(height, width)} pixels"
+            )
         return forward_operator(config.task, height, width, faces=True, blur=config.blur)
     return forward_operator(config.task, height, width)
 

@@ -1,7 +1,7 @@
-"""What a solver's tolerance costs: errors of loss and hypergradient against a solution at 1e-10 (`make bench`).
+"""What a solver's tolerance costs: errors of loss and hypergradient against 1e-10 (`make bench`).
 
-With the committed kernels, on some training images; the reference is computed in float64, the others in float32
-with the solver of the training.
+With the committed kernels, on some training images; the reference is computed in float64, the others in
+float32 with the solver of the training.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from lib import data, runs, training
+from lib import data, regularizer, runs, training
 from lib.config import (
     DENOISING_SHARES,
     FACES_PROFILES,
@@ -53,10 +53,14 @@ OWN_FIELDS = sorted(set(FIELDS) - {"model", "task"})
 
 
 @pytest.fixture(scope="module", autouse=True)
-def images_read_once() -> Iterator[None]:
-    """The photographs are read and verified once for all trainings here."""
+def cheap_beginnings() -> Iterator[None]:
+    """Photographs are read and verified once for all trainings here, and norms first measured less exactly.
+
+    Both take most of the time of a short training.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "faces", cache(data.faces))
+        patch.setattr(regularizer, "FIRST_ITERATIONS", 100)
         yield
 
 
