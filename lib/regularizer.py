@@ -196,8 +196,8 @@ class DenseFieldsOfExperts(FieldsOfExperts):
 GRADIENT_NORM = 2.7300944
 """The norm to which kernels are scaled, the paper's for the finite-difference gradient."""
 
-NORM_ITERATIONS, NORM_TOL = 500, 1e-5
-"""Power iterations at most, and the relative change of the norm at which they end."""
+NORM_ITERATIONS, NORM_TOL = 500, 1e-6
+"""Power iterations at most, and the relative change of the norm at which they end after a small step."""
 
 
 class ConvFieldsOfExperts(FieldsOfExperts):
@@ -231,13 +231,13 @@ class ConvFieldsOfExperts(FieldsOfExperts):
         self.register_buffer("scales", A.new_ones(*A.shape[:-3], sets))
         if direction is not None:
             self.register_buffer("directions", torch.stack([direction] * sets, dim=-5))
-            self.refresh()
+            self.refresh(tol=0.0)
 
-    def refresh(self) -> None:
+    def refresh(self, tol: float = NORM_TOL) -> None:
         """Measure the norms of the kernels, where they are to be normalized."""
         if self.normalized:
             kernels = torch.stack([k.detach() for k in (self.A, self.C) if k is not None], dim=-4)
-            norms, self.directions = spectral_norm(kernels, self.directions, NORM_ITERATIONS, NORM_TOL)
+            norms, self.directions = spectral_norm(kernels, self.directions, NORM_ITERATIONS, tol)
             self.scales = GRADIENT_NORM / norms
 
     def _kernels(self, name: str) -> Tensor:

@@ -129,8 +129,11 @@ def data_digests(config: Config) -> dict[str, str]:
         digests = DATA_DIGESTS["faces"]
     else:
         files = photograph_files(config.dataset, config.train_images, config.test_images)
-        digests = {str(path): f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files}
-    return digests | (data_digests(config.initial) if isinstance(config.initial, FacesConfig) else {})
+        digests = {path.name: f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files}
+    if isinstance(config.initial, FacesConfig):
+        earlier = data_digests(config.initial)
+        digests = digests | {f"initial/{name}": digest for name, digest in earlier.items()}
+    return digests
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:

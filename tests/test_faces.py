@@ -60,7 +60,7 @@ def cheap_beginnings() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "faces", cache(data.faces))
-        patch.setattr(regularizer, "FIRST_ITERATIONS", 100)
+        patch.setattr(regularizer, "NORM_ITERATIONS", 100)
         yield
 
 

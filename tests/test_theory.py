@@ -1,4 +1,4 @@
-"""The special case: with tied weights equilibrium and bilevel gradients agree, and the field is a gradient."""
+"""The special case: tied weights have the bilevel gradient, and a field that is a gradient."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_optimality_condition_gives_the_derivative_of_the_loss(gamma: float)
         assert hypergradient[entry].item() == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
-def test_implicit_differentiation_gives_the_derivative_of_the_loss(problem: SmallProblem) -> None:
+def test_implicit_differentiation_gives_the_derivative_of_the_loss() -> None:
     """For a free `C` that differs from `A`, in each of both."""
     problem = make_problem()
     assert problem.free.regularizer.C is not None
