@@ -232,12 +232,10 @@ def budget(run: Run, profile: str, experts: str = "") -> str:
     c = run.config
     height, width = image_shape(c)
     name = DATA_NAMES.get(c.dataset, Path(c.dataset).name)
-    experts = (
-        f"{c.filters} kernels {c.filter_size}x{c.filter_size}" if isinstance(c, FacesConfig) else c.sigma
-    )
+    own = f"{c.filters} kernels {c.filter_size}x{c.filter_size}" if isinstance(c, FacesConfig) else c.sigma
     return (
         f"{name} {height}x{width}, {c.task}, noise {c.noise:g}, "
-        rf"$\tau$ = {c.tau:g}, $\gamma$ = {c.gamma:g}, {experts}; profile {profile}: "
+        rf"$\tau$ = {c.tau:g}, $\gamma$ = {c.gamma:g}, {experts or own}; profile {profile}: "
         f"{c.train_images:,} training images, {c.epochs} epochs; {c.test_images:,} test images"
     )
 
