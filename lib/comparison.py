@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import pandas as pd
@@ -28,6 +30,7 @@ PAIRED = tuple(name for name in RunConfig.model_fields if name != "model")
 """What the two runs of a pair have in common."""
 
 REPRODUCED, NOT_REPRODUCED, NOT_DECIDED = "reproduced", "not reproduced", "not decided at this budget"
+VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_DECIDED)
 
 
 def outcome(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.Series:
@@ -143,11 +146,13 @@ class Claim:
         statement: what is claimed.
         verdict: `reproduced`, `not reproduced` or `not decided at this budget`.
         numbers: what the verdict rests on.
+        rule: how the numbers decide.
     """
 
     statement: str
     verdict: str
     numbers: str
+    rule: str
 
     def __str__(self) -> str:
         return f"{self.verdict.upper()}: {self.statement}"
@@ -163,14 +168,17 @@ def decide(supported: bool, refuted: bool) -> str:
 def claims_per_task(pairs: pd.DataFrame, statement: str, level: float = 0.05) -> list[Claim]:
     """One claim per task, that a paired difference is positive.
 
-    Decided when the median difference's 95 % interval lies on one side of zero and Wilcoxon's p is below
-    `level`; reproduced when that side is the positive one.
-
     Args:
         pairs: with the columns `task` and `difference`.
         statement: what a positive difference means.
         level: of significance.
     """
+    rule = (
+        "Over the pairs (one configuration, both models, both kept): reproduced when the 95 % interval of "
+        "the median difference lies on the side that the statement names and Wilcoxon's p is below "
+        f"{level:g}, not reproduced when it lies on the other side with p below {level:g}, else not decided "
+        "at this budget."
+    )
     claims = []
     for task in TASKS:
         test = paired_test(pairs.loc[pairs["task"] == task, "difference"].to_numpy(float))
@@ -182,17 +190,16 @@ def claims_per_task(pairs: pd.DataFrame, statement: str, level: float = 0.05) ->
         else:
             interval = f"[{test['low']:+.2g}, {test['high']:+.2g}]"
             numbers += f"95 % interval {interval}, p = {test['p']:.1g}"
-        claims.append(Claim(f"{task}: {statement}", verdict, numbers))
+        claims.append(Claim(f"{task}: {statement}", verdict, numbers, rule))
     return claims
 
 
 def claims_of_best_runs(best: pd.DataFrame, level: float = 0.05) -> list[Claim]:
     """The best DEQ is better than the best bilevel model; and more noise costs more.
 
-    The first is decided by the number of panels (task and noise) in which the DEQ's best loss is the
-    lower one, when a two-sided sign test over the panels is below `level`. The second is reproduced when
-    the best losses of every task and model rise from noise level to noise level, not reproduced when
-    they do so in at most half of the cases.
+    Args:
+        best: of each task, noise and model, with its `test_loss`.
+        level: of significance.
     """
     table = best.pivot(index=["task", "noise"], columns="model", values="test_loss")
     table = table.reindex(columns=["bilevel", "deq"])
@@ -211,19 +218,27 @@ def claims_of_best_runs(best: pd.DataFrame, level: float = 0.05) -> list[Claim]:
             "the best DEQ ends at a lower test loss than the best bilevel model",
             decide(p < level and wins > half, p < level and wins < half),
             f"in {wins} of {len(panels)} panels, p = {p:.1g}",
+            "Over the panels (one task, one noise level): reproduced when the statement holds in more than "
+            f"half of them and a two-sided sign test has p below {level:g}, not reproduced when it holds in "
+            f"fewer than half with p below {level:g}, else not decided at this budget.",
         ),
         Claim(
             "the best test loss rises with the noise, for each task and model",
             decide(bool(rising) and all(rising), bool(rising) and sum(rising) <= len(rising) / 2),
             f"in {sum(rising)} of {len(rising)} cases",
+            "Reproduced when the best loss rises from each noise level to the next for every task and model, "
+            "not reproduced when it does so for at most half of them, else not decided at this budget.",
         ),
     ]
 
 
 def print_claims(claims: Sequence[Claim], numbers: bool = False) -> None:
-    """Print each verdict with its statement, and with the numbers behind it if they are asked for."""
-    for claim in claims:
-        print(f"{claim}: {claim.numbers}" if numbers else claim)
+    """Print each verdict with its statement, and with numbers and rules behind it if they are asked for."""
+    for rule, decided in groupby(claims, lambda claim: claim.rule):
+        for claim in decided:
+            print(f"{claim}: {claim.numbers}" if numbers else claim)
+        if numbers:
+            print(textwrap.fill(f"Rule: {rule}", 110))
 
 
 def check_sweep(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> None:

@@ -9,7 +9,7 @@ import math
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from lib import comparison
-from lib.comparison import LOSS_THRESHOLD
+from lib.comparison import LOSS_THRESHOLD, Claim
 from lib.config import FacesConfig, RunConfig
 from lib.models import MODELS
 from lib.operators import TASKS
@@ -507,6 +507,7 @@ def save(
     source: Sequence[Run] | Sweep,
     profile: str,
     results: Path | str | None = None,
+    claims: Sequence[Claim] = (),
 ) -> Path:
     """Write `results/<profile>/<name>/` with the figure, its numbers and where they come from.
 
@@ -517,12 +518,15 @@ def save(
         source: the runs, or the sweep, that it was made from.
         profile: name of the profile.
         results: folder of the results; the repository's when None.
+        claims: what the figure decides, written as `claims.json` if there are any.
 
     Returns:
         The figure's folder.
     """
     folder = Path(results or RESULTS) / profile / name
     files = {f"{name}.csv": table.to_csv().encode()}
+    if claims:
+        files["claims.json"] = json.dumps([asdict(claim) for claim in claims], indent=1).encode()
     # Without dates and versions in them the files are the same whenever they are made.
     silent = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
     for suffix, metadata in silent.items():

@@ -87,6 +87,7 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
             print(f"the notebook with its error: {kept}", file=sys.stderr)
             raise
         write_atomic(folder / executed.name, executed.read_bytes())
+    (results / profile / f"{name}.failed.ipynb").unlink(missing_ok=True)
     return folder
 
 
@@ -105,7 +106,7 @@ def refresh(name: str) -> Path:
         resources={"metadata": {"path": NOTEBOOKS}},
     ).execute()
     write_atomic(path, nbformat.writes(notebook).encode())
-    for suffix in (f"{name}.png", f"{name}.csv", "provenance.json", KERNELS):
+    for suffix in (f"{name}.png", f"{name}.csv", "claims.json", "provenance.json", KERNELS):
         made = RESULTS / "quick" / name / suffix
         if made.exists():
             write_atomic(REFERENCE / name / suffix, made.read_bytes())

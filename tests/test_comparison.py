@@ -521,16 +521,30 @@ def test_nothing_decides_nothing() -> None:
 
 
 def test_claims_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    """A line per claim with its verdict first, and its numbers last where they are asked for."""
-    claims = [Claim("it is so", REPRODUCED, "3 pairs"), Claim("it is not", NOT_DECIDED, "0 pairs")]
+    """A line per claim with its verdict first; with the numbers where asked for, and each rule once."""
+    claims = [
+        Claim("it is so", REPRODUCED, "3 pairs", "count"),
+        Claim("it is not", NOT_DECIDED, "0 pairs", "count"),
+        Claim("it was", NOT_DECIDED, "1 pair", "weigh"),
+    ]
     print_claims(claims)
     print_claims(claims, numbers=True)
     assert capsys.readouterr().out.splitlines() == [
         "REPRODUCED: it is so",
         "NOT DECIDED AT THIS BUDGET: it is not",
+        "NOT DECIDED AT THIS BUDGET: it was",
         "REPRODUCED: it is so: 3 pairs",
         "NOT DECIDED AT THIS BUDGET: it is not: 0 pairs",
+        "Rule: count",
+        "NOT DECIDED AT THIS BUDGET: it was: 1 pair",
+        "Rule: weigh",
     ]
+
+
+def test_the_rule_names_the_level() -> None:
+    """A claim decided at another level says so."""
+    assert "p is below 0.01" in claims_per_task(pairs_table(), "so", level=0.01)[0].rule
+    assert "p below 0.01" in claims_of_best_runs(best_of_panels(15), level=0.01)[0].rule
 
 
 def sound_sweep() -> Sweep:

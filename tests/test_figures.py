@@ -354,6 +354,19 @@ def test_a_saved_figure_has_its_numbers_and_its_provenance(name: str, tmp_path: 
     assert_same_files(folder, save("fig", fig, table, SMALL, "quick", tmp_path / "again"))
 
 
+def test_claims_are_kept_with_the_figure(tmp_path: Path) -> None:
+    """Statement, verdict, numbers and rule, sealed in the provenance; no file where nothing is claimed."""
+    fig, table = loss_figure(SMALL), SMALL.runs
+    claims = [comparison.Claim("it is so", comparison.REPRODUCED, "3 pairs", "count them")]
+    folder = save("fig", fig, table, SMALL, "quick", tmp_path, claims)
+    content = (folder / "claims.json").read_bytes()
+    kept = {"statement": "it is so", "verdict": "reproduced", "numbers": "3 pairs", "rule": "count them"}
+    assert json.loads(content) == [kept]
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["sha256"]["claims.json"] == hashlib.sha256(content).hexdigest()
+    assert not (save("none", fig, table, SMALL, "quick", tmp_path) / "claims.json").exists()
+
+
 @pytest.mark.parametrize("name", DRAWINGS)
 def test_a_figure_is_drawn_the_same_each_time(name: str, tmp_path: Path) -> None:
     """Drawn anew it has the same bytes again, as picture and as PDF."""

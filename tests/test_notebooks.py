@@ -52,6 +52,8 @@ def test_notebook_makes_its_files(name: str, tmp_path: Path) -> None:
     executed = nbformat.read(folder / f"{name}.ipynb", as_version=4)
     assert any("seed = 1" in cell.source for cell in executed.cells)
     provenance = json.loads((folder / "provenance.json").read_text())
+    decides = any("claims = " in cell.source for cell in cells(name))
+    assert ("claims.json" in provenance["sha256"]) == decides
     shared = [provenance["shared"]] if "shared" in provenance else provenance["runs"].values()
     assert {values["seed"] for values in shared} == {1}
     for file, digest in provenance["sha256"].items():
@@ -82,13 +84,15 @@ def test_a_photograph_of_ones_own_is_reconstructed(tmp_path: Path) -> None:
 
 
 def test_failure_leaves_the_old_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A notebook that fails changes nothing in its folder, and the exit status says so."""
+    """A notebook that fails changes nothing in its folder; the failed copy stays until it succeeds."""
     folder = notebooks.run("fig02", "smoke", {}, tmp_path)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(PapermillExecutionError):
         notebooks.run("fig02", "smoke", {"digits": "eight"}, tmp_path)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert (folder.parent / "fig02.failed.ipynb").exists()
+    notebooks.run("fig02", "smoke", {}, tmp_path)
+    assert not (folder.parent / "fig02.failed.ipynb").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,476 @@
+"""The report page: complete, self-contained, the same when built again, and sound in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import websocket
+from bs4 import BeautifulSoup, Tag
+from PIL import Image
+
+from lib import report
+from lib.comparison import NOT_DECIDED, NOT_REPRODUCED, REPRODUCED, Claim
+from lib.config import ConfigError
+from lib.notebooks import NOTEBOOKS
+from lib.store import REPOSITORY
+
+NAMES = sorted(path.stem.partition("_")[0] for path in NOTEBOOKS.glob("fig*.ipynb"))
+ABSENT = ["fig11", "fig17"]
+CLAIMS = [
+    Claim("the first", REPRODUCED, "3 pairs", "by counting"),
+    Claim("the second", NOT_REPRODUCED, "4 pairs", "by counting"),
+    Claim("the third", NOT_DECIDED, "p = 0.4", "by a test"),
+]
+HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
+ENVIRONMENT = {
+    "python": "3.11.7",
+    "packages": {"torch": "2.13.0+cpu"},
+    "system": "Linux-of-the-test",
+    "processor": "x86_64",
+    "accelerator": "none",
+}
+
+
+def png(side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (side, side), 128).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_figure(profile: Path, name: str, claims: list[Claim] | None = None, **changes: Any) -> Path:
+    """A small figure's folder, as the notebooks leave it."""
+    folder = profile / name
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        f"{name}.png": png(2000),
+        f"{name}.pdf": b"%PDF-1.4",
+        f"{name}.csv": b"image,psnr,epochs\ninput,26.021871566772,3\nbilevel,,4\n",
+    }
+    if claims:
+        files["claims.json"] = json.dumps([asdict(claim) for claim in claims]).encode()
+    provenance = {
+        "profile": profile.name,
+        "created": "2026-11-24T02:02:26Z",
+        "code": "0123456789abcdef",
+        "data": {"mnist": {"train-images": f"md5:{name}"}},
+        "environment": ENVIRONMENT,
+        "trained_on": [ENVIRONMENT],
+        "training_seconds": 579.6,
+        "statuses": {"completed": 540},
+        "sha256": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
+    }
+    files["provenance.json"] = json.dumps(provenance | changes).encode()
+    files[f"{name}.ipynb"] = executed(name).encode()
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    return folder
+
+
+def executed(name: str, printed: str = "done", **parameters: Any) -> str:
+    """A small executed notebook with a formula, a long line and a picture."""
+    image = {"image/png": base64.b64encode(png(1200)).decode()}
+    code = nbformat.v4.new_code_cell("x = " + " + ".join(["1"] * 200), id="code", execution_count=1)
+    code.outputs = [
+        nbformat.v4.new_output("display_data", data=image),
+        nbformat.v4.new_output("stream", text=printed),
+        nbformat.v4.new_output("display_data", data={"text/html": printed, "text/plain": "plain"}),
+    ]
+    words = nbformat.v4.new_markdown_cell(f"# Figure {int(name[3:])}\n\n$A^\\top$ {printed}", id="words")
+    book = nbformat.v4.new_notebook(cells=[words, code])
+    values = {"profile": "quick", "results": "/somewhere"} | parameters
+    book.metadata["papermill"] = {"duration": 75.4, "parameters": values}
+    return nbformat.writes(book)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """All figures but two, three claims."""
+    for name in NAMES:
+        if name not in ABSENT:
+            write_figure(tmp_path / "quick", name, CLAIMS if name == "fig05" else None)
+    return tmp_path
+
+
+def built(results: Path, profile: str = "quick", **options: Any) -> BeautifulSoup:
+    path = report.build(profile, results, **options)
+    assert path == results / profile / "index.html"
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+def text_of(page: BeautifulSoup | Tag, selector: str) -> str:
+    return " ".join(page.select_one(selector).get_text(" ").split())
+
+
+def test_every_figure_is_there_in_order_with_its_words(results: Path) -> None:
+    """All notebooks' figures, each with its title, its caption, its reading, its picture and its numbers."""
+    page = built(results)
+    assert [article["id"] for article in page.select("article")] == NAMES
+    assert len(NAMES) == 17
+    for article in page.select("article"):
+        source = next(NOTEBOOKS.glob(f"{article['id']}_*.ipynb"))
+        title = nbformat.read(source, as_version=4).cells[0].source.partition("\n")[0]
+        assert f"# {article.h2.get_text()}" == title
+        assert len(article.figcaption.get_text()) > 100
+        assert bool(article.select("figure img")) == (article["id"] not in ABSENT)
+    rows = [[td.get_text() for td in tr.select("td")] for tr in page.select("#fig02 tbody tr")]
+    assert rows == [["input", "26.02", "3"], ["bilevel", "", "4"]]
+
+
+def test_pages_carry_all_that_they_show(results: Path) -> None:
+    """Pictures are inlined, no script, style or font is loaded, and every link leads somewhere."""
+    built(results)
+    pages = [results / "quick" / "index.html", *(results / "quick").glob("*/*.html")]
+    assert len(pages) == 1 + len(NAMES) - len(ABSENT)
+    for path in pages:
+        page = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        assert page.select("img[src^='data:image/png;base64,']")
+        assert not page.select("link:not([rel=icon])")
+        for image in page.select("img[src^=data]"):
+            Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))).verify()
+            assert image["alt"]
+        for link in page.select("a[href]"):
+            target, _, anchor = link["href"].partition("#")
+            if target.startswith("https://"):
+                continue
+            file = (path.parent / target) if target else path
+            assert file.is_file(), link
+            if anchor:
+                assert f'id="{anchor}"' in file.read_text(encoding="utf-8"), link
+
+
+def test_formulas_are_drawn_without_a_script(results: Path) -> None:
+    """Whatever the notebooks write in TeX is converted, and none of it is left as it was."""
+    page = built(results)
+    assert page.select("figcaption math")
+    assert not page.select("article p code:-soup-contains('\\\\')")
+    for source in NOTEBOOKS.glob("*.ipynb"):
+        for cell in nbformat.read(source, as_version=4).cells:
+            if cell.cell_type == "markdown":
+                html = BeautifulSoup(report.markdown(cell.source), "html.parser")
+                assert "\\" not in html.get_text(), cell.source
+                assert cell.source.count("$$") // 2 == len(html.select("math[display=block]"))
+
+
+def test_a_formula_that_cannot_be_converted_is_shown_as_it_is() -> None:
+    assert report.markdown(r"so $\left( <b>$ it is") == "<p>so <code>\\left( &lt;b&gt;</code> it is</p>\n"
+
+
+def test_the_claims_are_complete(results: Path) -> None:
+    """Statement, verdict and numbers in a row, under their rule, with links to figure and notebook."""
+    page = built(results)
+    bodies = page.select("table.claims tbody")
+    found = []
+    for body in bodies:
+        rule = body.select_one("th")
+        assert [a["href"] for a in rule.select("a")] == ["#fig05", "fig05/fig05.html"]
+        for row in body.select("tr")[1:]:
+            statement, verdict, numbers = (td.get_text(strip=True) for td in row.select("td"))
+            found.append((statement, verdict, numbers, rule.find_all(string=True)[-1].strip()))
+    assert found == [(c.statement, c.verdict, c.numbers, c.rule) for c in CLAIMS]
+    said = text_of(page, "#claims")
+    silent = ", ".join(str(int(n[3:])) for n in NAMES if n not in [*ABSENT, "fig05"])
+    assert f"figures {silent}" in said.replace(" ,", ",")
+    counts = "3 claims decided by a rule: 1 reproduced, 1 not reproduced, 1 not decided"
+    assert counts in text_of(page, "header")
+
+
+def test_what_is_missing_is_named(results: Path) -> None:
+    """Figures that are not made, runs that were not completed, files that are gone, changed or broken."""
+    quick = results / "quick"
+    statuses = {"completed": 500, "diverged": 30, "out of time": 9, "not run": 1}
+    write_figure(quick, "fig01", statuses=statuses)
+    runs = {"a": {"status": "completed"}, "b": {"status": "diverged"}}
+    write_figure(quick, "fig02", statuses={}, runs=runs, trained_on={"a": ENVIRONMENT})
+    (quick / "fig03" / "fig03.png").unlink()
+    (quick / "fig04" / "fig04.csv").write_text("a,b\n1,2\n")
+    (quick / "fig05" / "claims.json").write_text("[{}]")
+    (quick / "fig06" / "provenance.json").unlink()
+    (quick / "fig07" / "fig07.ipynb").write_text("not JSON")
+    (quick / "fig08" / "fig08.csv").write_text("")
+    (quick / "fig09" / "fig09.ipynb").unlink()
+    (quick / "fig10" / "provenance.json").write_text("{}")
+    (quick / "fig12.failed.ipynb").write_text("{}")
+    page = built(results)
+    items = dict(item.get_text().split(": ", 1) for item in page.select("#missing li"))
+    expected = {
+        1: "of 540 runs 30 diverged, 9 out of time, 1 not run",
+        2: "of 2 runs 1 diverged",
+        3: "fig03.png is missing",
+        4: "fig04.csv is not the file that provenance.json describes",
+        5: "claims.json is not the file that provenance.json describes; claims.json cannot be read",
+        6: "provenance.json is missing",
+        7: "fig07.ipynb cannot be read",
+        8: "fig08.csv cannot be read",
+        9: "its executed notebook fig09.ipynb is missing",
+        10: "provenance.json cannot be read",
+        12: "its last run failed: fig12.failed.ipynb has the error",
+    }
+    assert sorted(items) == sorted(f"Figure {number}" for number in expected)
+    for number, said in expected.items():
+        assert said in items[f"Figure {number}"]
+        article = page.select_one(f"#fig{number:02}").get_text()
+        assert all(part in article for part in said.split("; "))
+    assert "Not made: figures 11, 17" in text_of(page, "#missing").replace(" ,", ",")
+    assert [a.get_text() for a in page.select("nav .absent")] == ["11", "17"]
+    assert page.select("#fig03 .absent-figure")
+    assert not page.select("table.claims")
+
+
+def test_nothing_missing_is_said_only_then(results: Path) -> None:
+    assert "Nothing" not in text_of(built(results), "#missing")
+    for name in ABSENT:
+        write_figure(results / "quick", name)
+    assert "Nothing: every figure is made" in text_of(built(results), "#missing")
+
+
+def test_a_profile_of_which_nothing_is_made_has_a_page(tmp_path: Path) -> None:
+    page = built(tmp_path, "paper")
+    assert len(page.select("nav .absent")) == 17
+    assert "0 of 17 figures made" in text_of(page, "header")
+    assert "No figure has been made" in text_of(page, "#provenance")
+
+
+def test_the_provenance_is_shown(results: Path) -> None:
+    """Times, code, machine and data, each once with the figures that it holds for."""
+    write_figure(results / "quick", "fig02", code=report.code_version(), training_seconds=7250.0)
+    page = built(results)
+    said = text_of(page, "#provenance").replace(" ,", ",")
+    assert said.count("Linux-of-the-test, x86_64, accelerator none; Python 3.11.7, torch 2.13.0+cpu") == 1
+    assert f"{report.code_version()}, the version that is here now: figures 2 Machines" in said
+    assert "0123456789abcdef, another version than the one that is here now: figures 1, 3, 4" in said
+    assert "2 2026-11-24T02:02:26Z 540 completed 2 h 0 min 75 s" in said
+    assert "3 2026-11-24T02:02:26Z 540 completed 9 min 40 s 75 s" in said
+    for name in NAMES:
+        assert (f"mnist, train-images, md5:{name}" in said) == (name not in ABSENT)
+
+
+def test_other_parameters_are_told(results: Path) -> None:
+    """A figure made with other parameters says which; a reading is not passed off as its own."""
+    (results / "quick" / "fig02" / "fig02.ipynb").write_text(executed("fig02", gamma=0.5))
+    page = built(results)
+    assert "gamma = 0.5" in text_of(page, "#fig02")
+    assert text_of(page, "#fig02 h3") == "What one sees at the profile quick with its own parameters"
+    assert "other parameters" not in text_of(page, "#fig03")
+    assert text_of(page, "#fig03 h3") == "What one sees"
+    write_figure(results / "smoke", "fig03")
+    page = built(results, "smoke")
+    assert text_of(page, "#fig03 h3").startswith("What one sees at the profile quick")
+    assert "written about the profile quick" in text_of(page, "#missing")
+
+
+def make_hostile(results: Path) -> Path:
+    """A figure whose every text is hostile; returns the folder of its notebook."""
+    quick = results / "quick"
+    claims = [Claim(HOSTILE, REPRODUCED, HOSTILE, HOSTILE)]
+    folder = write_figure(quick, "fig01", claims, code=HOSTILE, data={HOSTILE: {HOSTILE: HOSTILE}})
+    write_figure(quick, "fig02", created=HOSTILE, statuses={HOSTILE: 1})
+    (folder / "fig01.csv").write_text(f"{HOSTILE.replace(',', '')}\n{HOSTILE.replace(',', '')}\n")
+    (folder / "fig01.ipynb").write_text(executed("fig01", HOSTILE, **{HOSTILE: HOSTILE}))
+    (folder / "a <b>&'.txt").write_text("")
+    notebooks = results / "notebooks"
+    notebooks.mkdir()
+    for name in ("fig01", "fig02"):
+        words = nbformat.v4.new_markdown_cell(
+            f"# {HOSTILE}\n\n{HOSTILE} $\\text{{{HOSTILE}}}$ [link](javascript:alert(1)) $<b>x</b>$", id="a"
+        )
+        reading = nbformat.v4.new_markdown_cell(f"## What one sees\n\n{HOSTILE}\n\n{HOSTILE}", id="b")
+        book = nbformat.v4.new_notebook(cells=[words, reading])
+        (notebooks / f"{name}_x.ipynb").write_text(nbformat.writes(book))
+    return notebooks
+
+
+def test_hostile_text_stays_text(results: Path) -> None:
+    """No text of a notebook, table, claim or provenance becomes an element of the page."""
+    page = built(results, notebooks=make_hostile(results))
+    assert len(page.select("article")) == 2
+    assert not page.select("script, [onerror], img:not([src^=data]), article b:not(a b), a[href^=javascript]")
+    assert page.get_text().count("document.title") > 20
+    assert [a.get_text() for a in page.select("#fig01 .links a") if "txt" in a.get_text()] == ["a <b>&'.txt"]
+
+
+def test_building_again_changes_no_byte(results: Path) -> None:
+    pages = sorted([report.build("quick", results), *(results / "quick").glob("*/*.html")])
+    before = [path.read_bytes() for path in pages]
+    report.build("quick", results)
+    assert [path.read_bytes() for path in pages] == before
+
+
+def test_the_command_prints_where_the_page_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "build", partial(report.build, results=tmp_path))
+    assert report.main(["--profile", "smoke"]) == 0
+    assert capsys.readouterr().out == f"the report: {tmp_path / 'smoke' / 'index.html'}\n"
+
+
+def test_an_unknown_profile_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="profile: got 'huge', allowed: smoke, quick, paper"):
+        report.build("huge", tmp_path)
+    assert report.main(["--profile", "huge"]) == 2
+    assert capsys.readouterr().err == "profile: got 'huge', allowed: smoke, quick, paper\n"
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
+
+
+class Browser:
+    """A page in headless Chromium, driven by its DevTools protocol."""
+
+    def __init__(self, port: int, path: str) -> None:
+        self.socket = websocket.create_connection(
+            f"ws://127.0.0.1:{port}{path}", timeout=60, suppress_origin=True
+        )
+        self.count, self.session, self.events = 0, "", list[dict[str, Any]]()
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        self.count += 1
+        message: dict[str, Any] = {"id": self.count, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        self.socket.send(json.dumps(message))
+        while (answer := json.loads(self.socket.recv())).get("id") != self.count:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return dict(answer["result"])
+
+    def open(self, path: Path, width: int, scheme: str = "light") -> None:
+        """Load a page at a width in pixels and a colour scheme."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", features=features)
+        self.events.clear()
+        assert "errorText" not in self.call("Page.navigate", url=path.as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(json.loads(self.socket.recv()))
+
+    def evaluate(self, expression: str) -> Any:
+        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def complaints(self) -> list[dict[str, Any]]:
+        """What stands in the console."""
+        methods = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+        return [event["params"] for event in self.events if event.get("method") in methods]
+
+    def requests(self) -> list[str]:
+        """Addresses that the page asked for."""
+        sent = [event for event in self.events if event.get("method") == "Network.requestWillBeSent"]
+        return [event["params"]["request"]["url"] for event in sent]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    assert CHROMIUM is not None
+    profile = tmp_path_factory.mktemp("chromium")
+    quiet = ["first-run", "default-browser-check", "pings"]
+    off = ["gpu", "quic", "background-networking", "component-update", "sync", "dev-shm-usage"]
+    command = [CHROMIUM, "--headless", "--no-sandbox", f"--user-data-dir={profile}"]
+    command += ["--remote-debugging-port=0", *(f"--no-{x}" for x in quiet), *(f"--disable-{x}" for x in off)]
+    with (profile / "output").open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "about:blank"], stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+        try:
+            ready, deadline = profile / "DevToolsActivePort", time.monotonic() + 60
+            while not (ready.exists() and ready.read_text().count("\n") == 1):
+                assert process.poll() is None, (profile / "output").read_text()
+                assert time.monotonic() < deadline, "chromium does not start"
+                time.sleep(0.1)
+            port, path = ready.read_text().split()
+            driven = Browser(int(port), path)
+            yield driven
+            driven.socket.close()
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+IMAGES = "[...document.images].map(image => image.decode().then(() => image.naturalWidth, () => 0))"
+OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [375, 1200])
+def test_the_browser_shows_the_pages(results: Path, browser: Browser, width: int) -> None:
+    """No complaint, no request beyond the page, every image, and nothing that sticks out of the screen."""
+    index = report.build("quick", results)
+    page = results / "quick" / "fig05" / "fig05.html"
+    for path, images in ((index, len(NAMES) - len(ABSENT)), (page, 1)):
+        browser.open(path, width)
+        widths = browser.evaluate(f"Promise.all({IMAGES})")
+        assert len(widths) == images
+        assert min(widths) > 0
+        assert browser.evaluate(OVERFLOW) == 0
+        assert browser.evaluate("document.querySelector('math').getBoundingClientRect().width") > 0
+        assert browser.complaints() == []
+        assert [url for url in browser.requests() if not url.startswith(("data:", path.as_uri()))] == []
+
+
+@needs_chromium
+def test_the_browser_sees_what_the_tests_look_for(tmp_path: Path, browser: Browser) -> None:
+    """A page with a broken image, a script that fails and a wide element has all three noticed."""
+    page = tmp_path / "page.html"
+    body = "<img src='nowhere.png'><div style='width: 900px'>wide</div><script>throw Error('no')</script>"
+    page.write_text(f"<!DOCTYPE html><meta name=viewport content='width=device-width'>{body}")
+    browser.open(page, 375)
+    assert browser.evaluate(f"Promise.all({IMAGES})") == [0]
+    assert browser.evaluate(OVERFLOW) > 400
+    assert len(browser.complaints()) == 2
+    assert browser.requests()[-1].endswith("nowhere.png")
+
+
+@needs_chromium
+def test_a_dark_screen_gets_a_dark_page(results: Path, browser: Browser) -> None:
+    """Text and ground change places, and both can be told apart."""
+    index = report.build("quick", results)
+    colour = "getComputedStyle(document.body)"
+    brightness = {}
+    for scheme in ("light", "dark"):
+        browser.open(index, 1200, scheme)
+        for name in ("color", "backgroundColor"):
+            rgb = re.findall(r"\d+", browser.evaluate(f"{colour}.{name}"))
+            brightness[scheme, name] = sum(map(int, rgb[:3])) / 3
+    assert brightness["light", "backgroundColor"] - brightness["light", "color"] > 150
+    assert brightness["dark", "color"] - brightness["dark", "backgroundColor"] > 150
+
+
+@needs_chromium
+def test_the_browser_runs_nothing_hostile(results: Path, browser: Browser) -> None:
+    """Neither page lets an output of a notebook run, which the report's own text never becomes."""
+    index = report.build("quick", results, make_hostile(results))
+    for path in (index, results / "quick" / "fig01" / "fig01.html"):
+        browser.open(path, 1200)
+        assert browser.evaluate("document.title") != "taken"
+
+
+def test_the_style_is_shipped_with_the_page() -> None:
+    """The templates lie in the package, and name no address that a page would load."""
+    for path in report.TEMPLATES.iterdir():
+        assert path.is_relative_to(REPOSITORY / "lib")
+        assert not re.search(r"(src|@import|url\()[^>]*https?:", path.read_text(encoding="utf-8"))
