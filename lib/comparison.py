@@ -238,7 +238,7 @@ def print_claims(claims: Sequence[Claim], numbers: bool = False) -> None:
         for claim in decided:
             print(f"{claim}: {claim.numbers}" if numbers else claim)
         if numbers:
-            print(textwrap.fill(f"Rule: {rule}", 110))
+            print(textwrap.fill(f"Rule: {rule}", 95))
 
 
 def check_sweep(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> None:
