@@ -92,15 +92,32 @@ def correlate_adjoint(kernels: Tensor, z: Tensor, height: int, width: int) -> Te
     return image.reshape(*z.shape[:-2], 1, height, width)
 
 
+def most_amplified_wave(kernels: Tensor, height: int, width: int) -> Tensor:
+    """The plane wave that `A` amplifies most, faded out towards the image's borders, `(*stack, 1, 1, H, W)`.
+
+    On the whole plane `A` multiplies a wave of frequency `w` by the kernels' transfer functions there, and
+    the largest of `sqrt(sum_i |A_i(w)|^2)` is its norm. On an image the norm is a little smaller.
+    """
+    power = torch.fft.rfft2(kernels, s=(height, width)).abs().square().sum(-3)
+    peak = functional.one_hot(power.flatten(-2).argmax(-1), power.shape[-2:].numel())
+    wave = torch.fft.irfft2(peak.view_as(power).to(power), s=(height, width))
+    fades = [torch.sin(torch.pi * (torch.arange(n).to(wave) + 0.5) / n) for n in (height, width)]
+    faded: Tensor = wave * fades[0][:, None] * fades[1]
+    return faded[..., None, None, :, :]
+
+
 @torch.no_grad()
 def spectral_norm(
     kernels: Tensor, direction: Tensor, iterations: int, tol: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Norm of `A` as an operator on whole images, by power iteration on `A^T A`.
 
+    It starts from a given image and the wave that the kernels amplify most, together: whichever image is the
+    worst one after a change of the kernels, and whatever its symmetry, one of them is not orthogonal to it.
+
     Args:
         kernels: `A`, `(*stack, F, k, k)`.
-        direction: `(*stack, 1, 1, H, W)`, image to start from.
+        direction: `(*stack, 1, 1, H, W)`, image to start from, such as the one of the last kernels.
         iterations: how many at most; the norm is approached from below.
         tol: relative change of the norm from one iteration to the next at which to stop earlier.
 
@@ -113,6 +130,9 @@ def spectral_norm(
         return norm.clamp_min(1e-30)
 
     v = direction / size(direction)
+    wave = most_amplified_wave(kernels, *v.shape[-2:])
+    v = v + wave / size(wave)
+    v = v / size(v)
     last = torch.zeros_like(size(v))
     for _ in range(iterations):
         v = correlate_adjoint(kernels, correlate(kernels, v), *v.shape[-2:])

@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,9 +81,37 @@ def smoothed_sign(sharpness: float) -> Activation:
     )
 
 
-def affine(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """`x W + b` of stacked matrices `(*stack, batch, n)`, in one fused product where there is one."""
-    return torch.baddbmm(b, x, W) if x.dim() == W.dim() == 3 else x @ W + b
+LARGE_PRODUCT = 2**21
+"""Multiplications from which oneDNN's product of two float32 matrices is the faster one on a CPU."""
+
+
+class _LargeProduct(torch.autograd.Function):
+    """`x W` member by member with oneDNN, which is up to twice as fast as torch's default product.
+
+    oneDNN keeps its product for linear layers, whose weight is `W^T`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W)
+        pairs = zip(x.reshape(-1, *x.shape[-2:]), W.mT.reshape(-1, *W.mT.shape[-2:]), strict=True)
+        products = [torch.ops.mkldnn._linear_pointwise(a, B, None, "none", [], "") for a, B in pairs]
+        shape = (*x.shape[:-1], W.shape[-1])
+        return products[0].view(shape) if len(products) == 1 else torch.stack(products).view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x, W), (w,) = ctx.saved_tensors, cotangents
+        wanted = ctx.needs_input_grad
+        return product(w, W.mT) if wanted[0] else None, product(x.mT, w) if wanted[1] else None
+
+
+def product(x: Tensor, W: Tensor) -> Tensor:
+    """`x W` of matrices `(*stack, l, n)` and `(*stack, n, m)`, by the faster kernel for their size."""
+    large = x.shape[-2] * W.shape[-2:].numel() >= LARGE_PRODUCT
+    if large and x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return cast(Tensor, _LargeProduct.apply(x, W))
+    return x @ W
 
 
 def broadcast(value: Tensor, like: Tensor) -> Tensor:
@@ -178,16 +207,16 @@ class DenseFieldsOfExperts(FieldsOfExperts):
 
     def analysis(self, u: Tensor) -> Tensor:
         """`A u + b`, `(*stack, batch, m)`, of images `u` `(*stack, batch, C, H, W)`."""
-        return affine(u.flatten(-3), self.A.mT, self.b[..., None, :])
+        return product(u.flatten(-3), self.A.mT) + self.b[..., None, :]
 
     def analysis_of_synthesis(self, w: Tensor) -> Tensor:
-        return w.flatten(-3) @ (self.A if self.C is None else self.C).mT
+        return product(w.flatten(-3), (self.A if self.C is None else self.C).mT)
 
     def synthesis(self, z: Tensor, u: Tensor) -> Tensor:
-        return (z @ (self.A if self.C is None else self.C)).view_as(u)
+        return product(z, self.A if self.C is None else self.C).view_as(u)
 
     def adjoint_analysis(self, z: Tensor, u: Tensor) -> Tensor:
-        return (z @ self.A).view_as(u)
+        return product(z, self.A).view_as(u)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named_parameters()}

@@ -23,6 +23,7 @@ class Status(IntEnum):
     CONVERGED = 0
     MAX_STEPS = 1
     DIVERGED = 2
+    STAGNATED = 3
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class PlainIteration:
 
     tol: float = 1e-3
     max_steps: int = 50
+    patience: int | None = None
 
     def start(self, u0: Tensor) -> Acceleration:
         return lambda u, step, residual: step
@@ -83,6 +85,8 @@ class Anderson:
         memory: `m`, length of the history.
         regularization: weight of the ridge relative to the Gram matrix of the residuals.
         beta: mixing weight in (0, 1]; 1 takes the images `T(u_i)` alone.
+        patience: a sample stagnates when its smallest residual has not fallen by a tenth in this many
+            evaluations; None never gives up.
     """
 
     tol: float = 1e-3
@@ -90,6 +94,7 @@ class Anderson:
     memory: int = 5
     regularization: float = 1e-4
     beta: float = 1.0
+    patience: int | None = None
 
     def start(self, u0: Tensor) -> Acceleration:
         return _AndersonHistory(self, u0)
@@ -111,7 +116,8 @@ class _AndersonHistory:
         beta = self.solver.beta
         self.iterates[:, slot] = step if beta == 1 else torch.lerp(u, step, beta)
         self.residuals[:, slot] = residual
-        row = torch.bmm(self.residuals[:, :m], residual[:, :, None]).squeeze(-1)
+        # The row of the Gram matrix from the left: the same product from the right is ten times slower.
+        row = torch.bmm(residual[:, None], self.residuals[:, :m].mT).squeeze(1)
         self.gram[:, slot, :m] = row
         self.gram[:, :m, slot] = row
         alpha = self._weights(self.gram[:, :m, :m], slot)
@@ -131,8 +137,17 @@ class _AndersonHistory:
 
 Solver = PlainIteration | Anderson
 
+
+def _chosen(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """For each sample one of two; most of the time all are alike, and nothing is copied."""
+    return yes if condition.all() else torch.where(condition[:, None], yes, no)
+
+
 DIVERGENCE_FACTOR = 1e6
 """A sample has diverged when its residual is this many times its first one, or not finite."""
+
+STAGNATION_FACTOR = 0.9
+"""A sample stagnates when its smallest residual is more than this share of the one `patience` steps ago."""
 
 
 @torch.no_grad()
@@ -157,7 +172,7 @@ def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
     best, smallest = u, relative
     running = torch.ones(n, dtype=torch.bool, device=u.device)
     limit = torch.zeros_like(relative)
-    history = []
+    history, records = [], []
     for k in range(solver.max_steps):
         step = step_map(u.view(u0.shape)).reshape(n, d)
         residual = step - u
@@ -174,12 +189,17 @@ def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
         status[converged] = Status.CONVERGED
         status[diverged] = Status.DIVERGED
         kept = running & (diverged | (relative <= smallest))
-        best = torch.where(kept[:, None], u, best)
+        best = _chosen(kept, u, best)
         smallest = torch.where(kept, relative, smallest)
         running = running & ~converged & ~diverged
+        records.append(smallest)
+        if solver.patience is not None and k >= solver.patience:
+            stagnated = running & (smallest > STAGNATION_FACTOR * records[k - solver.patience])
+            status[stagnated] = Status.STAGNATED
+            running = running & ~stagnated
         if k + 1 == solver.max_steps or not running.any():
             break
-        u = torch.where(running[:, None], accelerate(u, step, residual), u)
+        u = _chosen(running, accelerate(u, step, residual), u)
     return Solution(
         value=best.view(u0.shape),
         residual=smallest.view(batch),

@@ -56,8 +56,9 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
 
 def make_solver(config: TrainingConfig) -> Solver:
     if config.solver == "plain":
-        return PlainIteration(config.tol, config.max_steps)
-    return Anderson(config.tol, config.max_steps, config.memory, config.regularization, config.beta)
+        return PlainIteration(config.tol, config.max_steps, config.patience)
+    c = config
+    return Anderson(c.tol, c.max_steps, c.memory, c.regularization, c.beta, c.patience)
 
 
 def load_images(config: Config) -> dict[str, Tensor]:
@@ -318,7 +319,7 @@ class Trainer:
         self.noise = torch.tensor([c.noise for c in configs], device=self.device)
         # Not fused: that kernel rounds a tensor's last numbers otherwise, and members would not be equal.
         self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=self.config.learning_rate, foreach=False, fused=False
+            self.model.parameters(), lr=self.config.learning_rate, foreach=True, fused=False
         )
         self.warm = isinstance(self.config, FacesConfig) and self.config.warm_start
         self.solutions: dict[str, Tensor] = {}
