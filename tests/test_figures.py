@@ -32,6 +32,7 @@ from lib.figures import (
     check_stored_losses,
     epochs_figure,
     loss_figure,
+    print_rounded,
     reconstruction_figure,
     save,
     sweep_budget,
@@ -414,3 +415,26 @@ def test_reconstructions_stand_in_the_column_of_their_model() -> None:
             strip = np.concatenate(list(row[:3].numpy()), axis=1)
             assert np.array_equal(np.asarray(axes.images[0].get_array()), strip)
             assert axes.images[0].get_clim() == (-1, 1)
+
+
+def test_decibels_are_told_where_solves_converged(capsys: pytest.CaptureFixture[str]) -> None:
+    """And stand in one order whatever is within the margin, in whichever order that is."""
+
+    def run(unconverged: float) -> Run:
+        history = pd.DataFrame({"backward_unconverged": [np.nan, unconverged]})
+        return Run("key", RunConfig(), "completed", "", history, {}, {})
+
+    runs = {"bilevel": run(0.0), "deq": run(1.0)}
+    for change in (0.0, 0.01):
+        decibels = pd.Series(
+            {"input": 10.04, "bilevel": 17.0, "deq": 17.24, "TV": 15.9 + change, "near": 15.905 - change}
+        )
+        print_rounded(decibels, runs)
+        assert capsys.readouterr().out.splitlines() == [
+            "input: 10.0 dB",
+            "bilevel: 17.0 dB",
+            "deq: depends on roundings",
+            "TV: 16.0 dB",
+            "near: 16.0 dB",
+            "in order, ~ where less than 0.5 dB apart: bilevel > TV ~ near > input",
+        ]
