@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from torch import Tensor
 
 settings.register_profile("repeatable", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("repeatable")
+settings.register_profile(
+    "unshrunk", settings.get_profile("repeatable"), phases=[Phase.explicit, Phase.generate]
+)
+"""Fails with the first example found, without looking for a simpler one (`--hypothesis-profile`)."""
 
 
 @pytest.fixture

@@ -157,6 +157,7 @@ def test_faces_are_split_by_person() -> None:
 
     def who(images: Tensor) -> list[int]:
         pixels = ((images[:, 0] + 1) * 127.5).round().to(torch.uint8).numpy()
+        assert all(image.tobytes() in people for image in pixels), "a photograph is used twice"
         return [people.pop(image.tobytes()) for image in pixels]
 
     train, test = faces("train", 300), faces("test", 100)

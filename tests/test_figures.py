@@ -14,7 +14,9 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
@@ -25,16 +27,19 @@ from lib import sweep as sweeps
 from lib.config import RunConfig, grid
 from lib.figures import (
     MODEL_COLORS,
+    Reconstructions,
     best_runs_figure,
     check_stored_losses,
     epochs_figure,
     loss_figure,
+    print_rounded,
+    reconstruction_figure,
     save,
     sweep_budget,
 )
 from lib.models import MODELS
 from lib.operators import TASKS
-from lib.runs import get_run
+from lib.runs import Run, get_run
 from lib.sweep import Sweep, get_sweep, load_sweep
 
 NOISES, TAUS = (0.0, 0.1, 0.5), (0.1, 0.5, 0.9, 1.1)
@@ -163,10 +168,11 @@ def assert_same_files(first: Path, second: Path) -> None:
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
-def test_the_losses_are_counted_under_their_boxes() -> None:
+@pytest.mark.parametrize("threshold", [0.5, 0.2])
+def test_the_losses_are_counted_under_their_boxes(threshold: float) -> None:
     """The kept, dropped and diverged runs of each task and model, late and missing ones, left to right."""
-    left, _ = loss_figure(MIXED).axes
-    ends = comparison.outcome(MIXED.runs)
+    left, _ = loss_figure(MIXED, threshold).axes
+    ends = comparison.outcome(MIXED.runs, threshold)
     for name in ("kept", "dropped", "diverged", "no epoch", "not run"):
         expected = [
             int(((MIXED.runs["task"] == task) & (MIXED.runs["model"] == model) & (ends == name)).sum())
@@ -389,3 +395,59 @@ def test_stored_losses_are_recomputed_from_the_weights(
         changed.loc[row, "test_loss"] *= 1.00001
         with pytest.raises(AssertionError):
             check_stored_losses(changed, tmp_path)
+
+
+# matplotlib hands torch's tensors to NumPy in a way that NumPy will not take for ever.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_reconstructions_stand_in_the_column_of_their_model() -> None:
+    """A block of columns per model, bilevel first: its own images under its own name and numbers."""
+    generator = torch.Generator().manual_seed(0)
+    truth, observed, *images = torch.rand(6, 5, 7, 7, generator=generator) * 2 - 1
+    configs = {model: RunConfig(model=model, size=7) for model in MODELS}
+    runs = {
+        model: Run("key", config, "completed", "", pd.DataFrame(), {}, {})
+        for model, config in configs.items()
+    }
+    outputs, forwarded = (
+        dict(zip(MODELS, images[:2], strict=True)),
+        dict(zip(MODELS, images[2:], strict=True)),
+    )
+    table = pd.DataFrame(
+        {"psnr": [10.0, 20.0, 30.0], "ssim": [0.1, 0.2, 0.3]}, index=["input", "bilevel", "deq"]
+    )
+    shown = Reconstructions(runs, truth, observed, outputs, forwarded, table)
+    fig = reconstruction_figure(shown, ["truth", "input", "K output", "output"], "quick", count=3)
+    grid = np.array(fig.axes).reshape(4, 2)
+    assert [axes.get_title().partition(" (")[0] for axes in grid[0]] == [
+        "bilevel: 20.0 dB, SSIM 0.20",
+        "DEQ: 30.0 dB, SSIM 0.30",
+    ]
+    assert [axes.get_ylabel() for axes in grid[:, 0]] == ["truth", "input", "$K$ output", "output"]
+    for column, model in zip(grid.T, MODELS, strict=True):
+        for axes, row in zip(column, (truth, observed, forwarded[model], outputs[model]), strict=True):
+            strip = np.concatenate(list(row[:3].numpy()), axis=1)
+            assert np.array_equal(np.asarray(axes.images[0].get_array()), strip)
+            assert axes.images[0].get_clim() == (-1, 1)
+
+
+def test_decibels_are_told_where_solves_converged(capsys: pytest.CaptureFixture[str]) -> None:
+    """And stand in one order whatever is within the margin, in whichever order that is."""
+
+    def run(unconverged: float) -> Run:
+        history = pd.DataFrame({"backward_unconverged": [np.nan, unconverged]})
+        return Run("key", RunConfig(), "completed", "", history, {}, {})
+
+    runs = {"bilevel": run(0.0), "deq": run(1.0)}
+    for change in (0.0, 0.01):
+        decibels = pd.Series(
+            {"input": 10.04, "bilevel": 17.0, "deq": 17.24, "TV": 15.9 + change, "near": 15.905 - change}
+        )
+        print_rounded(decibels, runs)
+        assert capsys.readouterr().out.splitlines() == [
+            "input: 10.0 dB",
+            "bilevel: 17.0 dB",
+            "deq: depends on roundings",
+            "TV: 16.0 dB",
+            "near: 16.0 dB",
+            "in order, ~ where less than 0.5 dB apart: bilevel > TV ~ near > input",
+        ]

@@ -404,6 +404,18 @@ def truncate_weights(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
+def test_weights_of_another_run_are_noticed(
+    results: Path, stored: tuple[Path, Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole weights in the wrong folder, as a copy by hand leaves them, are not taken for the run's own."""
+    other = CONFIG.model_copy(update={"seed": 1})
+    get_run(other, results)
+    folder = folder_of(CONFIG, results)
+    shutil.copy(folder_of(other, results) / "weights.pt", folder)
+    assert_same_bits(get_run(CONFIG, results), stored[1])
+    assert "weights.pt: it belongs to another run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "damage", [flip_weights, truncate_weights, Path.unlink], ids=["flipped", "truncated", "missing"]
 )

@@ -123,6 +123,20 @@ def test_every_row_says_how_its_run_ended(trained: tuple[Path, Sweep, bytes]) ->
     assert (swept.runs["seconds"] > 0).all()
 
 
+def test_a_row_has_the_last_epochs_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the lowest loss, nor the first one, where the loss goes down and up again."""
+    history = [
+        {"epoch": epoch, "seconds": float(epoch), "test_loss": loss, "test_psnr": 10 - loss}
+        for epoch, loss in enumerate((0.9, 0.2, 0.4))
+    ]
+    record = {"status": "completed", "reason": "", "history": history}
+    record |= {"provenance": {"seconds": 2.5, "environment": {}}}
+    monkeypatch.setattr(sweep, "read_record", lambda config, results: record)
+    (row,) = sweep.load_sweep("smoke", CONFIGS[:1]).runs.to_dict("records")
+    assert (row["test_loss"], row["test_psnr"], row["epochs_finished"]) == (0.4, 9.6, 2)
+    assert row["seconds"] == 2.5
+
+
 def test_every_epoch_is_a_row(trained: tuple[Path, Sweep, bytes], no_training: None) -> None:
     """The epochs of each run are its history, and its row ends with the metrics of the last one."""
     results, swept, _ = trained
