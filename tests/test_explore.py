@@ -1,0 +1,432 @@
+"""The explorer: its table is the store's, its pictures are the table's, the controls choose among them."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lib import explore, notebooks, runs, training
+from lib import sweep as sweeps
+from lib.config import ConfigError, RunConfig, grid
+from lib.data import DataError
+from lib.explore import Table, collect, explorer, load, main, panel, table_folder, write_table
+from lib.figures import MODEL_COLORS, reconstruct
+from lib.models import MODELS
+from lib.runs import get_run, run_key
+from lib.store import DamagedFile
+from lib.sweep import get_sweep, load_sweep
+from lib.training import load_images, make_operator
+
+VALUES: dict[str, Any] = {
+    "task": ["inpainting", "denoising"],
+    "noise": [0.1, 0.5],
+    "sigma": ["relu", "identity"],
+    "gamma": [0.1, 1.0],
+    "tau": [0.5, 0.1],
+}
+CONFIGS = grid("quick", **VALUES)
+REASON = "training loss nan above 1000 in epoch 1, step 3"
+
+TINY: dict[str, Any] = {
+    "task": ["inpainting", "denoising"],
+    "solver": "plain",
+    "time_budget": [60.0, 1e-6],
+    "train_images": 20,
+    "test_images": 10,
+    "batch_size": 10,
+}
+"""Runs of which some diverge and some run out of time; `time_budget` is an axis of its own."""
+
+
+def record(config: RunConfig) -> dict[str, Any] | None:
+    """A made-up run: most complete, and some diverged at once or later, ran out of time or are missing."""
+    number = CONFIGS.index(config)
+    rng = np.random.default_rng(number)
+    history: list[dict[str, Any]] = []
+    for epoch in range(4):
+        row = {"epoch": epoch, "seconds": 0.5 * epoch, "test_loss": rng.uniform(0.1, 0.4)}
+        row |= {"test_psnr": rng.uniform(10, 20)}
+        if epoch:
+            row |= {"forward_steps": rng.uniform(3, 50), "backward_steps": rng.uniform(3, 50)}
+        history.append(row)
+    status, reason = "completed", ""
+    if config.noise == 0.5 and config.gamma == 1.0:
+        status, reason = ("diverged", REASON) if config.tau == 0.5 else ("out of time", "time budget spent")
+        history = history[:1] if config.sigma == "relu" else []
+    if config.noise == 0.5 and config.gamma == 0.1 and config.tau == 0.5 and config.model == "deq":
+        return None
+    provenance = {"seconds": 2.0, "environment": {"accelerator": "none"}}
+    return {"status": status, "reason": reason, "history": history, "provenance": provenance}
+
+
+def made_up(configs: list[RunConfig]) -> Table:
+    """A table of runs that were never trained, with random images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweeps, "read_record", lambda config, results=None: record(config))
+        sweep = load_sweep("quick", configs)
+    rng = np.random.default_rng(0)
+
+    def images() -> explore.Pixels:
+        return rng.integers(0, 256, (4, 14, 14), np.uint8)
+
+    completed = sweep.runs.loc[sweep.runs["status"] == "completed", "key"]
+    return Table(
+        sweep, images(), {key: images() for key in sweep.runs["key"]}, {key: images() for key in completed}
+    )
+
+
+TABLE = made_up(CONFIGS)
+SELECTIONS = [dict(zip(VALUES, levels, strict=True)) for levels in product(*VALUES.values())]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Results with the made-up table."""
+    write_table(TABLE, table_folder("quick", tmp_path))
+    return tmp_path
+
+
+def config_of(selection: dict[str, Any], model: str) -> RunConfig:
+    """The configuration of a selection, found without the table."""
+    wanted = selection | {"model": model}
+    (found,) = (c for c in CONFIGS if all(getattr(c, name) == value for name, value in wanted.items()))
+    return found
+
+
+@cache
+def drawn(number: int) -> Figure:
+    """The panel of a selection."""
+    return panel(TABLE, **SELECTIONS[number])
+
+
+def texts(axes: Axes) -> str:
+    return " ".join(" ".join(text.get_text() for text in axes.texts).split())
+
+
+def drawn_lines(axes: Axes) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """Points of the models' lines, by colour and style, without those that are missing."""
+    lines = {}
+    for line in axes.lines:
+        if to_hex(line.get_color()) in MODEL_COLORS.values():
+            points = np.array(line.get_xydata(), float)
+            key = (to_hex(line.get_color()), str(line.get_linestyle()))
+            lines[key] = [(x, y) for x, y in points.tolist() if not np.isnan(y)]
+    return lines
+
+
+def test_what_is_written_is_what_is_loaded(results: Path) -> None:
+    """Tables and images come back as they were, and the columns that are left out are not read."""
+    table = load("quick", results)
+    runs_read, epochs_read = table.sweep.runs, table.sweep.epochs
+    pd.testing.assert_frame_equal(runs_read, TABLE.sweep.runs[list(runs_read)], check_dtype=False)
+    pd.testing.assert_frame_equal(epochs_read, TABLE.sweep.epochs[list(epochs_read)])
+    assert table.sweep.profile == "quick"
+    assert (table.truth == TABLE.truth).all()
+    for read, written in ((table.inputs, TABLE.inputs), (table.outputs, TABLE.outputs)):
+        assert list(read) == list(written)
+        assert all((read[key] == written[key]).all() for key in written)
+
+
+def test_provenance_is_beside_the_table(results: Path) -> None:
+    """Code version, data digests, environment and what became of the runs."""
+    provenance = json.loads((table_folder("quick", results) / "provenance.json").read_text())
+    assert provenance["code"] == runs.code_version()
+    assert provenance["data"] == {"mnist": runs.DATA_DIGESTS["mnist"]}
+    assert provenance["environment"]["packages"]["torch"]
+    assert provenance["statuses"] == TABLE.sweep.runs["status"].value_counts().to_dict()
+    assert set(provenance["sha256"]) == set(explore.FILES)
+
+
+def test_axes_are_the_tables_levels() -> None:
+    """Words in the order of the grid, numbers by size; the first of each is the default selection."""
+    expected = {name: v if isinstance(v[0], str) else sorted(v) for name, v in VALUES.items()}
+    assert TABLE.axes() == expected
+    assert TABLE.select() == {name: levels[0] for name, levels in expected.items()}
+    assert TABLE.select(tau=0.5, noise=None)["tau"] == 0.5
+
+
+@pytest.mark.parametrize("number", range(len(SELECTIONS)))
+def test_curves_are_the_tables_numbers(number: int) -> None:
+    """Losses and solver steps of both models, each in its colour, epoch by epoch."""
+    selection = SELECTIONS[number]
+    losses, steps = drawn(number).axes[:2]
+    for model in MODELS:
+        stored = record(config_of(selection, model)) or {"history": []}
+        history = stored["history"]
+        color = MODEL_COLORS[model]
+        (points,) = [points for (own, _), points in drawn_lines(losses).items() if own == color]
+        assert points == [(row["epoch"], row["test_loss"]) for row in history]
+        for direction, style in (("forward", "-"), ("backward", ":")):
+            expected = [(row["epoch"], row[f"{direction}_steps"]) for row in history[1:]]
+            assert drawn_lines(steps)[color, style] == expected
+
+
+@pytest.mark.parametrize("number", range(len(SELECTIONS)))
+def test_images_are_the_runs(number: int) -> None:
+    """Truth, input and both reconstructions; where there is none, what became of the run."""
+    selection = SELECTIONS[number]
+    strips = drawn(number).axes[2:]
+    assert [axes.get_ylabel() for axes in strips] == ["truth", "input", "bilevel", "DEQ"]
+    key = run_key(config_of(selection, "bilevel"))
+    shown = [TABLE.truth, TABLE.inputs[key]]
+    for axes, model in zip(strips[2:], ("bilevel", "deq"), strict=True):
+        config = config_of(selection, model)
+        stored = record(config)
+        if stored and stored["status"] == "completed":
+            shown.append(TABLE.outputs[run_key(config)])
+        else:
+            assert not axes.images
+            said = f"{stored['status']}: {stored['reason']}" if stored else "not run"
+            assert texts(axes) == said
+    pictures = [axes.images[0].get_array() for axes in strips if axes.images]
+    for picture, images in zip(pictures, shown, strict=True):
+        assert picture is not None
+        assert (np.hsplit(np.asarray(picture), 4) == images).all()
+
+
+def test_picture_says_where_it_is_from() -> None:
+    """Data, selection, profile and budget in the line below."""
+    fig = panel(TABLE, task="denoising", noise=0.5, gamma=0.1, tau=0.5, sigma="identity")
+    said = " ".join(fig.texts[-1].get_text().split())
+    assert "MNIST 14x14, denoising, noise 0.5" in said
+    assert "identity; profile quick: 320 training images, 5 epochs; 100 test images" in said
+
+
+def test_a_table_of_one_model_is_drawn() -> None:
+    """There is then one reconstruction."""
+    table = made_up([config for config in CONFIGS if config.model == "deq"])
+    assert [axes.get_ylabel() for axes in panel(table).axes[2:]] == ["truth", "input", "DEQ"]
+
+
+@pytest.mark.parametrize("name", list(VALUES))
+def test_each_control_changes_the_picture(name: str) -> None:
+    """It starts at the given selection and draws what is chosen, and the old picture comes back."""
+    first = {"task": "denoising", "noise": 0.1, "sigma": "relu", "gamma": 0.1, "tau": 0.1}
+    box, image = explorer(TABLE, **first).children
+    controls = {control.description: control for control in box.children}
+    assert {own: control.value for own, control in controls.items()} == first
+    before = image.value
+    assert before == explore.picture(TABLE, **first)
+    with Image.open(io.BytesIO(before)) as decoded:
+        assert decoded.width > 900
+    (other,) = (level for level in VALUES[name] if level != first[name])
+    controls[name].value = other
+    assert image.value != before
+    assert image.value == explore.picture(TABLE, **first | {name: other})
+    controls[name].value = first[name]
+    assert image.value == before
+
+
+@pytest.mark.parametrize(
+    ("selection", "said"),
+    [
+        ({"noise": 0.3}, "noise: got 0.3, allowed: 0.1, 0.5"),
+        ({"task": "sharpening"}, "task: got 'sharpening', allowed: inpainting, denoising"),
+        ({"tau": [0.1]}, r"tau: got \[0.1\], allowed: 0.1, 0.5"),
+        ({"sigm": "relu"}, "sigm: no such parameter, allowed: task, noise, sigma, gamma, tau"),
+    ],
+)
+def test_unknown_selections_are_refused(selection: dict[str, Any], said: str) -> None:
+    for use in (panel, explorer):
+        with pytest.raises(ConfigError, match=f"^{said}$"):
+            use(TABLE, **selection)
+
+
+@pytest.mark.parametrize("name", explore.FILES)
+def test_a_damaged_file_is_refused(name: str, results: Path) -> None:
+    """One byte is enough; the line names the file."""
+    path = table_folder("quick", results) / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedFile, match=f"^{path}: its content does not match its checksum$"):
+        load("quick", results)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"sha256": 3}', '{"sha256": {}}', "\xff"])
+def test_damaged_provenance_is_refused(content: str, results: Path) -> None:
+    path = table_folder("quick", results) / "provenance.json"
+    path.write_bytes(content.encode("latin1"))
+    with pytest.raises(DamagedFile, match=f"^{path}: it does not list the table's checksums$"):
+        load("quick", results)
+
+
+@pytest.mark.parametrize("name", ["provenance.json", *explore.FILES])
+def test_a_missing_file_is_told(name: str, results: Path) -> None:
+    """The line names the file and the command that makes it."""
+    path = table_folder("quick", results) / name
+    path.unlink()
+    with pytest.raises(DataError, match=f"^{path} is missing; .* collect --profile quick") as told:
+        load("quick", results)
+    assert "\n" not in str(told.value)
+
+
+def test_an_unknown_profile_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^profile: got 'huge', allowed: smoke, quick, paper$"):
+        load("huge")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results with a tiny sweep."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "workers", lambda device: 1)
+        get_sweep("smoke", folder, **TINY)
+    return folder
+
+
+@pytest.fixture
+def store(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of these results in the place of the repository's, with which nothing can be trained."""
+    folder: Path = shutil.copytree(trained, tmp_path / "store")
+    for module in (runs, sweeps, explore):
+        monkeypatch.setattr(module, "RESULTS", folder)
+    monkeypatch.setattr(runs, "Trainer", None)
+    return folder
+
+
+def assert_shown(pixels: explore.Pixels, images: torch.Tensor) -> None:
+    """The bytes are the first four of the images `(N, H, W)`, as well as 256 shades can show them."""
+    difference = torch.from_numpy(pixels) / 255 * 2 - 1 - images[:4].clamp(-1, 1)
+    assert difference.shape == (4, *images.shape[1:])
+    assert difference.abs().max() <= 1.001 / 255
+
+
+def test_collected_images_are_the_stored_weights(store: Path) -> None:
+    """Truth, data and fixed points of the first test digits, in 256 shades; failed runs have none."""
+    assert collect("smoke", **TINY) == store / "smoke" / "sweep"
+    table = load("smoke")
+    configs = grid("smoke", **TINY)
+    assert table.sweep.runs["key"].tolist() == [run_key(config) for config in configs]
+    completed = [config for config in configs if config.tau < 2 and config.time_budget > 1]
+    assert list(table.outputs) == [run_key(config) for config in completed]
+    assert set(table.sweep.runs["status"]) == {"completed", "diverged", "out of time"}
+    assert_shown(table.truth, load_images(configs[0])["test"][:, 0])
+    for config in configs:
+        f = make_operator(config).forward(load_images(config)["test"]) + config.noise * training.test_noise(
+            config
+        )
+        assert_shown(table.inputs[run_key(config)], f[:, 0])
+    for task in TINY["task"]:
+        pair = {config.model: get_run(config, store) for config in completed if config.task == task}
+        assert set(pair) == set(MODELS)
+        for model, images in reconstruct(pair).outputs.items():
+            assert_shown(table.outputs[pair[model].key], images)
+
+
+def test_collected_tables_are_the_sweeps(store: Path) -> None:
+    """Both tables agree with the store; what else the sweep varies can be chosen too."""
+    collect("smoke", store, **TINY)
+    table, sweep = load("smoke", store), load_sweep("smoke", grid("smoke", **TINY), store)
+    pd.testing.assert_frame_equal(table.sweep.runs, sweep.runs[list(table.sweep.runs)], check_dtype=False)
+    pd.testing.assert_frame_equal(table.sweep.epochs, sweep.epochs[explore.HISTORY])
+    assert table.axes()["time_budget"] == [1e-6, 60.0]
+    late = panel(table, time_budget=1e-6, tau=0.5)
+    assert [texts(axes) for axes in late.axes[4:]] == [
+        "out of time: time budget of 1e-06 s spent in epoch 1"
+    ] * 2
+    assert all(axes.images for axes in panel(table, time_budget=60.0, tau=0.5).axes[2:])
+
+
+def test_weights_of_another_loss_are_not_collected(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose weights do not give its stored loss ends the collection, and nothing is written."""
+
+    def altered(*args: Any) -> sweeps.Sweep:
+        sweep = load_sweep(*args)
+        sweep.runs["test_loss"] *= 1.001
+        return sweep
+
+    monkeypatch.setattr(explore, "load_sweep", altered)
+    with pytest.raises(RuntimeError, match="its weights give the test loss"):
+        collect("smoke", **TINY)
+    assert not table_folder("smoke").exists()
+
+
+def test_the_command_makes_the_table(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It names the folder and counts the runs."""
+    arguments = [text for name, value in TINY.items() for text in ("-p", name, yaml.safe_dump(value))]
+    assert main(["collect", "--profile", "smoke", *arguments]) == 0
+    folder, _, counts = capsys.readouterr().out.strip().partition(": ")
+    assert folder == str(store / "smoke" / "sweep")
+    assert sorted(counts.split(", ")) == ["4 completed", "4 out of time", "8 diverged"]
+    assert load("smoke").sweep.runs["key"].nunique() == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--profile", "huge"], 2, "explore: profile: got 'huge', allowed: smoke, quick, paper"),
+        (["-p", "tau", "-1.0"], 2, "explore: tau: got -1.0, allowed: greater than 0"),
+        (
+            ["-p", "size", "[14, 28]"],
+            2,
+            "explore: size: got [14, 28], allowed: one size for all images of a table",
+        ),
+        ([], 1, "explore: no run of the profile quick is stored; `make sweep PROFILE=quick` trains them"),
+    ],
+)
+def test_the_command_tells_what_is_wrong(
+    arguments: list[str], code: int, said: str, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, and no table is written."""
+    assert main(["collect", *arguments]) == code
+    assert capsys.readouterr().err == f"{said}\n"
+    assert not table_folder("quick").exists()
+
+
+def test_the_notebook_reads_as_a_page() -> None:
+    """A title, parameters, the controls, a stored picture, and what to look for."""
+    book = nbformat.read(notebooks.notebook_path("explore"), as_version=4).cells
+    assert book[0].source.startswith("# Explorer")
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in book) == 1
+    assert book[-1].source.startswith("## What one can look for")
+    outputs = [out for cell in book if cell.cell_type == "code" for out in cell.outputs]
+    assert any("image/png" in out.get("data", {}) for out in outputs)
+    assert all(out.output_type != "error" for out in outputs)
+
+
+def test_the_notebook_runs_on_a_table(results: Path) -> None:
+    """Controls, picture and checks of the table that it is given, from the given selection on."""
+    chosen = {"task": "inpainting", "noise": 0.5, "sigma": "identity", "gamma": 0.1, "tau": 0.5}
+    folder = notebooks.run("explore", "quick", chosen, results)
+    book = nbformat.read(folder / "explore.ipynb", as_version=4)
+    outputs = [out.get("data", {}) for cell in book.cells for out in cell.get("outputs", [])]
+    assert sum("image/png" in data for data in outputs) == 1
+    assert sum("application/vnd.jupyter.widget-view+json" in data for data in outputs) == 1
+    assert any("'tau': [0.1, 0.5]" in data.get("text/plain", "") for data in outputs)
+    state = book.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
+    indices = {w["state"]["description"]: w["state"]["index"] for w in state if "index" in w["state"]}
+    axes = TABLE.axes()
+    assert indices == {name: axes[name].index(value) for name, value in chosen.items()}
+
+
+@pytest.mark.parametrize(
+    ("profile", "parameters", "said"),
+    [
+        ("quick", {"task": None, "noise": 0.3}, "noise: got 0.3, allowed: 0.1, 0.5"),
+        ("smoke", {}, "provenance.json is missing"),
+    ],
+)
+def test_the_notebook_refuses_in_one_line(
+    profile: str, parameters: dict[str, Any], said: str, results: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said) as refusal:
+        notebooks.run("explore", profile, parameters, results)
+    assert "\n" not in str(refusal.value)
