@@ -9,14 +9,16 @@ overlap, is the exact adjoint.
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
-from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-NEIGHBOURS = tuple((i, j) for i, j in product(range(3), range(-2, 3)) if (i, j) > (0, 0))
+from lib.products import product
+
+NEIGHBOURS = tuple((i, j) for i, j in itertools.product(range(3), range(-2, 3)) if (i, j) > (0, 0))
 """Offsets of the pixels up to two rows and columns away, one of each pair of opposite ones."""
 
 
@@ -31,7 +33,7 @@ def _packing(k: int) -> Tensor:
     r = block_side(k)
     p = k + r - 1
     origin = torch.full((r, r, p, p), k * k)
-    for i, j in product(range(r), repeat=2):
+    for i, j in itertools.product(range(r), repeat=2):
         origin[i, j, i : i + k, j : j + k] = torch.arange(k * k).view(k, k)
     return origin.view(r * r, p * p)
 
@@ -61,6 +63,11 @@ def _restricted(z: Tensor, height: int, width: int, r: int) -> Tensor:
     return (z.reshape(*z.shape[:-2], -1, *inside.shape) * inside.to(z)).flatten(-3, -2)
 
 
+def _for_each(matrices: Tensor, images: Tensor) -> Tensor:
+    """Products `M X` of a matrix `(*stack, l, n)` with every image's `X` of `(*stack, N, n, m)`."""
+    return product(matrices[..., None, :, :].expand(*images.shape[:-2], *matrices.shape[-2:]), images)
+
+
 def correlate(kernels: Tensor, u: Tensor) -> Tensor:
     """`A u`.
 
@@ -78,14 +85,14 @@ def correlate(kernels: Tensor, u: Tensor) -> Tensor:
     )
     patches = functional.unfold(padded, k + r - 1, stride=r)
     patches = patches.view(*u.shape[:-3], *patches.shape[-2:])
-    return _restricted(_block_matrix(kernels)[..., None, :, :] @ patches, height, width, r)
+    return _restricted(_for_each(_block_matrix(kernels), patches), height, width, r)
 
 
 def correlate_adjoint(kernels: Tensor, z: Tensor, height: int, width: int) -> Tensor:
     """`A^T z`, `(*stack, N, 1, H, W)`, of `z` in the layout of `correlate`."""
     k = kernels.shape[-1]
     r = block_side(k)
-    patches = _block_matrix(kernels).mT[..., None, :, :] @ _restricted(z, height, width, r)
+    patches = _for_each(_block_matrix(kernels).mT, _restricted(z, height, width, r))
     sides = (height - height % -r + k - 1, width - width % -r + k - 1)
     summed: Tensor = functional.fold(patches.flatten(0, -3), sides, k + r - 1, stride=r)
     image: Tensor = summed[..., k // 2 : k // 2 + height, k // 2 : k // 2 + width]
@@ -183,7 +190,7 @@ def _differences(order: int, side: int) -> list[list[tuple[int, int]]]:
     pairs = [(d, e) for d in NEIGHBOURS for e in (NEIGHBOURS if order == 2 else [(0, 0)]) if e <= d]
     centre = side // 2
     found = []
-    for (d, e), x in product(pairs, product(range(side), range(side))):
+    for (d, e), x in itertools.product(pairs, itertools.product(range(side), range(side))):
         corners = [x, _plus(x, d), _plus(x, e), _plus(_plus(x, d), e)]
         if all(0 <= i < side and 0 <= j < side for i, j in corners):
             length = sum(i * i for i in (*d, *e))

@@ -71,6 +71,7 @@ RESULT_MODULES = (
     "kernels",
     "models",
     "operators",
+    "products",
     "regularizer",
     "solvers",
     "training",
