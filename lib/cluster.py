@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import platform
 import shutil
 import signal
@@ -21,8 +22,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -218,14 +219,14 @@ def job_options(cluster: str, pairs: Sequence[Sequence[str]]) -> LocalJobs | Non
         return kind.model_validate({pair[0]: pair[1] for pair in pairs})
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        name = problem["loc"][0]
+        option = shown(problem["loc"][0])
         if problem["type"] == "extra_forbidden":
             known = ", ".join(kind.model_fields)
-            raise ConfigError(f"{shown(name)}: no such option of {cluster} jobs, allowed: {known}") from None
+            raise ConfigError(f"{option}: no such option of {cluster} jobs, allowed: {known}") from None
         allowed = problem["msg"].removeprefix("Input should be ")
         if problem["type"] == "string_pattern_mismatch":
             allowed = "letters, digits and .,:&|*[]()_-"
-        raise ConfigError(f"{name}: got {shown(problem['input'])}, allowed: {allowed}") from None
+        raise ConfigError(f"{option}: got {shown(problem['input'])}, allowed: {allowed}") from None
 
 
 @dataclass(frozen=True)
@@ -332,7 +333,7 @@ def _submit(configs: Sequence[RunConfig], options: LocalJobs, results: Path, fol
         executor = submitit.AutoExecutor(own, cluster=options.cluster, slurm_max_num_timeout=REQUEUES)
         executor.update_parameters(**options.parameters(count))
         # Ctrl-C ends the command that waits, not jobs of this machine. The error has what sbatch prints, too.
-        with interrupts_ignored(), clean_env(), redirect_stderr(io.StringIO()):
+        with interrupts_ignored(), _no_job(), redirect_stderr(io.StringIO()):
             with executor.batch():
                 submitted = [
                     executor.submit(Share(tuple(c.model_dump() for c in share), str(results), code_version()))
@@ -349,6 +350,15 @@ def _submit(configs: Sequence[RunConfig], options: LocalJobs, results: Path, fol
         shutil.rmtree(own)
         raise
     return jobs
+
+
+@contextmanager
+def _no_job() -> Iterator[None]:
+    """An environment without the variables of a job that this process may be in, but with Slurm's own."""
+    kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    with clean_env():
+        os.environ.update(kept)
+        yield
 
 
 def _follow(configs: Sequence[RunConfig], jobs: Sequence[Job], options: LocalJobs, results: Path) -> None:

@@ -7,7 +7,7 @@ set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d /tmp/slurm-test.XXXXXX)
 export PYTHONNOUSERSITE=1 SLURM_CONF=$work/slurm.conf
-sweep="-p task denoising -p size 14 -p train_images 2000 -p epochs 40"
+sweep="-p task denoising -p size 14 -p train_images 1000 -p epochs 40"
 
 say() { echo "== $*"; }
 
@@ -60,6 +60,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
+MailProg=/bin/true
 KillWait=5
 JobRequeue=1
 NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
@@ -70,11 +71,12 @@ dd if=/dev/urandom of="$work/munge.key" bs=1024 count=1 status=none
 chmod 600 "$work/munge.key"
 chmod 755 "$work"
 munged --foreground --force --key-file="$work/munge.key" --socket="$work/munge.socket" \
-    --pid-file="$work/munged.pid" --seed-file="$work/munge.seed" --log-file="$work/munged.log" &
+    --pid-file="$work/munged.pid" --seed-file="$work/munge.seed" --log-file="$work/munged.log" \
+    2>"$work/munged.err" &
 started+=($!)
 wait_for "munged answers" 20 munge --socket="$work/munge.socket" --no-input
-slurmctld -D & started+=($!)
-slurmd -D & started+=($!)
+slurmctld -D 2>"$work/slurmctld.err" & started+=($!)
+slurmd -D 2>"$work/slurmd.err" & started+=($!)
 wait_for "the node is idle" 60 sh -c 'sinfo --noheader --format=%T | grep -qx idle'
 sinfo
 
@@ -103,32 +105,26 @@ wait_for "both jobs have written checkpoints" 120 some_checkpoints
 squeue --array
 job=$(squeue --noheader --format=%A --states=R | sort -n | head -1)
 
-say "the same command a second time follows those jobs, and Ctrl-C leaves them running"
-before=$(squeue --noheader --array | wc -l)
-python - $run <<'END'
-import signal, subprocess, sys, time
-process = subprocess.Popen(sys.argv[1:], stderr=subprocess.PIPE, text=True)
-time.sleep(10)
-process.send_signal(signal.SIGINT)
-print("said:", process.communicate()[1].splitlines()[-1])
-print("exit status:", process.returncode)
-END
-[ "$(squeue --noheader --array | wc -l)" = "$before" ]
-
 say "kill -9 of the process of element 0; submitit's preemption signal to element 1"
-pids() { # of the Python processes of an element
-    for file in /proc/[0-9]*/environ; do
-        if tr '\0' '\n' <"$file" 2>/dev/null | grep -qx "SLURM_ARRAY_TASK_ID=$1" &&
-            tr '\0' ' ' <"${file%environ}cmdline" | grep -q '^[^ ]*python.*submitit.core._submit'; then
-            basename "$(dirname "$file")"
-        fi
-    done
-}
-kill -9 $(pids 0)
+element() { squeue --noheader --array --format="%i %A" | awk -v id="${job}_0" '$1 == id {print $2}'; }
+scontrol listpids "$(element).0" | tee killed | sed -n 2p
+kill -9 "$(awk 'NR == 2 {print $1}' killed)"
 scancel --signal=USR2 "${job}_1"
 requeued() { squeue --noheader --array --format="%i %T" | grep -q "_1 PENDING"; }
 wait_for "element 1 was queued again" 60 requeued
 squeue --array
+
+say "a command for the runs of element 1 alone follows it, submits nothing, and Ctrl-C leaves it where it is"
+python - $run -p model bilevel <<'END'
+import signal, subprocess, sys, time
+process = subprocess.Popen(sys.argv[1:], stderr=subprocess.PIPE, text=True)
+time.sleep(15)
+process.send_signal(signal.SIGINT)
+print("said:", process.communicate()[1].splitlines()[-1])
+print("exit status:", process.returncode)
+END
+squeue --array
+[ "$(squeue --noheader --array --format=%i)" = "${job}_1" ]
 # Slurm lets a job that is queued again wait for two minutes.
 scontrol update "JobId=${job}_1" StartTime=now
 
@@ -138,9 +134,18 @@ tr '\r' '\n' <first.err | tail -1
 python -m lib.sweep status --profile smoke $sweep
 grep -h -E "preempted|timed|Requeued" results/jobs/*/*_log.* || true
 
-say "the same command resumes it"
-nice -n 19 $run 2>second.err
-tr '\r' '\n' <second.err | grep -v '^sweep: .*%' || true
+say "the same command resumes it; Slurm itself queues the job again, as when it preempts one"
+nice -n 19 $run 2>second.err &
+waiting=$!
+running() { squeue --noheader --format=%T | grep -qx RUNNING; }
+wait_for "the new job runs" 60 running
+sleep 6
+job=$(squeue --noheader --format=%A)
+scontrol requeue "$job"
+again() { scontrol show job "$job" | grep -q JobState=PENDING && scontrol show job "$job" | grep -q Restarts=1; }
+wait_for "job $job was queued again" 60 again
+scontrol update "JobId=$job" StartTime=now
+wait "$waiting"
 
 say "and a third time submits nothing"
 $run
