@@ -402,7 +402,7 @@ def train_runs(configs: Sequence[Config], results: Path | str | None = None) -> 
             waiting = [config for config in waiting if not is_stored(config, results)]
             if len(waiting) == before:
                 bar.set_postfix_str(f"{before} runs are being trained by another process")
-                while all(_is_locked(config, results) for config in waiting):
+                while all(is_locked(config, results) for config in waiting):
                     time.sleep(POLL_SECONDS)
     if "ipykernel" in sys.modules:
         clear_output()
@@ -427,7 +427,7 @@ def _train_in_processes(todo: Sequence[list[Config]], results: Path | str | None
             report(message)
 
     try:
-        with _interrupts_ignored():
+        with interrupts_ignored():
             for process in processes:
                 process.start()
         while any(process.is_alive() for process in processes):
@@ -447,7 +447,7 @@ def _train_in_processes(todo: Sequence[list[Config]], results: Path | str | None
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
+def interrupts_ignored() -> Iterator[None]:
     """Processes started in here leave Ctrl-C to the one that asked for them."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -492,7 +492,7 @@ def _work(
             return
 
 
-def _is_locked(config: Config, results: Path | str | None) -> bool:
+def is_locked(config: Config, results: Path | str | None) -> bool:
     """Whether another process is training a run."""
     try:
         with FileLock(run_folder(config, results) / "lock", timeout=0):

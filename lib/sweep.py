@@ -1,7 +1,7 @@
 """The grid of the paper: all its configurations trained, and what came out as two tidy tables.
 
 `python -m lib.sweep run --profile quick -p tau "[0.1, 0.5]"` trains what is not stored yet; `status` and
-`plan` tell what is done and how long the rest will take.
+`plan` tell what is done and how long the rest will take. `run --cluster slurm` trains on more machines.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
+from lib.cluster import LocalJobs, job_options, train_on_cluster
 from lib.config import ConfigError, RunConfig, grid, parse_parameters, shown
 from lib.data import DataError
 from lib.runs import (
@@ -236,6 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text)
         command.add_argument("--profile", default="quick")
         command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+        if name == "run":
+            command.add_argument("--cluster", default="none", help="where: none (here), local or slurm")
+            command.add_argument("--job", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args(arguments)
     try:
         configs = grid(options.profile, **parse_parameters(options.p))
@@ -244,25 +248,28 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "plan":
             print_plan(configs)
         else:
-            return _run(options.profile, configs)
+            return _run(options.profile, configs, job_options(options.cluster, options.job))
     except (ConfigError, DataError, RuntimeError) as error:
         print(f"sweep: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
-def _run(profile: str, configs: Sequence[RunConfig]) -> int:
-    stopped = False
+def _run(profile: str, configs: Sequence[RunConfig], jobs: LocalJobs | None) -> int:
+    stopped = ""
     try:
-        train_runs(configs)
-    except KeyboardInterrupt:
-        stopped = True
+        if jobs is None:
+            train_runs(configs)
+        else:
+            train_on_cluster(configs, jobs)
+    except KeyboardInterrupt as stop:
+        stopped = str(stop) or "stopped; the same command goes on from here"
     sweep = load_sweep(profile, configs)
     for path in write_tables(sweep):
         print(path)
     print(", ".join(f"{count} {name}" for name, count in sweep.provenance["statuses"].items()))
     if stopped:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print(stopped, file=sys.stderr)
     return 130 if stopped else 0
 
 
