@@ -85,8 +85,8 @@ class Anderson:
         memory: `m`, length of the history.
         regularization: weight of the ridge relative to the Gram matrix of the residuals.
         beta: mixing weight in (0, 1]; 1 takes the images `T(u_i)` alone.
-        patience: a sample stagnates when its smallest residual has not fallen by a tenth in this many
-            evaluations; None never gives up.
+        patience: a sample stagnates when in this many evaluations its smallest residual has not fallen by a
+            tenth and its residual has not grown by one, as when it diverges; None never gives up.
     """
 
     tol: float = 1e-3
@@ -147,7 +147,8 @@ DIVERGENCE_FACTOR = 1e6
 """A sample has diverged when its residual is this many times its first one, or not finite."""
 
 STAGNATION_FACTOR = 0.9
-"""A sample stagnates when its smallest residual is more than this share of the one `patience` steps ago."""
+"""A sample stagnates when its smallest residual is more than this share of that `patience` steps ago, and the
+residual then more than this share of the one now."""
 
 
 @torch.no_grad()
@@ -192,9 +193,12 @@ def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
         best = _chosen(kept, u, best)
         smallest = torch.where(kept, relative, smallest)
         running = running & ~converged & ~diverged
-        records.append(smallest)
+        records.append((smallest, size))
         if solver.patience is not None and k >= solver.patience:
-            stagnated = running & (smallest > STAGNATION_FACTOR * records[k - solver.patience])
+            earlier, earlier_size = records[k - solver.patience]
+            stagnated = (
+                running & (smallest > STAGNATION_FACTOR * earlier) & (size * STAGNATION_FACTOR < earlier_size)
+            )
             status[stagnated] = Status.STAGNATED
             running = running & ~stagnated
         if k + 1 == solver.max_steps or not running.any():

@@ -318,6 +318,7 @@ LEVELS: dict[str, tuple[Any, ...]] = {
     "memory": (3, 4),
     "regularization": (1e-5, 1e-3),
     "beta": (0.5, 1.0),
+    "patience": (5, 20),
     "seed": (0, 1, 2**62),
     "time_budget": (0.5, 60.0),
 }

@@ -98,7 +98,7 @@ def test_a_batch_solves_every_sample_as_if_alone(solver: Solver) -> None:
     M = factors[:, None, None] * rotations(7, 30, 0)
     c, u0 = normal((2, 7, 1, 1, 30), 1)
     together = fixed_point(linear_map(M, c), u0, solver)
-    assert set(together.status.tolist()) == set(Status)
+    assert set(together.status.tolist()) == set(Status) - {Status.STAGNATED}
     assert together.steps.unique().numel() >= 4
     for i in range(7):
         alone = fixed_point(linear_map(M[i], c[i]), u0[i], solver)
@@ -130,6 +130,23 @@ def test_too_few_steps_are_reported_as_such(solver: Solver) -> None:
     assert solution.status.eq(Status.MAX_STEPS).all()
     assert solution.steps.eq(7).all()
     assert solution.residual.gt(1e-8).all()
+
+
+@pytest.mark.parametrize("patience", [1, 5, 12])
+def test_a_residual_that_stands_still_is_given_up(patience: int) -> None:
+    """Not one that falls, however far it is from the tolerance, and not one that grows."""
+    factors = torch.tensor([1.0, 0.5, 0.85 ** (1 / patience), 1.2], dtype=torch.float64)
+    M, c = factors[:, None, None] * rotations(1, 8, 0), normal((4, 1, 1, 8), 1)
+    c[0] = 0
+    u0 = normal((4, 1, 1, 8), 2)
+    solver = PlainIteration(tol=1e-5, max_steps=60, patience=patience)
+    solution = fixed_point(linear_map(M, c), u0, solver)
+    expected = [Status.STAGNATED, Status.CONVERGED, Status.MAX_STEPS, Status.MAX_STEPS]
+    assert solution.status.tolist() == expected
+    assert solution.steps[0] == patience + 1
+    patient = fixed_point(linear_map(M, c), u0, replace(solver, patience=None))
+    assert patient.status.tolist() == [Status.MAX_STEPS, *expected[1:]]
+    assert torch.equal(patient.value[1:], solution.value[1:])
 
 
 def test_an_expansion_diverges_at_the_step_its_growth_gives() -> None:
@@ -345,10 +362,10 @@ def test_anderson_agrees_with_torchdeq(beta: float) -> None:
 
 def test_fraction_counts_samples_by_status() -> None:
     """The shares of the statuses are what was counted and add up to one."""
-    status = torch.tensor([[0, 1, 0], [2, 0, 0]], dtype=torch.int8)
+    status = torch.tensor([[0, 1, 0], [2, 0, 3]], dtype=torch.int8)
     solution = Solution(torch.zeros(2, 3, 1, 1, 1), torch.zeros(2, 3), torch.zeros(1, 2, 3), status, status)
     shares = [solution.fraction(s) for s in Status]
-    assert shares == pytest.approx([4 / 6, 1 / 6, 1 / 6])
+    assert shares == pytest.approx([3 / 6, 1 / 6, 1 / 6, 1 / 6])
 
 
 @SOLVERS
