@@ -55,7 +55,7 @@ VALUES: dict[str, Any] = {
     "train_images": 20,
     "test_images": 10,
     "batch_size": 10,
-    "epochs": 12,
+    "epochs": 24,
 }
 """Eight stacks of four small images' runs, some of which diverge, in seconds."""
 
@@ -327,9 +327,9 @@ def test_a_sweep_survives_kill_9_at_any_moment(commands: Commands, undisturbed: 
         before = histories(tmp_path)
         command = commands.start(RUN, tmp_path)
         process = psutil.Process(command.pid)
-        lines = draws.randint(1, 12) if kills < 30 else math.inf
+        lines = draws.randint(1, 8) if kills < 30 else math.inf
         wait_for(lambda c=command, p=process, n=lines: len(c.log()) >= n or has_ended(p))  # type: ignore[misc]
-        time.sleep(draws.uniform(0, 0.05))
+        time.sleep(draws.uniform(0, 0.03))
         kill = draws.choice([kill_group, kill_group, kill_parent, kill_worker])
         workers = [] if has_ended(process) else process.children()
         killed = bool(workers) and kills < 30
