@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from itertools import product
 from typing import Annotated, Any, Literal, Self
 
@@ -17,6 +19,25 @@ MNIST_SIDE, MNIST_TRAIN, MNIST_TEST, BLUR_SIDE = 28, 60_000, 10_000, 5
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+LIMITS = {
+    "noise": 10.0,
+    "tau": 1e3,
+    "gamma": 1e6,
+    "lam": 1e6,
+    "learning_rate": 10.0,
+    "tol": 1.0,
+    "memory": 1_000,
+    "regularization": 1e6,
+    "sharpness": 1e6,
+    "time_budget": 1e9,
+}
+"""Largest values that make sense: with more noise the data alone would count as a divergence, a step of Adam
+is about as long as the learning rate, larger factors overflow in single precision, and a history has to fit
+into the memory."""
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""Control characters, which are in no name of a folder that one means."""
 
 
 class ConfigError(ValueError):
@@ -81,6 +102,14 @@ class TrainingConfig(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(_one_line(error, type(self))) from None
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        for name, limit in LIMITS.items():
+            value = getattr(self, name, None)
+            if value is not None and value > limit:
+                raise ValueError(f"{name}: got {shown(value)}, allowed: at most {limit:g}")
+        return self
 
     @model_validator(mode="after")
     def _decays(self) -> Self:
@@ -201,8 +230,10 @@ class FacesConfig(TrainingConfig):
     def _consistent(self) -> Self:
         if self.filter_size % 2 == 0:
             raise ValueError(f"filter_size: got {self.filter_size}, allowed: an odd number")
-        if self.dataset == "mnist":
-            raise ValueError("dataset: got 'mnist', allowed: faces, celeba or a folder of images")
+        if self.dataset == "mnist" or not self.dataset or CONTROL.search(self.dataset):
+            raise ValueError(
+                f"dataset: got {shown(self.dataset)}, allowed: faces, celeba or a folder of images"
+            )
         if isinstance(self.initial, str) and self.initial != "random":
             most = difference_count(1 if self.initial == "first" else 2, self.filter_size)
             if self.filters > most:
@@ -225,7 +256,7 @@ def _one_line(error: ValidationError, kind: type[TrainingConfig]) -> str:
             problems.setdefault("", str(problem["ctx"]["error"]))
             continue
         part = problem["loc"][0]
-        name = shown(part) if "\n" in str(part) else str(part)
+        name = named(part)
         if problem["type"] == "extra_forbidden":
             said = f"{name}: no such parameter, allowed: {', '.join(kind.model_fields)}"
         else:
@@ -245,6 +276,22 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def named(name: object) -> str:
+    """A name as it can stand in one short line: itself, or quoted if it is empty, long or not printable."""
+    text = str(name)
+    return text if text.isprintable() and 0 < len(text) <= 80 else shown(text)
+
+
+def require_name(name: str, value: object, known: Collection[str]) -> None:
+    """Refuse what is none of the names that exist.
+
+    Raises:
+        ConfigError: names the parameter.
+    """
+    if not isinstance(value, str) or value not in known:
+        raise ConfigError(f"{name}: got {shown(value)}, allowed: {', '.join(known)}")
+
+
 def parse_parameters(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Names and values from a command line; a value is YAML, with numbers such as 1e-3 as well.
 
@@ -255,8 +302,12 @@ def parse_parameters(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
     for name, text in pairs:
         try:
             value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
-            raise ConfigError(f"{name}: got {shown(text)}, allowed: a value or a list of values") from None
+            # A value that contains itself, or has keys that are no names, is no parameter of anything.
+            json.dumps(value, default=str)
+        except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            # YAML has errors of its own, and lets those of Python through, as for `!!bool x`.
+            said = f"{named(name)}: got {shown(text)}, allowed: a value or a list of values"
+            raise ConfigError(said) from None
         parsed[name] = [_number(v) for v in value] if isinstance(value, list) else _number(value)
     return parsed
 
@@ -304,15 +355,19 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
 """What each profile changes in the defaults: for all tasks, then for one task."""
 
 
+def _of_task(table: dict[str, dict[str, Any]], task: object) -> dict[str, Any]:
+    """A task's changes; none for what is no task, which the configuration refuses."""
+    return table.get(task, {}) if isinstance(task, str) else {}
+
+
 def profile_config(profile: str, task: str, **values: Any) -> RunConfig:
     """The configuration of a profile for a task, with the given values on top (None: the profile's).
 
     Raises:
         ConfigError: the profile is unknown, or a value is refused by `RunConfig`.
     """
-    if profile not in PROFILES:
-        raise ConfigError(f"profile: got {profile!r}, allowed: {', '.join(PROFILES)}")
-    chosen = PROFILES[profile]["all"] | PROFILES[profile].get(task, {})
+    require_name("profile", profile, PROFILES)
+    chosen = PROFILES[profile]["all"] | _of_task(PROFILES[profile], task)
     given = {name: value for name, value in values.items() if value is not None}
     return RunConfig(**chosen | {"task": task} | given)
 
@@ -368,11 +423,9 @@ def faces_config(profile: str, task: str, **values: Any) -> FacesConfig:
     Raises:
         ConfigError: the profile is unknown, or a value is refused by `FacesConfig`.
     """
-    if profile not in FACES_PROFILES:
-        raise ConfigError(f"profile: got {profile!r}, allowed: {', '.join(FACES_PROFILES)}")
-    chosen = (
-        FACES_PROFILES[profile]["all"] | FACES_TASKS.get(task, {}) | FACES_PROFILES[profile].get(task, {})
-    )
+    require_name("profile", profile, FACES_PROFILES)
+    of_task = _of_task(FACES_TASKS, task) | _of_task(FACES_PROFILES[profile], task)
+    chosen = FACES_PROFILES[profile]["all"] | of_task
     given = {name: value for name, value in values.items() if value is not None}
     if given.get("initial") == "denoising":
         common = {name: given[name] for name in DENOISING_SHARES if name in given}
@@ -428,13 +481,12 @@ def grid(profile: str, /, **values: Any) -> list[RunConfig]:
     Raises:
         ConfigError: the profile is unknown, an axis is empty, or a value is refused by `RunConfig`.
     """
-    if profile not in SWEEPS:
-        raise ConfigError(f"profile: got {profile!r}, allowed: {', '.join(SWEEPS)}")
+    require_name("profile", profile, SWEEPS)
     chosen = GRID | SWEEPS[profile] | {name: v for name, v in values.items() if v is not None}
     axes = {name: list(v) if isinstance(v, list | tuple) else [v] for name, v in chosen.items()}
     for name, levels in axes.items():
         if not levels:
-            raise ConfigError(f"{name}: got an empty list, allowed: one value or more")
+            raise ConfigError(f"{named(name)}: got an empty list, allowed: one value or more")
     return list(
         dict.fromkeys(RunConfig(**dict(zip(axes, levels, strict=True))) for levels in product(*axes.values()))
     )

@@ -291,11 +291,16 @@ def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> 
     Raises:
         DataError: there is no such folder, or it has too few images.
     """
-    folder = REPOSITORY / Path(dataset).expanduser()
+    named: Path | str = dataset
     if dataset == "celeba":
-        default = root / "celeba" / "img_align_celeba"
-        folder = REPOSITORY / Path(os.environ.get("CELEBA_DIR", default)).expanduser()
-    if not folder.is_dir():
+        named = os.environ.get("CELEBA_DIR", root / "celeba" / "img_align_celeba")
+    try:
+        folder = REPOSITORY / Path(named).expanduser()
+        found = folder.is_dir()
+    except (OSError, RuntimeError):
+        # A name that is too long for the file system, or the home of a user that there is not.
+        folder, found = Path(named), False
+    if not found:
         hint = CELEBA_HELP if dataset == "celeba" else "allowed: faces, celeba or a folder of images"
         raise DataError(f"dataset: got {dataset!r}, but {folder} is no folder; {hint}")
     suffixes = Image.registered_extensions()

@@ -16,10 +16,10 @@ from typing import Any
 import nbclient
 import nbformat
 import papermill
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from lib.config import PROFILES, ConfigError, parse_parameters
+from lib.config import PROFILES, ConfigError, named, parse_parameters, require_name
 from lib.data import DataError
 from lib.runs import KERNELS, REFERENCE
 from lib.store import REPOSITORY, RESULTS, write_atomic
@@ -28,16 +28,14 @@ NOTEBOOKS = REPOSITORY / "nbs"
 
 
 def notebook_path(name: str) -> Path:
-    """The notebook whose file name starts with `name`, such as `fig02`.
+    """The notebook of a name, its file's up to the first `_`, such as `fig02`.
 
     Raises:
         ConfigError: there is none.
     """
-    found = sorted(NOTEBOOKS.glob(f"{name}*.ipynb"))
-    if not found:
-        known = ", ".join(sorted(path.stem.partition("_")[0] for path in NOTEBOOKS.glob("*.ipynb")))
-        raise ConfigError(f"notebook: got {name!r}, allowed: {known}")
-    return found[0]
+    known = {path.stem.partition("_")[0]: path for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    require_name("notebook", name, known)
+    return known[name]
 
 
 def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RESULTS) -> Path:
@@ -54,19 +52,25 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
 
     Raises:
         ConfigError: a name is unknown, the notebook refused a value, or its data cannot be had.
+        OSError: the results cannot be written.
         PapermillExecutionError: the notebook failed.
+        DeadKernelError: its process was killed.
     """
     source = notebook_path(name)
-    if profile not in PROFILES:
-        raise ConfigError(f"profile: got {profile!r}, allowed: {', '.join(PROFILES)}")
+    require_name("profile", profile, PROFILES)
     known = papermill.inspect_notebook(str(source))
     common = {"profile": profile, "results": str(results)}
     for parameter in parameters:
         if parameter not in known:
-            raise ConfigError(f"{parameter}: no such parameter of {source.name}, allowed: {', '.join(known)}")
+            raise ConfigError(
+                f"{named(parameter)}: no such parameter of {source.name}, allowed: {', '.join(known)}"
+            )
     folder = results / profile / name
     results.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=results, prefix=f".{name}-") as staging:
+    # Results that cannot be written are told now, not after minutes; such a file leaves nothing, ever.
+    with tempfile.TemporaryFile(dir=results):
+        pass
+    with tempfile.TemporaryDirectory(prefix=f"{name}-") as staging:
         executed = Path(staging) / f"{name}.ipynb"
         try:
             papermill.execute_notebook(
@@ -131,10 +135,14 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 made = refresh(name)
         except ConfigError as error:
-            print(f"{name}: {error}", file=sys.stderr)
+            print(f"{named(name)}: {error}", file=sys.stderr)
             return 2
         except (PapermillExecutionError, CellExecutionError) as error:
             reason = f"{error.ename}: {error.evalue}".splitlines()[0]
+            print(f"{name} failed, its old result is as it was: {reason}", file=sys.stderr)
+            return 1
+        except (DataError, OSError, DeadKernelError) as error:
+            reason = " ".join(str(error).split())
             print(f"{name} failed, its old result is as it was: {reason}", file=sys.stderr)
             return 1
         print(f"{made}  ({time.perf_counter() - start:.0f} s)")

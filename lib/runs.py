@@ -42,6 +42,7 @@ from lib.store import (
     RESULTS,
     DamagedFile,
     read_sealed,
+    remove,
     set_aside,
     write_atomic,
     write_sealed,
@@ -419,12 +420,19 @@ def _train_in_processes(todo: Sequence[list[Config]], results: Path | str | None
         for _ in range(min(workers(default_device()), len(todo)))
     ]
 
-    def receive() -> None:
+    def look() -> None:
+        # A process that has ended has reported all it will, so that its reason comes before its exit status.
+        ended = [process.exitcode for process in processes]
         while not reports.empty():
             message = reports.get()
             if isinstance(message, str):
                 raise RuntimeError(message)
             report(message)
+        if any(ended):
+            raise RuntimeError(
+                "a training process was killed; run again to resume it (a script that trains "
+                'needs `if __name__ == "__main__":`)'
+            )
 
     try:
         with interrupts_ignored():
@@ -432,13 +440,8 @@ def _train_in_processes(todo: Sequence[list[Config]], results: Path | str | None
                 process.start()
         while any(process.is_alive() for process in processes):
             multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], timeout=0.2)
-            receive()
-            if any(process.exitcode for process in processes):
-                raise RuntimeError(
-                    "a training process was killed; run again to resume it (a script that trains "
-                    'needs `if __name__ == "__main__":`)'
-                )
-        receive()
+            look()
+        look()
     finally:
         for process in processes:
             if process.pid is not None:
@@ -651,7 +654,7 @@ def _store(member: Member, results: Path | str | None) -> None:
     }
     stored = json.dumps({"sha256": _digest(record), "run": record}, indent=1)
     write_atomic(folder / "run.json", stored.encode())
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    remove(folder / "checkpoint.pt")
 
 
 def _digest(record: dict[str, Any]) -> str:

@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
             print_plan(configs)
         else:
             return _run(options.profile, configs, job_options(options.cluster, options.job))
-    except (ConfigError, DataError, RuntimeError) as error:
+    except (ConfigError, DataError, OSError, RuntimeError) as error:
         print(f"sweep: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0

@@ -128,6 +128,10 @@ OTHER_VALUES: dict[str, Any] = {
     "memory": 4,
     "regularization": 1e-5,
     "beta": 0.9,
+    "patience": 5,
+    "schedule": "linear",
+    "start": "data",
+    "test_every": 2,
     "seed": 1,
     "time_budget": 3601.0,
 }

@@ -132,10 +132,10 @@ def test_too_few_steps_are_reported_as_such(solver: Solver) -> None:
     assert solution.residual.gt(1e-8).all()
 
 
-@pytest.mark.parametrize("patience", [1, 5, 12])
+@pytest.mark.parametrize("patience", [3, 5, 12])
 def test_a_residual_that_stands_still_is_given_up(patience: int) -> None:
     """Not one that falls, however far it is from the tolerance, and not one that grows."""
-    factors = torch.tensor([1.0, 0.5, 0.85 ** (1 / patience), 1.2], dtype=torch.float64)
+    factors = torch.tensor([1.0, 0.5, 0.75 ** (1 / patience), 1.2], dtype=torch.float64)
     M, c = factors[:, None, None] * rotations(1, 8, 0), normal((4, 1, 1, 8), 1)
     c[0] = 0
     u0 = normal((4, 1, 1, 8), 2)
