@@ -1,6 +1,7 @@
 # `make` prints the targets; `make figures` and `make test` set up whatever is missing first.
 
 PROFILE ?= quick
+CLUSTER ?= none
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,24 +14,35 @@ export PYTHONNOUSERSITE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help figures $(FIGURES) theory reconstruct sweep sweep-status sweep-plan test bench lab data refresh lock clean
+PAGES := theory reconstruct explore scaling
+
+.PHONY: help figures $(FIGURES) report theory reconstruct scaling explore sweep sweep-status sweep-plan test validate \
+  bench lab data refresh lock clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z$$(][^:]*:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "make figNN         one of them: $(FIGURES); with other parameters: make fig02 ARGS=\"-p gamma 0.5\""
 	@echo "PROFILE=smoke, quick (the default) or paper chooses the size of the experiments"
 
-figures: $(INSTALLED) ## all figures, into results/$(PROFILE)/
-	@$(BIN)/python -m lib.notebooks run $(FIGURES) --profile $(PROFILE) $(ARGS)
+figures: $(INSTALLED) ## all figures, into results/$(PROFILE)/, and the page that shows them
+	@status=0; $(BIN)/python -m lib.notebooks run $(FIGURES) --profile $(PROFILE) $(ARGS) || status=$$?; \
+	  $(BIN)/python -m lib.report --profile $(PROFILE) || status=$$?; exit $$status
+
+report: $(INSTALLED) ## the page of the figures that are there: results/$(PROFILE)/index.html
+	@$(BIN)/python -m lib.report --profile $(PROFILE)
 
 theory: $(INSTALLED) ## bilevel learning as a deep equilibrium model with tied weights, in numbers
 reconstruct: $(INSTALLED) ## a photograph of your own with the committed kernels: ARGS="-p image photo.jpg"
+scaling: $(INSTALLED) ## what a training step costs, by image, kernels, batch and stack
 
-$(FIGURES) theory reconstruct: $(INSTALLED)
+$(FIGURES) theory reconstruct scaling: $(INSTALLED)
 	@$(BIN)/python -m lib.notebooks run $@ --profile $(PROFILE) $(ARGS)
 
-sweep: $(INSTALLED) ## train the grid of figures 1, 5 and 6, or what is left of it
-	@$(BIN)/python -m lib.sweep run --profile $(PROFILE) $(ARGS)
+explore: $(INSTALLED) ## the grid, one selection at a time, with controls, in JupyterLab
+	$(BIN)/jupyter lab nbs/explore.ipynb
+
+sweep: $(INSTALLED) ## train the grid of figures 1, 5 and 6, or what is left of it (CLUSTER=local, slurm: as jobs)
+	@$(BIN)/python -m lib.sweep run --profile $(PROFILE) --cluster $(CLUSTER) $(ARGS)
 
 sweep-status: $(INSTALLED) ## what of the grid is done
 	@$(BIN)/python -m lib.sweep status --profile $(PROFILE) $(ARGS)
@@ -44,9 +56,14 @@ test: $(INSTALLED) ## lint, types, tests, and the notebooks against their stored
 	$(BIN)/mypy
 	$(BIN)/pytest --nbval $(ARGS)
 
-bench: $(INSTALLED) ## times of stacks, and errors by solver tolerance, into results/bench/
+validate: $(INSTALLED) ## every notebook executed again, against its stored output
+	$(BIN)/pytest --nbval nbs $(ARGS)
+
+bench: $(INSTALLED) ## times beside other implementations and of stacks, errors, digits that hold: results/bench/
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_training.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_stacks.py $(ARGS)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_tolerances.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_reproducibility.py
 
 lab: $(INSTALLED) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
@@ -55,7 +72,7 @@ data: $(INSTALLED) ## fetch and verify the data (the figures do so by themselves
 	@$(BIN)/python -c "from lib.data import faces, mnist; print(len(mnist('train', 60_000)), len(faces('train', 300)))"
 
 refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to be committed
-	@$(BIN)/python -m lib.notebooks refresh $(FIGURES) theory reconstruct
+	@$(BIN)/python -m lib.notebooks refresh $(FIGURES) $(PAGES)
 
 lock: ## resolve environment.yml anew into requirements.lock
 	@$(PYTHON) -m venv --clear $(VENV)-lock
@@ -66,7 +83,7 @@ lock: ## resolve environment.yml anew into requirements.lock
 	@rm -rf $(VENV)-lock
 
 clean: ## remove the environment and the results, but neither data nor reference figures
-	rm -rf $(VENV) results/runs results/smoke results/quick results/paper
+	rm -rf $(VENV) results/runs results/jobs results/smoke results/quick results/paper
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python is missing: install Python 3.11 (python3.11 on the PATH)"; exit 1; }

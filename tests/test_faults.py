@@ -755,7 +755,7 @@ def no_work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "RESULTS", results)
         patch.setattr(sweep, "RESULTS", results)
-        patch.setattr(sweep, "_run", lambda profile, configs: 0)
+        patch.setattr(sweep, "_run", lambda *arguments: 0)
         patch.setattr(sweep, "print_plan", lambda configs: None)
         yield results
 

@@ -1,0 +1,213 @@
+"""How the cost of a training step grows with the image, the kernels, the batch and the stack."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional
+
+from lib.config import ConfigError, shown
+from lib.data import faces, mnist
+from lib.figures import STYLE, TEXT_WIDTH, note
+from lib.implicit import implicit_fixed_point
+from lib.kernels import initial_kernels
+from lib.models import FixedPointModel, build_conv_model, build_model
+from lib.operators import Identity
+from lib.regularizer import initial_weights, smoothed_sign
+from lib.solvers import PlainIteration
+from lib.training import generator, one_thread
+
+SOLVER_STEPS = 10
+"""Evaluations of the step map in each solve whose time is taken."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a training step's cost depends on.
+
+    Attributes:
+        kind: `dense` fields of experts or `convolution`.
+        side: of the square images in pixels.
+        batch: images in an optimizer step.
+        stack: configurations that are trained together.
+        filters, filter_size: number and side of the kernels of a convolution.
+    """
+
+    kind: str = "convolution"
+    side: int = 64
+    batch: int = 10
+    stack: int = 1
+    filters: int = 2
+    filter_size: int = 11
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("dense", "convolution"):
+            raise ConfigError(f"kind: got {shown(self.kind)}, allowed: dense or convolution")
+        for name in ("side", "batch", "stack", "filters", "filter_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name}: got {shown(value)}, allowed: a positive whole number")
+
+    @property
+    def work(self) -> float:
+        """Multiplications of the two products in one evaluation of the step map."""
+        pixels = self.side**2
+        experts = pixels if self.kind == "dense" else self.filters * self.filter_size**2
+        return 2.0 * self.stack * self.batch * pixels * experts
+
+
+def problem(size: Size) -> tuple[FixedPointModel, Tensor, Tensor]:
+    """A denoising model with free weights, data and true images, `(stack, batch, 1, side, side)`.
+
+    The images are photographs, or digits for dense weights, resized to `side`.
+    """
+    draws = generator(0, "scaling")
+    source = mnist("train", size.batch) if size.kind == "dense" else faces("train", min(size.batch, 300))
+    repeated = source.repeat(math.ceil(size.batch / len(source)), 1, 1, 1)[: size.batch]
+    truth = functional.interpolate(repeated, (size.side, size.side), mode="bilinear", antialias=True)
+    f = (truth + 0.1 * torch.randn(truth.shape, generator=draws)).expand(size.stack, *truth.shape)
+
+    def stacked(weight: Tensor) -> Tensor:
+        return weight.expand(size.stack, *weight.shape).clone()
+
+    numbers = {name: torch.full((size.stack,), value) for name, value in (("tau", 0.01), ("lam", 1.0))}
+    numbers["gamma"] = torch.full((size.stack,), 0.1)
+    if size.kind == "dense":
+        A, b, C = (stacked(weight) for weight in initial_weights(size.side**2, draws))
+        return build_model("deq", Identity(), (A, b, C), "relu", **numbers), f, truth
+    A, C = (
+        stacked(initial_kernels("random", size.filters, size.filter_size, draws) / size.filter_size)
+        for _ in range(2)
+    )
+    return build_conv_model("deq", Identity(), (A, C), smoothed_sign(10.0), **numbers), f, truth
+
+
+def training_step(size: Size) -> Callable[[], object]:
+    """One training step: both solves with `SOLVER_STEPS` evaluations, and the gradient of the weights."""
+    model, f, truth = problem(size)
+    solver = PlainIteration(tol=1e-30, max_steps=SOLVER_STEPS)
+
+    def step() -> None:
+        model.zero_grad()
+        solution = implicit_fixed_point(model.step_map(f), f, solver, vjp=model.vjp)
+        (solution.value - truth).square().mean().backward()
+
+    return step
+
+
+@one_thread()
+def seconds_per_step(size: Size, repeats: int = 5) -> float:
+    """Median time of a training step on one thread, after one that is not counted."""
+    step, times = training_step(size), []
+    step()
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def cost_table(base: Size, axis: str, values: Sequence[int]) -> pd.DataFrame:
+    """The cost of a training step along one axis.
+
+    Args:
+        base: all other sizes.
+        axis: name of a field of `Size`.
+        values: its values.
+
+    Returns:
+        A row per value: `ms` of a training step, `work` (millions of multiplications of one evaluation),
+        `GFlop/s` of the whole step, and `exponent`, that of the growth of the time over that of the work.
+
+    Raises:
+        ConfigError: a value is no positive whole number.
+    """
+    changes: list[Any] = [{axis: value} for value in values]
+    sizes = [replace(base, **change) for change in changes]
+    table = pd.DataFrame({"work": [size.work / 1e6 for size in sizes]}, index=pd.Index(values, name=axis))
+    table.insert(0, "ms", [1e3 * seconds_per_step(size) for size in sizes])
+    table["GFlop/s"] = 2 * 2 * SOLVER_STEPS * table["work"] / table["ms"]
+    growth = np.log(table["ms"]).diff() / np.log(table["work"]).diff()
+    return table.assign(exponent=growth)
+
+
+def memory_table(size: Size, solver_steps: Sequence[int]) -> pd.DataFrame:
+    """Megabytes that are kept for the backward pass, by the number of solver steps.
+
+    Returns:
+        A row per number of steps: `implicit`, of the implicit gradient, and `unrolled`, of autograd through
+        all steps. They are counted, not measured, and the same on every machine.
+    """
+    model, f, _ = problem(size)
+    T = model.step_map(f)
+    rows = {}
+    for steps in solver_steps:
+        solver = PlainIteration(tol=1e-30, max_steps=steps)
+
+        def unrolled(count: int = steps) -> object:
+            u = f
+            for _ in range(count):
+                u = T(u)
+            return u
+
+        def implicit(solver: PlainIteration = solver) -> object:
+            return implicit_fixed_point(T, f, solver, vjp=model.vjp)
+
+        rows[steps] = {"implicit": _kept_megabytes(implicit), "unrolled": _kept_megabytes(unrolled)}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("solver steps")
+
+
+def _kept_megabytes(call: Callable[[], object]) -> float:
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = call()
+    del kept
+    return sum(storages.values()) / 1e6
+
+
+def scaling_figure(tables: dict[str, pd.DataFrame], memory: pd.DataFrame, text: str) -> Figure:
+    """Times over the work of each table with a line of slope one, and the memory over the solver steps.
+
+    Args:
+        tables: what `cost_table` returned, by name.
+        memory: what `memory_table` returned.
+        text: for the line below.
+    """
+    markers, colors = "osDv^P", ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "0.2", "#56b4e9")
+    with plt.rc_context(STYLE):
+        fig, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 3.1), width_ratios=(1.5, 1))
+        fig.subplots_adjust(left=0.085, right=0.99, top=0.97, bottom=0.24, wspace=0.26)
+        for (name, table), marker, color in zip(tables.items(), markers, colors, strict=False):
+            left.loglog(table["work"], table["ms"], marker=marker, markersize=4, color=color, label=name)
+        work = np.array([min(t["work"].min() for t in tables.values())] * 2)
+        work[1] = max(t["work"].max() for t in tables.values())
+        rate = max(t["GFlop/s"].max() for t in tables.values())
+        ideal = 2 * 2 * SOLVER_STEPS * work / rate
+        left.loglog(work, ideal, ":", color="0.5", label="in proportion to the work")
+        left.set(xlabel="million multiplications per evaluation", ylabel="ms per training step")
+        left.legend(frameon=False)
+        right.loglog(memory.index, memory["implicit"], "o-", color="#0072b2", markersize=4, label="implicit")
+        right.loglog(memory.index, memory["unrolled"], "s--", color="#e69f00", markersize=4, label="unrolled")
+        right.set(xlabel="solver steps", ylabel="MB kept for the backward pass")
+        right.legend(frameon=False)
+        for axis in (left, right):
+            axis.grid(alpha=0.3, linewidth=0.5)
+        note(fig, text)
+    return fig

@@ -1,0 +1,417 @@
+"""One training step of several implementations side by side, and the time to the same loss (`make bench`).
+
+All have the same data, weights, tolerances and most steps, on one thread:
+
+- `ours`: `lib`;
+- `textbook`: a deep equilibrium step as it is taught, written for this comparison alone: autograd through one
+  recorded step in a backward hook, Anderson acceleration with one stopping rule for the whole batch and an
+  absolute ridge, a dense matrix for the mask, 1,000 plain iterations for photographs;
+- `TorchDEQ`: its Anderson solver and implicit gradient with our step map;
+- `DeepInverse`: its gradient descent as a deep equilibrium model, with its operators (MNIST alone).
+
+The errors of loss and hypergradient are relative to a float64 solution at 1e-10, or to the best one
+that 5,000 steps come to: its residual is in the table, and where it is not small there is nothing to compare
+with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product as pairs
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchdeq import get_deq
+from tqdm import tqdm
+
+from lib.config import RunConfig, faces_config
+from lib.implicit import implicit_fixed_point
+from lib.models import MODELS, FixedPointModel
+from lib.operators import TASKS, CircularBlur, Mask
+from lib.products import product
+from lib.runs import code_version, environment
+from lib.solvers import Anderson, Solution
+from lib.store import RESULTS, write_atomic
+from lib.training import (
+    Config,
+    Trainer,
+    first_iterate,
+    generator,
+    load_images,
+    make_model,
+    make_solver,
+    observe,
+    one_thread,
+)
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepinv
+
+REFERENCE = Anderson(tol=1e-10, max_steps=5000, memory=20, regularization=1e-10)
+PLAIN_STEPS = 1000
+"""Iterations of the textbook's solves for photographs."""
+
+
+@dataclass
+class Problem:
+    """A batch and a model; images are `(N, 1, H, W)`."""
+
+    config: Config
+    model: FixedPointModel
+    f: Tensor
+    truth: Tensor
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return list(self.model.regularizer.parameters())
+
+
+@dataclass
+class Step:
+    """What one training step came to."""
+
+    loss: float
+    gradient: Tensor
+    forward: float
+    backward: float
+
+
+Method = Callable[[Problem], Step]
+
+
+def make_problem(config: Config, dtype: torch.dtype = torch.float32) -> Problem:
+    """The first batch of a training with untrained weights."""
+    model = make_model([config])
+    truth = load_images(config)["train"][: config.batch_size].to(dtype)
+    n = torch.randn(truth.shape, generator=generator(0, "bench")).to(dtype)
+    model = model.to(dtype)
+    f = observe(model.operator, truth, torch.tensor([config.noise], dtype=dtype), n)
+    return Problem(config, model, f, truth)
+
+
+def finish(problem: Problem, value: Tensor, forward: float, backward: Callable[[], float]) -> Step:
+    """The loss and its gradient from the fixed point that a method returned."""
+    for parameter in problem.parameters:
+        parameter.grad = None
+    loss = (value.view_as(problem.truth) - problem.truth).square().mean()
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in problem.parameters if p.grad is not None])
+    return Step(loss.item(), gradient, forward, backward())
+
+
+def ours(problem: Problem, solver: Any = None) -> Step:
+    adjoint: list[Solution] = []
+    solution = implicit_fixed_point(
+        problem.model.step_map(problem.f),
+        first_iterate(problem.f, problem.config),
+        solver or make_solver(problem.config),
+        on_adjoint=adjoint.append,
+        vjp=problem.model.vjp,
+    )
+    steps = float(solution.steps.max())
+    return finish(problem, solution.value, steps, lambda: float(adjoint[0].steps.max()))
+
+
+def textbook_map(problem: Problem) -> Callable[[Tensor], Tensor]:
+    """The step map of images `(N, 1, H, W)` with textbook operators."""
+    model, operator, f = problem.model, problem.model.operator, problem.f[0]
+    tau, lam, gamma = (float(value) for value in (model.tau, model.lam, model.gamma))
+    forward = adjoint = lambda u: u
+    if isinstance(operator, Mask):
+        M = torch.diag(operator.mask.flatten())
+        forward = adjoint = lambda u: functional.linear(u.flatten(1), M).view_as(u)
+    if isinstance(operator, CircularBlur):
+        k, p = operator.kernel[None, None], operator.kernel.shape[-1] // 2
+
+        def forward(u: Tensor) -> Tensor:
+            return functional.conv2d(functional.pad(u, (p, p, p, p), mode="circular"), k.flip(-1, -2))
+
+        def adjoint(v: Tensor) -> Tensor:
+            return functional.conv2d(functional.pad(v, (p, p, p, p), mode="circular"), k)
+
+    weights = [weight[0] for weight in model.regularizer.parameters()]
+    if isinstance(problem.config, RunConfig):
+        A, b, C = weights if len(weights) == 3 else (*weights, weights[0])
+
+        def field(u: Tensor) -> Tensor:
+            return functional.linear(functional.linear(u.flatten(1), A, b).relu(), C.T).view_as(u)
+    else:
+        scales = model.regularizer.scales[0]
+        A, C = scales[0] * weights[0], scales[-1] * weights[-1]
+        s, k = problem.config.sharpness, A.shape[-1] // 2
+
+        def field(u: Tensor) -> Tensor:
+            z = functional.conv2d(u, A[:, None], padding=k)
+            return functional.conv_transpose2d(torch.tanh(s * z), C[:, None], padding=k)
+
+    return lambda u: u - tau * (lam * adjoint(forward(u) - f) + gamma * field(u))
+
+
+def textbook_anderson(
+    T: Callable[[Tensor], Tensor], u0: Tensor, config: Config, ridge: float = 1e-4
+) -> tuple[Tensor, int]:
+    """Anderson acceleration of a batch as one problem, with a bordered system solved in each step."""
+    n, d, m = len(u0), u0[0].numel(), config.memory
+    X, F = torch.zeros(2, n, m, d)
+    border = torch.zeros(n, m + 1, m + 1)
+    border[:, 0, 1:] = border[:, 1:, 0] = 1
+    right = torch.zeros(n, m + 1, 1)
+    right[:, 0] = 1
+    u = u0
+    for k in range(config.max_steps):
+        slot, count = k % m, min(k + 1, m)
+        X[:, slot], F[:, slot] = u.flatten(1), T(u).flatten(1)
+        residual = (F[:, slot] - X[:, slot]).norm()
+        if residual <= config.tol * F[:, slot].norm():
+            break
+        G = F[:, :count] - X[:, :count]
+        border[:, 1 : count + 1, 1 : count + 1] = torch.bmm(G, G.mT) + ridge * torch.eye(count)
+        alpha = torch.linalg.solve(border[:, : count + 1, : count + 1], right[:, : count + 1])[:, 1:]
+        u = (alpha.mT @ F[:, :count]).view_as(u0)
+    return u, k + 1
+
+
+def textbook_plain(T: Callable[[Tensor], Tensor], u0: Tensor, config: Config) -> tuple[Tensor, int]:
+    u = u0
+    for _ in range(PLAIN_STEPS):
+        u = T(u)
+    return u, PLAIN_STEPS
+
+
+def textbook(problem: Problem) -> Step:
+    T, config = textbook_map(problem), problem.config
+    solve = textbook_anderson if isinstance(config, RunConfig) else textbook_plain
+    with torch.no_grad():
+        u, forward = solve(T, first_iterate(problem.f, config)[0], config)
+    value = T(u)
+    start = value.detach().clone().requires_grad_()
+    step = T(start)
+    backward = [0]
+
+    def hook(g: Tensor) -> Tensor:
+        def adjoint_map(w: Tensor) -> Tensor:
+            return torch.autograd.grad(step, start, w, retain_graph=True)[0] + g
+
+        w, backward[0] = solve(adjoint_map, g, config)
+        return w
+
+    value.register_hook(hook)
+    return finish(problem, value, forward, lambda: backward[0])
+
+
+def torchdeq(problem: Problem) -> Step:
+    config, T = problem.config, problem.model.step_map(problem.f)
+    limits = {f"{side}_max_iter": config.max_steps for side in "fb"} | {f"{s}_tol": config.tol for s in "fb"}
+    names = {"f_solver": "anderson", "b_solver": "anderson", "f_stop_mode": "rel", "b_stop_mode": "rel"}
+    deq = get_deq(**names, **limits, ift=True)
+    values, info = deq(T, first_iterate(problem.f, config))
+    return finish(problem, values[-1], float(info["nstep"].max()), lambda: float("nan"))
+
+
+class FieldPrior(deepinv.optim.Prior):
+    """Our field as DeepInverse's prior."""
+
+    def __init__(self, model: FixedPointModel) -> None:
+        super().__init__()
+        self.model = model
+        self.explicit_prior = False
+
+    def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.model.regularizer.field(x[None], self.model.gamma, self.model.tau)[0]
+
+
+def deepinverse(problem: Problem) -> Step:
+    model, config, operator = problem.model, problem.config, problem.model.operator
+    size = problem.truth.shape[1:]
+    if isinstance(operator, Mask):
+        physics = deepinv.physics.Inpainting(size, mask=operator.mask[None])
+    elif isinstance(operator, CircularBlur):
+        physics = deepinv.physics.BlurFFT(size, filter=operator.kernel[None, None])
+    else:
+        physics = deepinv.physics.Denoising()
+    accelerated = deepinv.optim.optimizers.AndersonAccelerationConfig(config.memory, config.beta, 1e-4)
+    solver = deepinv.optim.GD(
+        data_fidelity=deepinv.optim.L2(),
+        prior=FieldPrior(model),
+        stepsize=float(model.tau),
+        lambda_reg=1.0,
+        max_iter=config.max_steps,
+        thres_conv=config.tol,
+        early_stop=True,
+        custom_init=lambda y, physics: {"est": (torch.zeros_like(y),)},
+        anderson_acceleration=accelerated,
+        DEQ=deepinv.optim.DEQConfig(anderson_acceleration_backward=True, max_iter_backward=config.max_steps),
+    )
+    value = solver(problem.f[0], physics)
+    return finish(problem, value, float("nan"), lambda: float("nan"))
+
+
+def flops(problem: Problem) -> float:
+    """Floating-point operations of the products in one evaluation of the step map, or of its transpose."""
+    n = problem.truth.numel()
+    A = problem.model.regularizer.A[0]
+    return 4.0 * n * (len(A) if isinstance(problem.config, RunConfig) else A.numel())
+
+
+def product_rate(problem: Problem, repeats: int = 20) -> float:
+    """Floating-point operations a second of one bare product of the shapes of the step map."""
+    if isinstance(problem.config, RunConfig):
+        x, W = problem.truth.flatten(1), problem.model.regularizer.A[0].detach()
+        times = timed(lambda: product(x, W), repeats)
+        return 2 * x.numel() * W.shape[1] / min(times)
+    A = problem.model.regularizer.A.detach()[0]
+    x = problem.truth
+    times = timed(lambda: functional.conv2d(x, A[:, None], padding=A.shape[-1] // 2), repeats)
+    return 2 * x.numel() * A.numel() / min(times)
+
+
+def timed(call: Callable[[], object], repeats: int) -> list[float]:
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def peak_memory(method: Method, problem: Problem) -> float:
+    """Megabytes by which a step grows a process that has the problem."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def measure() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        method(problem)
+        sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+    process = multiprocessing.get_context("fork").Process(target=measure)
+    process.start()
+    grown: float = receiver.recv()
+    process.join()
+    return grown
+
+
+def error(step: Step, exact: Step) -> dict[str, float]:
+    difference = torch.linalg.vector_norm(step.gradient.double() - exact.gradient)
+    return {
+        "loss error": abs(step.loss / exact.loss - 1),
+        "gradient error": float(difference / torch.linalg.vector_norm(exact.gradient)),
+    }
+
+
+def compare(name: str, config: Config, methods: dict[str, Method], rounds: int) -> list[dict[str, Any]]:
+    """A row per method; the rounds of the methods take turns."""
+    problem = make_problem(config)
+    double = make_problem(config, torch.float64)
+    exact = ours(double, REFERENCE)
+    with torch.no_grad():
+        u0 = first_iterate(double.f, config)
+        solution = implicit_fixed_point(double.model.step_map(double.f), u0, REFERENCE)
+    last: dict[str, Step] = {}
+    times: dict[str, list[float]] = {key: [] for key in methods}
+    for key, method in methods.items():
+        last[key] = method(problem)
+    for _ in range(rounds):
+        for key, method in methods.items():
+            start = time.perf_counter()
+            last[key] = method(problem)
+            times[key].append(time.perf_counter() - start)
+    rate = product_rate(problem)
+    rows = []
+    median = {key: pd.Series(values).median() for key, values in times.items()}
+    for key, step in last.items():
+        spent = pd.Series(times[key])
+        evaluations = step.forward + step.backward
+        rows.append(
+            {"problem": name, "model": config.model, "method": key, "ms": 1e3 * median[key]}
+            | {
+                "ms low": 1e3 * spent.min(),
+                "ms high": 1e3 * spent.max(),
+                "ratio": median[key] / median["ours"],
+            }
+            | {"forward": step.forward, "backward": step.backward, **error(step, exact)}
+            | {"reference residual": solution.residual.max().item()}
+            | {"MB": peak_memory(methods[key], problem)}
+            | {"of product rate": evaluations * flops(problem) / median[key] / rate, "GFlop/s": rate / 1e9}
+        )
+    return rows
+
+
+def time_to_loss(task: str, steps: int) -> dict[str, Any]:
+    """Seconds of training in which the textbook comes to a test loss, and in which `lib` does."""
+    values = {"task": task, "noise": 0.5 if task == "denoising" else 0.1, "gamma": 0.5}
+    config = RunConfig(**values, train_images=100 * steps, test_images=100, epochs=1)
+    images = load_images(config)
+    problem = make_problem(config)
+    optimizer = torch.optim.Adam(problem.parameters, lr=config.learning_rate, foreach=True)
+    order = torch.randperm(len(images["train"]), generator=generator(0, "bench order"))
+    draws, seconds = generator(0, "bench noise"), 0.0
+    for indices in tqdm(order.split(config.batch_size), desc=f"textbook, {task}", leave=False):
+        problem.truth = images["train"][indices]
+        n = torch.randn(problem.truth.shape, generator=draws)
+        problem.f = observe(problem.model.operator, problem.truth, torch.tensor([config.noise]), n)
+        start = time.perf_counter()
+        textbook(problem)
+        optimizer.step()
+        seconds += time.perf_counter() - start
+    trainer = Trainer([config])
+    trainer.model.load_state_dict(problem.model.state_dict())
+    reached = trainer._evaluate(images["test"]).row(0)["test_loss"]
+    changes = {"train_images": 1000, "epochs": steps, "final_learning_rate": config.learning_rate}
+    (member,) = Trainer([config.model_copy(update=changes | {"time_budget": seconds})]).train()
+    history = pd.DataFrame(member.history)
+    below = history[history["test_loss"] <= reached]
+    ours_seconds = float(below["seconds"].iloc[0]) if len(below) else float("nan")
+    return {
+        "problem": task,
+        "test loss": reached,
+        "textbook s": seconds,
+        "ours s": ours_seconds,
+        "ratio": seconds / ours_seconds,
+    }
+
+
+def write(name: str, table: pd.DataFrame, index: Sequence[str]) -> None:
+    table = table.set_index(list(index))
+    print(table.to_string(float_format="{:.3g}".format))
+    folder = RESULTS / "bench"
+    write_atomic(folder / f"{name}.csv", table.to_csv(float_format="%.4g").encode())
+    provenance = {"threads": 1, "code": code_version(), "environment": environment("cpu")}
+    write_atomic(folder / f"{name}_provenance.json", json.dumps(provenance, indent=1).encode())
+
+
+@one_thread()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7, help="times that each step is timed")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of the textbook's training")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows = []
+    everything = {"ours": ours, "textbook": textbook, "TorchDEQ": torchdeq, "DeepInverse": deepinverse}
+    for task, model in tqdm(list(pairs(TASKS, MODELS)), desc="MNIST"):
+        values = {"task": task, "model": model, "gamma": 0.5}
+        config = RunConfig(**values, train_images=100, test_images=1)
+        rows += compare(f"MNIST {task}", config, everything, options.rounds)
+    for (filters, size), task in tqdm(list(pairs(((2, 11), (30, 3)), ("denoising",))), desc="photographs"):
+        config = faces_config("quick", task, model="deq", filters=filters, filter_size=size)
+        rows += compare(f"faces {filters} x {size}x{size}", config, {"ours": ours, "textbook": textbook}, 1)
+    write("training_steps", pd.DataFrame(rows), ("problem", "model", "method"))
+    write("time_to_loss", pd.DataFrame([time_to_loss(t, options.steps) for t in TASKS]), ("problem",))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
