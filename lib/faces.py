@@ -171,7 +171,7 @@ def kernel_figure(run: Run, before: Weights, profile: str, chosen: Sequence[int]
     count = len(chosen)
     with plt.rc_context(STYLE):
         side = min(1.25, (TEXT_WIDTH - 1.2) / (2 * count))
-        size = (max(2 * count * side + 1.2, 4.6), 2 * (side + 0.42) + 0.5)
+        size = (max(2 * count * side + 1.2, 4.6), 2 * (side + 0.42) + 0.62)
         fig, axes = plt.subplots(
             2,
             2 * count + 2,
@@ -180,7 +180,7 @@ def kernel_figure(run: Run, before: Weights, profile: str, chosen: Sequence[int]
             width_ratios=[*[1] * count, 0.2, *[1] * count, 0.09],
         )
         fig.subplots_adjust(left=0.075, right=1 - 0.5 / size[0], wspace=0.08, hspace=0.42 / side)
-        fig.subplots_adjust(top=1 - 0.25 / size[1], bottom=0.52 / size[1])
+        fig.subplots_adjust(top=1 - 0.25 / size[1], bottom=0.64 / size[1])
         for line, weights, label in zip(axes, (before, run.weights), ("before", "after"), strict=True):
             A, C = weights["A"], weights.get("C", weights["A"])
             limit = max(A[chosen].abs().max().item(), C[chosen].abs().max().item())
