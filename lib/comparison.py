@@ -29,6 +29,9 @@ OUTCOMES = (KEPT, DROPPED, DIVERGED, NO_EPOCH, NOT_RUN)
 PAIRED = tuple(name for name in RunConfig.model_fields if name != "model")
 """What the two runs of a pair have in common."""
 
+BEST_OF = ("task", "noise", "seed")
+"""What the best configuration is not chosen over: it is chosen for each task and noise, and for all seeds."""
+
 REPRODUCED, NOT_REPRODUCED, NOT_DECIDED = "reproduced", "not reproduced", "not decided at this budget"
 VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_DECIDED)
 
@@ -63,13 +66,19 @@ def outcome_table(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.D
 def paired(runs: pd.DataFrame, column: str) -> pd.DataFrame:
     """A quantity of both models side by side, of the configurations of which both runs are there.
 
+    Of several seeds a configuration has the medians, so that it counts once however many there are.
+
     Returns:
         A row per pair: what they share, `bilevel`, `deq`, and `difference`, bilevel minus DEQ.
     """
     index = [name for name in PAIRED if name in runs]
     pairs = runs.pivot(index=index, columns="model", values=column)
     pairs = pairs.reindex(columns=["bilevel", "deq"]).dropna().rename_axis(columns=None).reset_index()
-    return pairs.assign(difference=pairs["bilevel"] - pairs["deq"])
+    pairs = pairs.assign(difference=pairs["bilevel"] - pairs["deq"])
+    if "seed" not in pairs or pairs["seed"].nunique() <= 1:
+        return pairs
+    shared = [name for name in index if name != "seed"]
+    return pairs.drop(columns="seed").groupby(shared, as_index=False, dropna=False).median()
 
 
 def kept_runs(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.DataFrame:
@@ -116,9 +125,18 @@ def paired_table(pairs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 
 def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """The run with the lowest final test loss of each task, noise and model, of those that have one."""
-    ended = runs[outcome(runs).isin([KEPT, DROPPED])]
-    return ended.loc[ended.groupby(["task", "noise", "model"])["test_loss"].idxmin()]
+    """The runs of the best configuration of each task, noise and model: a run, or one per seed.
+
+    The best configuration has the lowest final test loss, of several seeds the lowest median, in which a run
+    that has none counts as an infinite one.
+    """
+    configuration = ["task", "noise", "model", *(n for n in PAIRED if n in runs and n not in BEST_OF)]
+    losses = runs["test_loss"].where(outcome(runs).isin([KEPT, DROPPED]), np.inf)
+    medians = losses.groupby([runs[name] for name in configuration], dropna=False).transform("median")
+    ended = medians[np.isfinite(medians)]
+    chosen = runs.loc[ended.groupby([runs[name] for name in ("task", "noise", "model")]).idxmin()]
+    best = runs.merge(chosen[configuration], on=configuration)
+    return best[outcome(best).isin([KEPT, DROPPED])]
 
 
 def epoch_budget(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> float:
@@ -201,7 +219,7 @@ def claims_of_best_runs(best: pd.DataFrame, level: float = 0.05) -> list[Claim]:
         best: of each task, noise and model, with its `test_loss`.
         level: of significance.
     """
-    table = best.pivot(index=["task", "noise"], columns="model", values="test_loss")
+    table = best.pivot_table(index=["task", "noise"], columns="model", values="test_loss", aggfunc="median")
     table = table.reindex(columns=["bilevel", "deq"])
     panels = table.dropna()
     wins = int((panels["deq"] < panels["bilevel"]).sum())

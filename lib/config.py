@@ -332,6 +332,18 @@ def require_positive(**values: object) -> None:
             raise ConfigError(f"{name}: got {shown(value)}, allowed: a positive number")
 
 
+def seed_list(seed: int, seeds: int) -> list[int]:
+    """`seeds` seeds, the first one being `seed`.
+
+    Raises:
+        ConfigError: one of them is no whole number, or `seeds` is not positive.
+    """
+    for name, value, least in (("seed", seed, 0), ("seeds", seeds, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 1_000_000:
+            raise ConfigError(f"{name}: got {shown(value)}, allowed: a whole number from {least} to 1000000")
+    return list(range(seed, seed + seeds))
+
+
 PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     # The pipeline's parts in seconds, for the tests.
     "smoke": {

@@ -20,7 +20,7 @@ from torch import Tensor
 from lib.baselines import best_weight, chambolle, tv_reconstruction
 from lib.config import ConfigError, FacesConfig, faces_config, shown
 from lib.data import photograph
-from lib.figures import MODEL_NAMES, STYLE, TEXT_WIDTH, Reconstructions, budget, note
+from lib.figures import MODEL_NAMES, STYLE, TEXT_WIDTH, Reconstructions, budget, note, reconstruct
 from lib.kernels import spectral_norm
 from lib.models import MODELS
 from lib.regularizer import GRADIENT_NORM
@@ -70,6 +70,28 @@ def get_face_runs(
     order = sorted(configs, key=lambda name: -configs[name].filters)
     runs = dict(zip(order, get_runs([configs[name] for name in order], results), strict=True))
     return {name: runs[name] for name in configs}
+
+
+def over_seeds(
+    profile: str, task: str, seeds: Sequence[int], results: Path | str | None = None, **values: Any
+) -> pd.DataFrame:
+    """Quality of the trained models over several seeds of the weights and the noise.
+
+    Args:
+        profile, task, results, values: as in `get_face_runs`.
+        seeds: the seeds.
+
+    Returns:
+        A row for the input and each model: the medians over the seeds of `psnr` (dB) and `ssim`, the lowest
+        and the highest (`psnr low` and so on), and the number of `seeds`.
+    """
+    tables = [reconstruct(get_face_runs(profile, task, results, **values, seed=seed)).table for seed in seeds]
+    stacked = pd.concat(tables, keys=seeds, names=["seed"]).groupby("image", sort=False)
+    columns: dict[str, pd.Series] = {}
+    for name in ("psnr", "ssim"):
+        quality = stacked[name]
+        columns |= {name: quality.median(), f"{name} low": quality.min(), f"{name} high": quality.max()}
+    return pd.DataFrame(columns).assign(seeds=len(seeds))
 
 
 def starting_weights(run: Run, results: Path | str | None = None) -> Weights:

@@ -406,7 +406,10 @@ def _draw_differences(axes: Axes, pairs: pd.DataFrame) -> None:
 
 
 def best_runs_figure(sweep: Sweep) -> Figure:
-    """Test loss after each epoch of the best configuration of each model: noise levels x tasks."""
+    """Test loss after each epoch of the best configuration of each model: noise levels x tasks.
+
+    Of several seeds the median is drawn, and the range between the lowest and the highest loss.
+    """
     best = comparison.best_runs(sweep.runs)
     levels = sorted(sweep.runs["noise"].unique())
     with plt.rc_context(STYLE):
@@ -447,9 +450,13 @@ def _draw_histories(axes: Axes, runs: pd.DataFrame, epochs: pd.DataFrame) -> Non
     axes.grid(alpha=0.3, linewidth=0.5)
     if runs.empty:
         axes.text(0.5, 0.5, "no run ended", ha="center", size=8, transform=axes.transAxes)
-    for key, model in zip(runs["key"], runs["model"], strict=True):
-        history = epochs[epochs["key"] == key]
-        axes.plot(history["epoch"], history["test_loss"], label=MODEL_NAMES[model], **_line(model))
+    for model, group in runs.groupby("model"):
+        histories = epochs[epochs["key"].isin(group["key"])].groupby("epoch")["test_loss"]
+        median = histories.median()
+        if len(group) > 1:
+            spread: Any = {"color": MODEL_COLORS[str(model)], "alpha": 0.2, "linewidth": 0}
+            axes.fill_between(median.index, histories.min(), histories.max(), **spread)
+        axes.plot(median.index, median, label=MODEL_NAMES[str(model)], **_line(str(model)))
 
 
 def _line(model: str) -> dict[str, Any]:

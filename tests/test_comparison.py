@@ -166,7 +166,10 @@ def test_pairs_differ_in_no_other_parameter() -> None:
     random=st.randoms(use_true_random=False),
 )
 def test_pairs_are_one_configuration_of_both_models(losses: dict[Any, Any], random: Any) -> None:
-    """A pair where both losses are there, and no other, with their difference, whatever the rows' order."""
+    """A pair where both losses are there, and no other, with their difference, whatever the rows' order.
+
+    Of two seeds it has the medians of both losses and of their difference.
+    """
     rows = [
         dict(zip(SHARED, configuration, strict=True)) | {"model": model, "test_loss": loss}
         for configuration, both in losses.items()
@@ -175,14 +178,20 @@ def test_pairs_are_one_configuration_of_both_models(losses: dict[Any, Any], rand
     ]
     runs = runs_table({"tau": 7.0}, *rows)
     shuffled = runs.sample(frac=1, random_state=random.randrange(2**32))
-    expected = {
+    complete = {
         configuration: (bilevel, deq, bilevel - deq)
         for configuration, (bilevel, deq) in losses.items()
         if bilevel is not None and deq is not None and not math.isnan(deq)
     }
+    several = len({seed for *_, seed in complete}) > 1
+    groups: dict[Any, list[Any]] = {}
+    for configuration, both in complete.items():
+        groups.setdefault(configuration[:-1] if several else configuration, []).append(both)
+    expected = {name: tuple(np.median(both, axis=0).tolist()) for name, both in groups.items()}
     pairs = paired(shuffled, "test_loss")
+    shared = SHARED[:-1] if several else SHARED
     found = {
-        tuple(pair[name] for name in SHARED): (pair["bilevel"], pair["deq"], pair["difference"])
+        tuple(pair[name] for name in shared): (pair["bilevel"], pair["deq"], pair["difference"])
         for pair in pairs.to_dict("records")
     }
     assert len(pairs) == len(found)
@@ -321,6 +330,24 @@ def test_the_best_run_has_the_lowest_loss() -> None:
         ("denoising", 0.5, "bilevel"): 0.2,
     }
     assert set(best["tau"]) == {0.5}
+
+
+def test_the_best_configuration_of_several_seeds_has_the_lowest_median() -> None:
+    """All its seeds are there, one lucky seed decides nothing, and one that diverged counts against it."""
+    losses = {0.1: (0.3, 0.05, 0.4), 0.5: (0.2, 0.25, 0.9), 0.9: (0.1, None, None), 1.1: (0.24, 0.26, None)}
+    runs = runs_table(
+        *(
+            {"tau": tau, "seed": seed, "test_loss": 0.01 if loss is None else loss}
+            | ({"status": "diverged"} if loss is None else {})
+            for tau, of_seeds in losses.items()
+            for seed, loss in enumerate(of_seeds)
+        )
+    )
+    best = best_runs(runs)
+    assert set(best["tau"]) == {0.5}
+    assert sorted(best["seed"]) == [0, 1, 2]
+    shorter = best_runs(runs[runs["tau"] > 1])
+    assert sorted(shorter["seed"]) == [0, 1]
 
 
 def test_no_run_is_the_best_of_none() -> None:

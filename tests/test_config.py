@@ -22,6 +22,7 @@ from lib.config import (
     parse_parameters,
     profile_config,
     require_positive,
+    seed_list,
 )
 from lib.models import MODELS
 from lib.operators import TASKS
@@ -536,3 +537,28 @@ def test_what_is_not_positive_is_refused(value: object) -> None:
     require_positive(threshold=0.5, seconds=None, digits=3)
     with pytest.raises(ConfigError, match=r"^seconds: got .*, allowed: a positive number$"):
         require_positive(threshold=0.5, seconds=value)
+
+
+@given(st.integers(0, 1000), st.integers(1, 20))
+def test_seeds_follow_each_other(seed: int, seeds: int) -> None:
+    found = seed_list(seed, seeds)
+    assert found[0] == seed
+    assert len(found) == seeds
+    assert found == sorted(set(found))
+
+
+@pytest.mark.parametrize(
+    ("seed", "seeds", "name"),
+    [
+        (0, 0, "seeds"),
+        (0, True, "seeds"),
+        (0, 1.5, "seeds"),
+        (-1, 1, "seed"),
+        ("a", 1, "seed"),
+        (0, 10**9, "seeds"),
+    ],
+)
+def test_a_number_of_seeds_that_makes_no_sense_is_refused(seed: Any, seeds: Any, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}: got ") as caught:
+        seed_list(seed, seeds)
+    assert len(str(caught.value).splitlines()) == 1

@@ -33,6 +33,7 @@ from lib.faces import (
     get_face_runs,
     kernel_figure,
     kernel_table,
+    over_seeds,
     photograph_figure,
     reconstruct_photograph,
     reconstruction_figure,
@@ -126,6 +127,23 @@ def test_starting_weights_are_the_trainers(name: str, trained: dict[str, Run], r
         assert not torch.equal(weight, run.weights[key])
     if name == "nested":
         torch.testing.assert_close(found, trained["DEQ"].weights, rtol=1e-3, atol=1e-4)
+
+
+def test_the_quality_over_seeds_is_that_of_each(results: Path) -> None:
+    """Medians between the lowest and the highest of the runs of the seeds, measured as for the figures."""
+    seeds, values = [3, 5], {"models": ["bilevel"], "sizes": ["11x11"], "epochs": 1}
+    table = over_seeds("smoke", "denoising", seeds, results, **values)
+    alone = [
+        reconstruct(get_face_runs("smoke", "denoising", results, **values, seed=seed)).table for seed in seeds
+    ]
+    assert list(table.index) == ["input", "bilevel 11x11"]
+    for name in ("psnr", "ssim"):
+        found = np.array([t[name] for t in alone])
+        np.testing.assert_allclose(table[name], np.median(found, axis=0))
+        np.testing.assert_allclose(table[f"{name} low"], found.min(axis=0))
+        np.testing.assert_allclose(table[f"{name} high"], found.max(axis=0))
+        assert (table[f"{name} low"] < table[f"{name} high"]).all()
+    assert set(table["seeds"]) == {2}
 
 
 def test_with_weights_is_the_same_model_of_other_weights(trained: dict[str, Run], results: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import json
@@ -252,6 +253,28 @@ def test_the_best_runs_are_drawn_epoch_by_epoch() -> None:
     legend = panels[0].get_legend()
     assert legend is not None
     assert {text.get_text() for text in legend.get_texts()} == {"bilevel", "DEQ"}
+
+
+def test_of_several_seeds_the_median_is_drawn_within_its_range() -> None:
+    """A line per model, and a band from the lowest to the highest loss of the seeds in each epoch."""
+    seeded = {
+        config.model_copy(update={"seed": seed}): rows for config, rows in mixed().items() for seed in (0, 1)
+    }
+    shifted: dict[RunConfig, Record] = {}
+    for config, stored in seeded.items():
+        shifted[config] = copy.deepcopy(stored)
+        for row in [] if stored is None else shifted[config]["history"]:
+            row["test_loss"] *= 1 + config.seed
+    one, two = best_runs_figure(MIXED).axes, best_runs_figure(make_sweep(shifted)).axes
+    for alone, several in zip(one, two, strict=True):
+        assert len(alone.collections) == 0
+        assert len(several.lines) == len(several.collections) == 2
+        for line, median, band in zip(alone.lines, several.lines, several.collections, strict=True):
+            single = np.asarray(line.get_ydata())
+            np.testing.assert_allclose(np.asarray(median.get_ydata()), 1.5 * single)
+            heights = band.get_paths()[0].vertices[:, 1]
+            assert heights.min() == pytest.approx(single.min())
+            assert heights.max() == pytest.approx(2 * single.max())
 
 
 def test_a_panel_without_a_run_says_so() -> None:
