@@ -393,7 +393,7 @@ FACES_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     # Kernels that have taken shape, in minutes on two cores: fewer and larger steps than the paper's.
     "quick": {
         "all": {"epochs": 60, "learning_rate": 0.1, "final_learning_rate": 1e-3, "tol": 1e-4},
-        "deblurring": {"epochs": 30, "learning_rate": 1e-3, "final_learning_rate": 1e-4}
+        "deblurring": {"epochs": 20, "learning_rate": 1e-3, "final_learning_rate": 1e-4}
         | {"tol": 1e-5, "max_steps": 200},
         "inpainting": {"reduction": 2, "epochs": 60, "max_steps": 200}
         | {"learning_rate": 0.03, "final_learning_rate": 3e-3},
