@@ -3,6 +3,7 @@
 PROFILE ?= quick
 CLUSTER ?= none
 ARGS ?=
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(foreach p,python3.11 python3 python,$(shell command -v $(p) 2>/dev/null)))
@@ -54,7 +55,8 @@ test: $(INSTALLED) ## lint, types, tests, and the notebooks against their stored
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest --nbval $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal tests $(ARGS)
+	$(BIN)/pytest --nbval nbs
 
 validate: $(INSTALLED) ## every notebook executed again, against its stored output
 	$(BIN)/pytest --nbval nbs $(ARGS)

@@ -136,7 +136,8 @@ def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
     ended = medians[np.isfinite(medians)]
     chosen = runs.loc[ended.groupby([runs[name] for name in ("task", "noise", "model")]).idxmin()]
     best = runs.merge(chosen[configuration], on=configuration)
-    return best[outcome(best).isin([KEPT, DROPPED])]
+    best = best[outcome(best).isin([KEPT, DROPPED])]
+    return best.sort_values([name for name in (*BEST_OF[:2], "model", "seed") if name in best])
 
 
 def epoch_budget(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> float:

@@ -13,7 +13,6 @@ import os
 import platform
 import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -451,15 +450,12 @@ def _train_in_processes(todo: Sequence[list[Config]], results: Path | str | None
 
 @contextmanager
 def interrupts_ignored() -> Iterator[None]:
-    """Processes started in here leave Ctrl-C to the one that asked for them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Processes started in here leave Ctrl-C to the one that asked for them, which gets it afterwards."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _work(

@@ -429,8 +429,8 @@ def test_another_process_is_no_job(tmp_path: Path) -> None:
     """A number that a former job had may belong to any process now."""
     assert not cluster._is_process(os.getpid(), tmp_path)
     with subprocess.Popen(["sleep", "60"]) as other:
+        wait_for(lambda: cluster._is_process(other.pid, Path("60")))
         assert not cluster._is_process(other.pid, tmp_path)
-        assert cluster._is_process(other.pid, Path("60"))
         other.kill()
         wait_for(lambda: psutil.Process(other.pid).status() == psutil.STATUS_ZOMBIE)
         assert not cluster._is_process(other.pid, Path("60"))
