@@ -121,8 +121,8 @@ FAULTS = [
     Fault(
         "the products with the Jacobian take A for C",
         "regularizer",
-        "return w.flatten(-3) @ (self.A if self.C is None else self.C).mT",
-        "return w.flatten(-3) @ self.A.mT",
+        "return product(w.flatten(-3), (self.A if self.C is None else self.C).mT)",
+        "return product(w.flatten(-3), self.A.mT)",
         "test_conv_model.py::test_products_with_the_dense_step_maps_jacobian_are_autograds",
     ),
     # Kernels.
