@@ -82,15 +82,16 @@ def over_seeds(
         seeds: the seeds.
 
     Returns:
-        A row for the input and each model: the medians over the seeds of `psnr` (dB) and `ssim`, the lowest
-        and the highest (`psnr low` and so on), and the number of `seeds`.
+        A row for the input and each model: `psnr median` (dB), `psnr low` and `psnr high`, the lowest and the
+        highest over the seeds, the same of `ssim`, and the number of `seeds`.
     """
     tables = [reconstruct(get_face_runs(profile, task, results, **values, seed=seed)).table for seed in seeds]
     stacked = pd.concat(tables, keys=seeds, names=["seed"]).groupby("image", sort=False)
     columns: dict[str, pd.Series] = {}
     for name in ("psnr", "ssim"):
         quality = stacked[name]
-        columns |= {name: quality.median(), f"{name} low": quality.min(), f"{name} high": quality.max()}
+        columns |= {f"{name} median": quality.median()}
+        columns |= {f"{name} low": quality.min(), f"{name} high": quality.max()}
     return pd.DataFrame(columns).assign(seeds=len(seeds))
 
 
