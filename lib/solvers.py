@@ -59,7 +59,10 @@ class Acceleration(Protocol):
 
 @dataclass(frozen=True)
 class PlainIteration:
-    """`u <- T(u)`, until the relative residual is at most `tol` or after `max_steps` evaluations."""
+    """`u <- T(u)`, until the relative residual is at most `tol` or after `max_steps` evaluations.
+
+    `patience` is as in `Anderson`.
+    """
 
     tol: float = 1e-3
     max_steps: int = 50
