@@ -184,7 +184,13 @@ def skew_figure(shares: pd.DataFrame, trained: Mapping[str, float]) -> Figure:
         left.set(xlabel="$t$ in $C = (1 - t) A + t B$", ylabel="of the field's Jacobian")
         left.legend(frameon=False)
         colors = [MODEL_COLORS["bilevel" if name.startswith("bilevel") else "deq"] for name in trained]
-        right.bar(list(trained), list(trained.values()), color=colors, edgecolor="k", linewidth=0.6)
+        right.bar(
+            [name.replace(" ", "\n") for name in trained],
+            list(trained.values()),
+            color=colors,
+            edgecolor="k",
+            linewidth=0.6,
+        )
         right.tick_params(axis="x", labelsize=7)
         right.set(ylabel="share of the skew part, trained")
     return fig

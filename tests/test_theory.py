@@ -313,6 +313,6 @@ def test_the_figure_shows_the_shares() -> None:
     curves = {line.get_label(): line.get_ydata() for line in left.lines[:2]}
     assert [list(values) for values in curves.values()] == [list(path["skew"]), list(path["lowest"])]
     assert [bar.get_height() for bar in right.patches] == list(trained.values())
-    assert [label.get_text() for label in right.get_xticklabels()] == list(trained)
+    assert [" ".join(label.get_text().split()) for label in right.get_xticklabels()] == list(trained)
     colors = [bar.get_facecolor() for bar in right.patches]
     assert colors[0] != colors[1]
