@@ -63,6 +63,7 @@ validate: $(INSTALLED) ## every notebook executed again, against its stored outp
 
 bench: $(INSTALLED) ## times beside other implementations and of stacks, errors, digits that hold: results/bench/
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_training.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_adjoints.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_stacks.py $(ARGS)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_tolerances.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_reproducibility.py

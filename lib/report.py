@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import csv
 import hashlib
 import html
 import math
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from xml.etree import ElementTree
 
 import jinja2
@@ -29,7 +30,7 @@ from latex2mathml.converter import convert_to_element
 from markupsafe import Markup
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from lib.comparison import VERDICTS, Claim
 from lib.config import PROFILES, ConfigError
@@ -78,6 +79,80 @@ class Provenance(BaseModel):
         """The machines that trained and drew, each with its packages, in a line."""
         trained = self.trained_on if isinstance(self.trained_on, list) else self.trained_on.values()
         return list(dict.fromkeys(_machine(each) for each in [*trained, self.environment]))
+
+
+Number = Annotated[float, BeforeValidator(lambda text: "nan" if text == "" else text)]
+"""A number of a CSV file, NaN where it is empty."""
+
+
+class Difference(BaseModel):
+    """A row of `bench/reproducibility.csv`: what a machine changes, at most, over the runs of a group.
+
+    Attributes:
+        kind, task, model: the group.
+        machine: that is compared.
+        test_loss: difference relative to the loss.
+        test_psnr: in dB.
+        test_steps: of the solver.
+        test_unconverged: difference of a share of the samples.
+        other_ends: number of runs that ended with another status.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str
+    task: str
+    model: str
+    machine: str
+    test_loss: Number
+    test_psnr: Number
+    test_steps: Number
+    test_unconverged: Number
+    other_ends: Number = Field(alias="other ends")
+
+
+DIFFERENCES: TypeAdapter[list[Difference]] = TypeAdapter(list[Difference])
+
+
+class Environment(BaseModel):
+    """The machine of a provenance."""
+
+    system: str
+    processor: str
+    accelerator: str
+    python: str
+    packages: dict[str, str]
+
+
+class Reproducibility(BaseModel):
+    """What the page shows of `bench/reproducibility_provenance.json`, and the table beside it.
+
+    Attributes:
+        machines: environment variables that imitate each machine.
+        runs: how many each of them trained.
+        capability: vector instructions of the machine that all are compared with.
+        code, environment: version and machine of the comparison.
+        differences: rows of the table.
+    """
+
+    machines: dict[str, dict[str, str]]
+    runs: int
+    capability: str
+    code: str
+    environment: Environment
+    differences: list[Difference] = []
+
+    @property
+    def measured_on(self) -> str:
+        return _machine(self.environment.model_dump())
+
+    def by_machine(self) -> dict[str, list[Difference]]:
+        """The rows of each machine, in the order of the table."""
+        machines = dict.fromkeys(row.machine for row in self.differences)
+        return {name: [row for row in self.differences if row.machine == name] for name in machines}
+
+    def has_gpu(self) -> bool:
+        return any("gpu" in row.machine.lower() for row in self.differences)
 
 
 @dataclass
@@ -178,6 +253,13 @@ def _shown(value: object) -> str:
     return str(value)
 
 
+def brief(value: float) -> str:
+    """Two significant digits, but all of a whole number's; a dash for NaN."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.0f}" if 10 <= abs(value) < 1e5 else f"{value:.2g}"
+
+
 def build(profile: str, results: Path = RESULTS, notebooks: Path = NOTEBOOKS) -> Path:
     """Write the page of a profile, and the executed notebooks beside their figures as pages.
 
@@ -204,7 +286,7 @@ def build(profile: str, results: Path = RESULTS, notebooks: Path = NOTEBOOKS) ->
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"markdown": markdown, "duration": duration}
+    environment.filters |= {"markdown": markdown, "duration": duration, "brief": brief}
     page = environment.get_template("report.html.j2").render(
         profile=profile,
         entries=entries,
@@ -215,6 +297,7 @@ def build(profile: str, results: Path = RESULTS, notebooks: Path = NOTEBOOKS) ->
         long_table=LONG_TABLE,
         code=_by_value((p.code, entry) for entry, p in provenances),
         current_code=code_version(),
+        reproducibility=_reproducibility(results / "bench"),
         machines=_by_value((machine, entry) for entry, p in provenances for machine in p.machines()),
         data=_by_value(
             ((dataset, file, digest), entry)
@@ -342,8 +425,34 @@ def _read_notebook(entry: Entry, folder: Path) -> None:
     entry.page = True
 
 
-def _unreadable(path: Path, error: ValueError) -> str:
-    return f"{path.name} cannot be read: {str(error).splitlines()[0]}"
+def _reproducibility(folder: Path) -> Reproducibility | str:
+    """Read what differs between machines, or say what is missing or wrong.
+
+    Args:
+        folder: of the benchmarks.
+    """
+    path = folder / "reproducibility.csv"
+    try:
+        table = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+        columns = [column.alias or name for name, column in Difference.model_fields.items()]
+        if table.fieldnames != columns:
+            raise ValueError(f"its columns are not {', '.join(columns)}")
+        differences = DIFFERENCES.validate_python(list(table))
+        if not differences:
+            raise ValueError("it has no rows")
+        path = folder / "reproducibility_provenance.json"
+        measured = Reproducibility.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except (OSError, csv.Error, ValueError) as error:
+        return _unreadable(path, error)
+    return measured.model_copy(update={"differences": differences})
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    # What an OSError says has the whole path in it.
+    reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+    return f"{path.name} cannot be read: {reason}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -31,9 +31,9 @@ class Solution:
     """What a solve returns; a failure is a status, never an exception.
 
     Attributes:
-        value: `(..., C, H, W)`, the iterate with the smallest residual, which is the last one of a
-            converged sample; of a diverged sample the last one.
-        residual: `(...)`, relative residual `||T(u) - u|| / ||T(u)||` at `value`.
+        value: `(..., C, H, W)`, `T(u)` at the iterate `u` with the smallest residual, which is the last one
+            of a converged sample; of a diverged sample the last iterate itself.
+        residual: `(...)`, relative residual `||T(u) - u|| / ||T(u)||` at that iterate.
         residuals: `(evaluations, ...)`, the same at every iterate, constant once a sample stopped.
         steps: `(...)`, evaluations of `T` until the sample stopped.
         status: `(...)`, integer codes of `Status`.
@@ -192,9 +192,10 @@ def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
         diverged = running & ~converged & ~(finite & (size <= limit))
         status[converged] = Status.CONVERGED
         status[diverged] = Status.DIVERGED
-        kept = running & (diverged | (relative <= smallest))
-        best = _chosen(kept, u, best)
-        smallest = torch.where(kept, relative, smallest)
+        kept = running & ~diverged & (relative <= smallest)
+        best = _chosen(kept, step, best)
+        best = _chosen(~diverged, best, u)
+        smallest = torch.where(kept | diverged, relative, smallest)
         running = running & ~converged & ~diverged
         records.append((smallest, size))
         if solver.patience is not None and k >= solver.patience:

@@ -61,6 +61,13 @@ def make_solver(config: TrainingConfig) -> Solver:
     return Anderson(c.tol, c.max_steps, c.memory, c.regularization, c.beta, c.patience)
 
 
+def make_adjoint_solver(config: TrainingConfig) -> Solver:
+    """The solver of the adjoint equation; plain iteration from its right-hand side is a Neumann series."""
+    if config.task == "denoising" or config.neumann_steps == 0:
+        return make_solver(config)
+    return PlainIteration(config.tol, config.neumann_steps)
+
+
 def load_images(config: Config) -> dict[str, Tensor]:
     """The images of a configuration, `train` and `test`, `(N, 1, H, W)` in [-1, 1].
 
@@ -313,7 +320,7 @@ class Trainer:
         self.alive = list(range(len(configs)))
         self.epoch = 0
         self.step = 0
-        self.solver = make_solver(self.config)
+        self.solver, self.adjoint_solver = make_solver(self.config), make_adjoint_solver(self.config)
         with one_thread():
             self.model = make_model(configs, start).to(self.device)
         self.noise = torch.tensor([c.noise for c in configs], device=self.device)
@@ -382,6 +389,7 @@ class Trainer:
             self.model.step_map(f),
             self.solutions.get("forward", first_iterate(f, self.config)),
             self.solver,
+            self.adjoint_solver,
             on_adjoint=adjoint.append,
             vjp=self.model.vjp,
             w0=self.solutions.get("backward"),

@@ -15,19 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import torch
+from benches import save
 from tqdm import tqdm
 
 from lib.config import FacesConfig, RunConfig, faces_config, grid, profile_config
 from lib.models import MODELS
-from lib.runs import code_version, environment
-from lib.store import REPOSITORY, RESULTS, write_atomic
+from lib.store import REPOSITORY
 from lib.training import Trainer
 
 MACHINES: dict[str, dict[str, str]] = {
     "this one": {},
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
     "no AVX": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
-    "two threads": {"MKL_CBWR": "AUTO"},
+    "two threads": {"OMP_NUM_THREADS": "2"},
 }
 """What the environment of a process says of its machine."""
 
@@ -110,17 +110,8 @@ def main() -> int:
         ]
     runs = pd.DataFrame(rows)
     table = spread(runs)
-    print(table.to_string(float_format="{:.2g}".format))
-    folder = RESULTS / "bench"
-    write_atomic(folder / "reproducibility.csv", table.to_csv(float_format="%.3g").encode())
-    provenance = {
-        "machines": MACHINES,
-        "runs": len(runs) // len(MACHINES),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "code": code_version(),
-        "environment": environment("cpu"),
-    }
-    write_atomic(folder / "reproducibility_provenance.json", json.dumps(provenance, indent=1).encode())
+    capability = torch.backends.cpu.get_cpu_capability()
+    save("reproducibility", table, machines=MACHINES, runs=len(runs) // len(MACHINES), capability=capability)
     return 0
 
 

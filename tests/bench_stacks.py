@@ -8,7 +8,6 @@ or on the accelerator.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -16,11 +15,11 @@ from itertools import pairwise
 
 import pandas as pd
 import torch
+from benches import save
 from tqdm import tqdm
 
 from lib.config import GRID, RunConfig, grid
-from lib.runs import code_version, default_device, environment
-from lib.store import RESULTS, write_atomic
+from lib.runs import default_device
 from lib.training import Trainer
 
 ALONE = 4
@@ -74,12 +73,7 @@ def main() -> int:
     shape = grid(options.profile)[0]
     images = f"{shape.size}x{shape.size}, batch {shape.batch_size}"
     print(f"{images}: milliseconds per optimizer step and configuration (median, middle half)")
-    print(table.to_string(float_format="{:.3g}".format))
-    folder = RESULTS / "bench"
-    name = f"stacks_{options.profile}"
-    write_atomic(folder / f"{name}.csv", table.round(3).to_csv().encode())
-    provenance = {"images": images, "code": code_version(), "environment": environment(device)}
-    write_atomic(folder / f"{name}_provenance.json", json.dumps(provenance, indent=1).encode())
+    save(f"stacks_{options.profile}", table, device=device, images=images)
     return 0
 
 

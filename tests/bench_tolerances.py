@@ -6,21 +6,20 @@ float32 with the solver of the training.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from itertools import product
 
 import pandas as pd
 import torch
+from benches import save
 from torch import Tensor
 from tqdm import tqdm
 
 from lib.implicit import implicit_fixed_point
 from lib.models import MODELS
-from lib.runs import Run, code_version, environment, trained_kernels
+from lib.runs import Run, trained_kernels
 from lib.solvers import Anderson, Solution, Solver
-from lib.store import RESULTS, write_atomic
 from lib.training import generator, load_images, make_solver, observe, one_thread
 
 IMAGES = 2
@@ -66,11 +65,7 @@ def main() -> int:
                 | {"seconds": time.perf_counter() - start, "reference residual": reached}
             )
     table = pd.DataFrame(rows).set_index(["task", "model", "filters", "tol"])
-    print(table.to_string(float_format="{:.2g}".format))
-    folder = RESULTS / "bench"
-    write_atomic(folder / "tolerances.csv", table.to_csv(float_format="%.3g").encode())
-    provenance = {"images": IMAGES, "code": code_version(), "environment": environment("cpu")}
-    write_atomic(folder / "tolerances_provenance.json", json.dumps(provenance, indent=1).encode())
+    save("tolerances", table, images=IMAGES)
     return 0
 
 

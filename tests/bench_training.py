@@ -1,8 +1,9 @@
 """One training step of several implementations side by side, and the time to the same loss (`make bench`).
 
-All have the same data, weights, tolerances and most steps, on one thread:
+All have the same data, weights, tolerances and most steps, on one thread and on two:
 
-- `ours`: `lib`;
+- `ours`: `lib`, from cold;
+- `ours, in training`: the steps of a training on photographs, whose solves start from the last solutions;
 - `textbook`: a deep equilibrium step as it is taught, written for this comparison alone: autograd through one
   recorded step in a backward hook, Anderson acceleration with one stopping rule for the whole batch and an
   absolute ridge, a dense matrix for the mask, 1,000 plain iterations for photographs;
@@ -17,38 +18,39 @@ with.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from itertools import product as pairs
 from typing import Any
 
 import pandas as pd
 import torch
+from benches import save
 from torch import Tensor
 from torch.nn import functional
 from torchdeq import get_deq
 from tqdm import tqdm
 
-from lib.config import RunConfig, faces_config
+from lib.config import FacesConfig, RunConfig, faces_config
 from lib.implicit import implicit_fixed_point
 from lib.models import MODELS, FixedPointModel
 from lib.operators import TASKS, CircularBlur, Mask
 from lib.products import product
-from lib.runs import code_version, environment
-from lib.solvers import Anderson, Solution
-from lib.store import RESULTS, write_atomic
+from lib.solvers import Anderson, Solution, Solver
 from lib.training import (
     Config,
     Trainer,
     first_iterate,
     generator,
     load_images,
+    make_adjoint_solver,
     make_model,
     make_solver,
     observe,
@@ -60,19 +62,26 @@ with warnings.catch_warnings():
     import deepinv
 
 REFERENCE = Anderson(tol=1e-10, max_steps=5000, memory=20, regularization=1e-10)
+SIDES = ("forward", "backward")
 PLAIN_STEPS = 1000
 """Iterations of the textbook's solves for photographs."""
 
 
 @dataclass
 class Problem:
-    """A batch and a model; images are `(N, 1, H, W)`."""
+    """A batch and a model; images are `(N, 1, H, W)`.
+
+    Attributes:
+        plain_steps: of the textbook's solves for photographs.
+        solutions: from which our solves start, `forward` and `backward`.
+    """
 
     config: Config
     model: FixedPointModel
     f: Tensor
     truth: Tensor
     plain_steps: int = PLAIN_STEPS
+    solutions: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -93,14 +102,19 @@ class Step:
 Method = Callable[[Problem], Step]
 
 
-def make_problem(config: Config, dtype: torch.dtype = torch.float32) -> Problem:
+def make_problem(config: Config) -> Problem:
     """The first batch of a training with untrained weights."""
     model = make_model([config])
-    truth = load_images(config)["train"][: config.batch_size].to(dtype)
-    n = torch.randn(truth.shape, generator=generator(0, "bench")).to(dtype)
-    model = model.to(dtype)
-    f = observe(model.operator, truth, torch.tensor([config.noise], dtype=dtype), n)
-    return Problem(config, model, f, truth)
+    truth = load_images(config)["train"][: config.batch_size]
+    n = torch.randn(truth.shape, generator=generator(0, "bench"))
+    return Problem(config, model, observe(model.operator, truth, torch.tensor([config.noise]), n), truth)
+
+
+def exact(problem: Problem) -> Step:
+    """Loss and hypergradient in float64, as good as they can be had."""
+    model = deepcopy(problem.model).double()
+    double = Problem(problem.config, model, problem.f.double(), problem.truth.double())
+    return ours(double, REFERENCE, REFERENCE)
 
 
 def finish(problem: Problem, value: Tensor, forward: float, backward: Callable[[], float]) -> Step:
@@ -113,14 +127,16 @@ def finish(problem: Problem, value: Tensor, forward: float, backward: Callable[[
     return Step(loss.item(), gradient, forward, backward())
 
 
-def ours(problem: Problem, solver: Any = None) -> Step:
+def ours(problem: Problem, solver: Solver | None = None, adjoint_solver: Solver | None = None) -> Step:
     adjoint: list[Solution] = []
     solution = implicit_fixed_point(
         problem.model.step_map(problem.f),
-        first_iterate(problem.f, problem.config),
+        problem.solutions.get("forward", first_iterate(problem.f, problem.config)),
         solver or make_solver(problem.config),
+        adjoint_solver or make_adjoint_solver(problem.config),
         on_adjoint=adjoint.append,
         vjp=problem.model.vjp,
+        w0=problem.solutions.get("backward"),
     )
     steps = float(solution.steps.max())
     step = finish(problem, solution.value, steps, lambda: float(adjoint[0].steps.max()))
@@ -323,8 +339,6 @@ def error(step: Step, exact: Step) -> dict[str, float]:
 def compare(name: str, config: Config, methods: dict[str, Method], rounds: int) -> list[dict[str, Any]]:
     """A row per method; the rounds of the methods take turns."""
     problem = make_problem(config)
-    double = make_problem(config, torch.float64)
-    exact = ours(double, REFERENCE)
     last: dict[str, Step] = {}
     times: dict[str, list[float]] = {key: [] for key in methods}
     for method in methods.values():
@@ -335,25 +349,49 @@ def compare(name: str, config: Config, methods: dict[str, Method], rounds: int) 
             start = time.perf_counter()
             last[key] = method(problem)
             times[key].append(time.perf_counter() - start)
-    rate = product_rate(problem)
-    rows = []
-    median = {key: pd.Series(values).median() for key, values in times.items()}
-    for key, step in last.items():
-        spent = pd.Series(times[key])
-        evaluations = step.forward + step.backward
-        rows.append(
-            {"problem": name, "model": config.model, "method": key, "ms": 1e3 * median[key]}
-            | {
-                "ms low": 1e3 * spent.min(),
-                "ms high": 1e3 * spent.max(),
-                "ratio": median[key] / median["ours"],
-            }
-            | {"forward": step.forward, "backward": step.backward, **error(step, exact)}
-            | {"reference residual": exact.residual}
-            | {"MB": peak_memory(methods[key], replace(problem, plain_steps=10))}
-            | {"of product rate": evaluations * flops(problem) / median[key] / rate, "GFlop/s": rate / 1e9}
-        )
+    reference, rate = exact(problem), product_rate(problem)
+    rows = [row(name, problem, key, times[key], step, reference, rate) for key, step in last.items()]
+    for measured, method in zip(rows, methods.values(), strict=True):
+        measured["MB"] = peak_memory(method, replace(problem, plain_steps=10))
     return rows
+
+
+def row(
+    name: str, problem: Problem, method: str, seconds: list[float], step: Step, reference: Step, rate: float
+) -> dict[str, Any]:
+    """What there is to say of the times of a method's steps and of the last one."""
+    spent = pd.Series(seconds)
+    evaluations = step.forward + step.backward
+    return (
+        {"problem": name, "model": problem.config.model, "method": method}
+        | {"ms": 1e3 * spent.median(), "ms low": 1e3 * spent.min(), "ms high": 1e3 * spent.max()}
+        | {"forward": step.forward, "backward": step.backward, **error(step, reference)}
+        | {"reference residual": reference.residual}
+        | {"of product rate": evaluations * flops(problem) / spent.median() / rate, "GFlop/s": rate / 1e9}
+    )
+
+
+def in_training(name: str, config: FacesConfig) -> dict[str, Any]:
+    """The same of all steps of a training, and of its last step again."""
+    marks: list[float] = []
+    kept: list[Problem] = []
+    images = load_images(config)["train"]
+    n = torch.randn(images.shape, generator=generator(config.seed, "noise"))
+
+    def keep(trainer: Trainer) -> None:
+        if trainer.epoch == config.epochs:
+            model = deepcopy(trainer.model)
+            f = observe(model.operator, images, trainer.noise, n)
+            kept.append(Problem(config, model, f, images, solutions=trainer.solutions))
+
+    once = config.model_copy(update={"test_every": config.epochs})
+    (member,) = Trainer([once]).train(keep, lambda: marks.append(time.perf_counter()))
+    (problem,) = kept
+    step = ours(problem)
+    solves = {side: float(pd.DataFrame(member.history)[f"{side}_steps"].mean()) for side in SIDES}
+    seconds = [after - before for before, after in pairwise(marks)]
+    measured = row(name, problem, "ours, in training", seconds, step, exact(problem), product_rate(problem))
+    return measured | solves
 
 
 def time_to_loss(task: str, steps: int) -> dict[str, Any]:
@@ -390,33 +428,41 @@ def time_to_loss(task: str, steps: int) -> dict[str, Any]:
     }
 
 
-def write(name: str, table: pd.DataFrame, index: Sequence[str]) -> None:
-    table = table.set_index(list(index))
-    print(table.to_string(float_format="{:.3g}".format))
-    folder = RESULTS / "bench"
-    write_atomic(folder / f"{name}.csv", table.to_csv(float_format="%.4g").encode())
-    provenance = {"threads": 1, "code": code_version(), "environment": environment("cpu")}
-    write_atomic(folder / f"{name}_provenance.json", json.dumps(provenance, indent=1).encode())
+def step_rows(threads: int, rounds: int) -> list[dict[str, Any]]:
+    """The rows of all problems on so many threads; `ratio` is that of a time to the shorter one of ours."""
+    torch.set_num_threads(threads)
+    rows = []
+    everything = {"ours": ours, "textbook": textbook, "TorchDEQ": torchdeq, "DeepInverse": deepinverse}
+    for task, model in tqdm(list(pairs(TASKS, MODELS)), desc=f"MNIST, {threads} threads"):
+        values = {"task": task, "model": model, "gamma": 0.5}
+        config = RunConfig(**values, train_images=100, test_images=1)
+        rows += compare(f"MNIST {task}", config, everything, rounds)
+    for filters, size in tqdm(((2, 11), (30, 3)), desc=f"photographs, {threads} threads"):
+        photographs = faces_config("quick", "denoising", model="deq", filters=filters, filter_size=size)
+        name = f"faces {filters} x {size}x{size}"
+        if threads == 1:
+            # A training takes one thread.
+            rows.append(in_training(name, photographs))
+        rows += compare(name, photographs, {"ours": ours, "textbook": textbook}, 1)
+    table = pd.DataFrame(rows)
+    own = table[table["method"].str.startswith("ours")].groupby(["problem", "model"])["ms"].min()
+    table.insert(6, "ratio", table["ms"] / own.loc[pd.MultiIndex.from_frame(table[own.index.names])].values)
+    return table.assign(threads=threads).to_dict("records")
 
 
-@one_thread()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="times that each step is timed")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of the textbook's training")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="that a step may take")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = []
-    everything = {"ours": ours, "textbook": textbook, "TorchDEQ": torchdeq, "DeepInverse": deepinverse}
-    for task, model in tqdm(list(pairs(TASKS, MODELS)), desc="MNIST"):
-        values = {"task": task, "model": model, "gamma": 0.5}
-        config = RunConfig(**values, train_images=100, test_images=1)
-        rows += compare(f"MNIST {task}", config, everything, options.rounds)
-    for (filters, size), task in tqdm(list(pairs(((2, 11), (30, 3)), ("denoising",))), desc="photographs"):
-        config = faces_config("quick", task, model="deq", filters=filters, filter_size=size)
-        rows += compare(f"faces {filters} x {size}x{size}", config, {"ours": ours, "textbook": textbook}, 1)
-    write("training_steps", pd.DataFrame(rows), ("problem", "model", "method"))
-    write("time_to_loss", pd.DataFrame([time_to_loss(t, options.steps) for t in TASKS]), ("problem",))
+    rows = [row for threads in options.threads for row in step_rows(threads, options.rounds)]
+    steps = pd.DataFrame(rows).set_index(["threads", "problem", "model", "method"])
+    save("training_steps", steps, digits=4)
+    with one_thread():
+        times = pd.DataFrame([time_to_loss(task, options.steps) for task in TASKS])
+    save("time_to_loss", times.set_index("problem"), digits=4)
     return 0
 
 

@@ -313,6 +313,7 @@ LEVELS: dict[str, tuple[Any, ...]] = {
     "schedule": ("linear", "cosine"),
     "test_every": (1, 2),
     "solver": ("plain", "anderson"),
+    "neumann_steps": (0, 7),
     "start": ("data", "zero"),
     "tol": (1e-4, 1e-2),
     "max_steps": (20, 30),

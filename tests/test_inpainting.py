@@ -121,7 +121,7 @@ def test_counts_are_those_shown_and_others_up_to_the_largest(shown: list[int]) -
 
 @pytest.mark.parametrize("model", ["bilevel", "deq"])
 def test_plain_iterates_are_those_of_the_plain_solver(model: str) -> None:
-    """`u^k` is where the solver evaluates the residual for the `k + 1`-th time."""
+    """`u^k` is what the solver returns after `k` evaluations of the step map."""
     run = make_run(model)
     _, f = problem(run)
     iterates = inpainting.plain_iterates(run, f, [7, 1, 30])
@@ -130,8 +130,8 @@ def test_plain_iterates_are_those_of_the_plain_solver(model: str) -> None:
     with torch.no_grad():
         assert torch.equal(iterates[1], T(f))
     for k, u in iterates.items():
-        solution = fixed_point(T, f, PlainIteration(1e-300, k + 1))
-        # The solver's value is its best iterate, which is the last one as long as the residuals fall.
+        solution = fixed_point(T, f, PlainIteration(1e-300, k))
+        # The solver's value is of its best iterate, which is the last one as long as the residuals fall.
         assert (solution.residuals.diff(dim=0) < 0).all()
         assert torch.equal(u, solution.value)
         assert not u.requires_grad
@@ -265,8 +265,8 @@ def test_the_baselines_are_those_of_the_data() -> None:
 
 
 def test_fill_uses_the_solver_of_the_training() -> None:
-    """After three evaluations of the step map its value is the second iterate."""
-    run = make_run(solver="plain", max_steps=3, tol=1e-12)
+    """After two evaluations of the step map its value is the second iterate."""
+    run = make_run(solver="plain", max_steps=2, tol=1e-12)
     _, f = problem(run)
     T = run.model().step_map(f)
     with torch.no_grad():

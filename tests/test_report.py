@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import pytest
 import websocket
+from bench_reproducibility import MACHINES, METRICS, spread
 from bs4 import BeautifulSoup, Tag
 from PIL import Image
 
@@ -80,6 +82,30 @@ def write_figure(profile: Path, name: str, claims: list[Claim] | None = None, **
     return folder
 
 
+HEADER = "kind,task,model,machine,test_loss,test_psnr,test_steps,test_unconverged,other ends"
+ROWS = [
+    "grid,denoising,deq,SSE9,3.21e-07,0.00312,12.4,0,0",
+    "grid,denoising,deq,8 threads,0,0,0,0,0",
+    "grid,inpainting,bilevel,SSE9,,,,,12",
+]
+
+
+def write_bench(results: Path, rows: list[str] = ROWS, **changes: Any) -> Path:
+    """The comparison of machines, as `make bench` leaves it; returns its folder."""
+    folder = results / "bench"
+    folder.mkdir(exist_ok=True)
+    (folder / "reproducibility.csv").write_text("\n".join([HEADER, *rows, ""]), encoding="utf-8")
+    provenance = {
+        "machines": {"this one": {}, "SSE9": {"ISA": "sse9", "ISA_OF_PRODUCTS": "SSE9"}, "8 threads": {}},
+        "runs": 1234,
+        "capability": "AVX777",
+        "code": "fedcba9876543210",
+        "environment": ENVIRONMENT | {"system": "Linux-of-the-bench"},
+    }
+    (folder / "reproducibility_provenance.json").write_text(json.dumps(provenance | changes))
+    return folder
+
+
 def executed(name: str, printed: str = "done", **parameters: Any) -> str:
     """A small executed notebook with a formula, a long line and a picture."""
     image = {"image/png": base64.b64encode(png(1200)).decode()}
@@ -98,7 +124,8 @@ def executed(name: str, printed: str = "done", **parameters: Any) -> str:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """All figures but two, three claims."""
+    """All figures but two, three claims, and the comparison of machines."""
+    write_bench(tmp_path)
     for name in NAMES:
         if name not in ABSENT:
             write_figure(tmp_path / "quick", name, CLAIMS if name == "fig05" else None)
@@ -260,6 +287,155 @@ def test_the_provenance_is_shown(results: Path) -> None:
         assert (f"mnist, train-images, md5:{name}" in said) == (name not in ABSENT)
 
 
+def test_what_differs_between_machines_is_shown(tmp_path: Path) -> None:
+    """A table for each machine, and which machine, which code and how many runs they were compared with."""
+    write_bench(tmp_path)
+    page = built(tmp_path)
+    section = page.select_one("#reproducibility")
+    assert section.find_next_sibling("section")["id"] == "provenance"
+    assert page.select_one("nav a[href='#reproducibility']")
+    tables = {}
+    for title in section.select("h3"):
+        table = title.find_next("table")
+        assert table.parent["class"] == ["scroll"]
+        assert table.parent["tabindex"] == "0"
+        assert len(table.select("thead th")) == 8
+        tables[title.get_text()] = [
+            [td.get_text() for td in tr.select("td")] for tr in table.select("tbody tr")
+        ]
+    assert tables == {
+        "SSE9": [
+            ["grid", "denoising", "deq", "3.2e-07", "0.0031", "12", "0", "0"],
+            ["grid", "inpainting", "bilevel", "–", "–", "–", "–", "12"],
+        ],
+        "8 threads": [["grid", "denoising", "deq", "0", "0", "0", "0", "0"]],
+    }
+    said = text_of(page, "#reproducibility").replace(" ,", ",")
+    assert (
+        "1,234 runs each, and compared with those of a machine with AVX777 (Linux-of-the-bench, x86_64,"
+        in said
+    )
+    assert "The code was fedcba9876543210, another version than the one that is here now." in said
+    assert said.count("With ISA=sse9, ISA_OF_PRODUCTS=SSE9 .") == said.count("With ") == 1
+    assert "two trainings of a configuration give the same bits, because each takes one thread" in said
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0"),
+        (0.00312, "0.0031"),
+        (9.96, "10"),
+        (99.6, "100"),
+        (1234.0, "1234"),
+        (3e7, "3e+07"),
+        (float("inf"), "inf"),
+        (float("nan"), "–"),
+    ],
+)
+def test_numbers_are_brief(value: float, shown: str) -> None:
+    assert report.brief(value) == shown
+
+
+def test_the_version_of_the_comparison_that_is_here_is_told(tmp_path: Path) -> None:
+    write_bench(tmp_path, code=report.code_version())
+    said = text_of(built(tmp_path), "#reproducibility").replace(" ,", ",")
+    assert f"The code was {report.code_version()}, the version that is here now" in said
+    assert "another version" not in said
+
+
+@pytest.mark.parametrize("machine", ["GPU", "one gpu"])
+def test_a_gpu_is_missed_only_where_there_is_none(tmp_path: Path, machine: str) -> None:
+    missed = "A GPU was not measured."
+    write_bench(tmp_path, machines={"this one": {}, machine: {}})
+    assert missed in text_of(built(tmp_path), "#reproducibility")
+    write_bench(tmp_path, [*ROWS, f"grid,denoising,deq,{machine},0.1,0.2,0.3,0.4,5"])
+    page = built(tmp_path)
+    assert missed not in text_of(page, "#reproducibility")
+    assert machine in [title.get_text() for title in page.select("#reproducibility h3")]
+
+
+TABLE, ORIGIN = "reproducibility.csv", "reproducibility_provenance.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        (TABLE, None, "is missing"),
+        (TABLE, b"", "cannot be read: its columns are not kind, task, model"),
+        (TABLE, b"\x00\xff\xfe\x89PNG", "cannot be read: 'utf-8' codec"),
+        (TABLE, b"x" * 200_000, "cannot be read: field larger than"),
+        (TABLE, b"image,psnr\ninput,26\n", "cannot be read: its columns are not kind, task, model"),
+        (TABLE, f"{HEADER},more\n{ROWS[0]},1\n".encode(), "cannot be read: its columns are not kind"),
+        (TABLE, f"{HEADER}\n".encode(), "cannot be read: it has no rows"),
+        (TABLE, f"{HEADER}\n{ROWS[0]},1\n".encode(), "cannot be read: "),
+        (TABLE, f"{HEADER}\n{ROWS[0]}\n{ROWS[1][:-4]}\n".encode(), "cannot be read: "),
+        (TABLE, f"{HEADER}\n{ROWS[0].replace('3.21', 'a')}\n".encode(), "cannot be read: "),
+        (ORIGIN, None, "is missing"),
+        (ORIGIN, b"\x00\xff\xfe", "cannot be read: "),
+        (ORIGIN, b"[]", "cannot be read: "),
+        (ORIGIN, b"{}", "cannot be read: "),
+    ],
+)
+def test_a_comparison_that_cannot_be_shown_is_told_in_a_line(
+    tmp_path: Path, file: str, content: bytes | None, said: str
+) -> None:
+    """The file, what is wrong with it and what makes it, and no table."""
+    path = write_bench(tmp_path) / file
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert_told_in_a_line(built(tmp_path), f"{file} {said}")
+
+
+def assert_told_in_a_line(page: BeautifulSoup, said: str) -> None:
+    (line,) = page.select("#reproducibility > :not(h2)")
+    assert line.name == "p"
+    assert line.get_text().startswith(f"Nothing to show: {said}")
+    assert line.get_text().endswith(". make bench measures it.")
+    assert "\n" not in line.get_text()
+
+
+def test_a_comparison_that_is_no_file_is_told_without_its_path(tmp_path: Path) -> None:
+    assert_told_in_a_line(built(tmp_path), f"{TABLE} is missing")
+    (tmp_path / "bench" / TABLE).mkdir(parents=True)
+    page = built(tmp_path)
+    assert_told_in_a_line(page, f"{TABLE} cannot be read: Is a directory.")
+    assert str(tmp_path) not in str(page)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, ENVIRONMENT | {"packages": ["torch"]}, ENVIRONMENT | {"packages": {"torch": None}}, "Linux"],
+)
+def test_an_environment_of_another_form_is_told(tmp_path: Path, environment: Any) -> None:
+    write_bench(tmp_path, environment=environment)
+    assert_told_in_a_line(built(tmp_path), f"{ORIGIN} cannot be read: ")
+
+
+def test_the_benchmark_writes_the_table_that_is_shown(tmp_path: Path) -> None:
+    """Every machine of `make bench`, of runs of which one diverged on one machine."""
+    group = {"kind": "grid", "task": "denoising", "model": "deq", "tau": 0.5, "gamma": 0.1, "sigma": "relu"}
+    runs = [
+        group | {"machine": machine, "status": "completed"} | dict.fromkeys(METRICS, 1 + i / 8)
+        for i, machine in enumerate(MACHINES)
+    ]
+    runs[-1] |= {"status": "diverged"} | dict.fromkeys(METRICS, None)
+    folder = write_bench(tmp_path, machines=MACHINES)
+    (folder / TABLE).write_text(spread(pd.DataFrame(runs)).to_csv(float_format="%.3g"))
+    page = built(tmp_path)
+    tables = {
+        title.get_text(): [td.get_text() for td in title.find_next("tbody").select("td")[3:]]
+        for title in page.select("#reproducibility h3")
+    }
+    first, *others, last = MACHINES
+    assert first not in tables
+    assert tables == {
+        **{machine: [f"{(i + 1) / 8:.2g}"] * 4 + ["0"] for i, machine in enumerate(others)},
+        last: ["–"] * 4 + ["1"],
+    }
+
+
 def test_other_parameters_are_told(results: Path) -> None:
     """A figure made with other parameters says which; a reading is not passed off as its own."""
     (results / "quick" / "fig02" / "fig02.ipynb").write_text(executed("fig02", gamma=0.5))
@@ -283,6 +459,9 @@ def make_hostile(results: Path) -> Path:
     (folder / "fig01.csv").write_text(f"{HOSTILE.replace(',', '')}\n{HOSTILE.replace(',', '')}\n")
     (folder / "fig01.ipynb").write_text(executed("fig01", HOSTILE, **{HOSTILE: HOSTILE}))
     (folder / "a <b>&'.txt").write_text("")
+    environment = dict.fromkeys(ENVIRONMENT, HOSTILE) | {"packages": {HOSTILE: HOSTILE}}
+    named = {"machines": {HOSTILE: {HOSTILE: HOSTILE}}, "capability": HOSTILE, "code": HOSTILE}
+    write_bench(results, [",".join([HOSTILE] * 4 + ["0"] * 5)], **named, environment=environment)
     notebooks = results / "notebooks"
     notebooks.mkdir()
     for name in ("fig01", "fig02"):
@@ -301,6 +480,7 @@ def test_hostile_text_stays_text(results: Path) -> None:
     assert len(page.select("article")) == 2
     assert not page.select("script, [onerror], img:not([src^=data]), article b:not(a b), a[href^=javascript]")
     assert page.get_text().count("document.title") > 20
+    assert page.select_one("#reproducibility h3").get_text() == HOSTILE
     assert [a.get_text() for a in page.select("#fig01 .links a") if "txt" in a.get_text()] == ["a <b>&'.txt"]
 
 

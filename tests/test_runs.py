@@ -123,6 +123,7 @@ OTHER_VALUES: dict[str, Any] = {
     "learning_rate": 2e-3,
     "final_learning_rate": 1e-5,
     "solver": "plain",
+    "neumann_steps": 3,
     "tol": 1e-4,
     "max_steps": 51,
     "memory": 4,

@@ -16,7 +16,19 @@ from torch import Tensor
 
 from lib import data, training
 from lib.config import RunConfig
-from lib.training import STACKED, Member, Metrics, Trainer, generator, learning_rate, psnr
+from lib.implicit import implicit_fixed_point
+from lib.solvers import PlainIteration, Solution
+from lib.training import (
+    STACKED,
+    Member,
+    Metrics,
+    Trainer,
+    generator,
+    learning_rate,
+    make_adjoint_solver,
+    make_solver,
+    psnr,
+)
 
 SMALL: dict[str, Any] = {
     "size": 7,
@@ -525,3 +537,38 @@ def test_batches_do_not_change_the_evaluation(monkeypatch: pytest.MonkeyPatch) -
         assert one == other
     for row in timeless(rows[1:]):
         assert row == pytest.approx(timeless(rows)[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("task", ["inpainting", "deblurring"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_adjoint_is_a_neumann_series_where_the_operator_loses_something(task: str, steps: int) -> None:
+    """`w` is the sum of `(J^T)^j dL/du` for `j` from 0 to `neumann_steps`, with the dense Jacobian `J`."""
+    config = small(task=task, model="deq", neumann_steps=steps, gamma=0.3, tol=1e-9)
+    model = training.make_model([config]).double()
+    truth, n = torch.randn(2, 3, 1, 7, 7, generator=generator(0, "test"), dtype=torch.float64)
+    f = training.observe(model.operator, truth, torch.tensor([0.1], dtype=torch.float64), n)
+    T, u0 = model.step_map(f), training.first_iterate(f, config)
+    adjoints: list[Solution] = []
+    solution = implicit_fixed_point(
+        T, u0, make_solver(config), make_adjoint_solver(config), adjoints.append, model.vjp
+    )
+    (solution.value - truth).square().mean().backward()
+    u = solution.value.detach()
+    g = (2 * (u - truth) / u.numel()).flatten()
+    J = torch.autograd.functional.jacobian(T, u).view(u.numel(), u.numel())
+    powers = [g]
+    for _ in range(steps):
+        powers.append(J.T @ powers[-1])
+    assert powers[-1].norm() > 0.1 * g.norm()
+    torch.testing.assert_close(adjoints[0].value.flatten(), torch.stack(powers).sum(0), rtol=1e-9, atol=1e-12)
+    assert adjoints[0].steps.eq(steps).all()
+    (member,) = train(config)
+    assert member.history[-1]["backward_steps"] == steps
+
+
+@pytest.mark.parametrize("values", [{"task": "denoising"}, {"task": "inpainting", "neumann_steps": 0}])
+def test_otherwise_the_adjoint_equation_is_solved_as_the_fixed_point_is(values: dict[str, Any]) -> None:
+    """Denoising, and a series of no steps, have the solver of the fixed point for both."""
+    config = small(**values)
+    assert make_adjoint_solver(config) == make_solver(config)
+    assert isinstance(make_adjoint_solver(small(task="inpainting")), PlainIteration)
