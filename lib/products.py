@@ -28,8 +28,11 @@ class _LargeProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (x, W), (w,) = ctx.saved_tensors, cotangents
-        wanted = ctx.needs_input_grad
-        return product(w, W.mT) if wanted[0] else None, product(x.mT, w) if wanted[1] else None
+        dx = product(w, W.mT) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None
+        # With the layout of W, for a parameter's gradient has to have the parameter's.
+        return dx, product(x.mT, w) if W.stride(-1) == 1 else product(w.mT, x).mT
 
 
 def product(x: Tensor, W: Tensor) -> Tensor:
