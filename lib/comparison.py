@@ -263,6 +263,8 @@ def print_claims(claims: Sequence[Claim], numbers: bool = False) -> None:
 def has_converged(rows: pd.DataFrame) -> bool:
     """Whether nearly all solves (95 %) behind some rows reached their tolerance: forward, backward, tests.
 
+    A hypergradient that is a Neumann series is the same sum on every machine, and counts as solved.
+
     Where they did not, a solve's end depends on roundings, and the numbers hold to fewer digits on other
     machines (`tests/bench_reproducibility.py`).
     """

@@ -162,7 +162,8 @@ class Run:
         reason: why it did not complete.
         history: a row per epoch, epoch 0 being the untrained model; columns `epoch`, `seconds`,
             `train_loss`, `test_loss`, `test_psnr` (dB) and, for the solves `forward`, `backward`
-            (training) and `test`, the means of `_steps` and `_residual` and the share `_unconverged`.
+            (training) and `test`, the means of `_steps` and `_residual` and the share `_unconverged`; a
+            Neumann series has no such share.
         weights: `A`, `b` unless they are kernels and, for a DEQ, `C`.
         provenance: data digests, code version, environment and seconds.
     """

@@ -564,6 +564,7 @@ def test_the_adjoint_is_a_neumann_series_where_the_operator_loses_something(task
     assert adjoints[0].steps.eq(steps).all()
     (member,) = train(config)
     assert member.history[-1]["backward_steps"] == steps
+    assert "backward_unconverged" not in member.history[-1]
 
 
 @pytest.mark.parametrize("values", [{"task": "denoising"}, {"task": "inpainting", "neumann_steps": 0}])
