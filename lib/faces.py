@@ -73,11 +73,17 @@ def get_face_runs(
 
 
 def over_seeds(
-    profile: str, task: str, seeds: Sequence[int], results: Path | str | None = None, **values: Any
+    first: pd.DataFrame,
+    profile: str,
+    task: str,
+    seeds: Sequence[int],
+    results: Path | str | None = None,
+    **values: Any,
 ) -> pd.DataFrame:
     """Quality of the trained models over several seeds of the weights and the noise.
 
     Args:
+        first: the table of `reconstruct` for the first seed: the input and the trained models.
         profile, task, results, values: as in `get_face_runs`.
         seeds: the seeds.
 
@@ -85,7 +91,8 @@ def over_seeds(
         A row for the input and each model: `psnr median` (dB), `psnr low` and `psnr high`, the lowest and the
         highest over the seeds, the same of `ssim`, and the number of `seeds`.
     """
-    tables = [reconstruct(get_face_runs(profile, task, results, **values, seed=seed)).table for seed in seeds]
+    others = [get_face_runs(profile, task, results, **values, seed=seed) for seed in seeds[1:]]
+    tables = [first, *(reconstruct(runs).table for runs in others)]
     stacked = pd.concat(tables, keys=seeds, names=["seed"]).groupby("image", sort=False)
     columns: dict[str, pd.Series] = {}
     for name in ("psnr", "ssim"):

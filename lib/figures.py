@@ -397,7 +397,9 @@ def _draw_differences(axes: Axes, pairs: pd.DataFrame) -> None:
             bar: Any = {"fmt": "D", "color": "k", "markersize": 3.5, "capsize": 3, "linewidth": 1.2}
             axes.errorbar(test["median"], i, xerr=spread, zorder=3, **bar)
         label = f"{test['pairs']:.0f} pairs, median {test['median']:+.2g}"
-        axes.text(0.98, i - 0.33, label, size=7, ha="right", transform=axes.get_yaxis_transform())
+        text = axes.text(0.98, i - 0.33, label, size=7, ha="right", transform=axes.get_yaxis_transform())
+        # The line at zero must not run through it.
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
     axes.set_xscale("symlog", linthresh=0.01, linscale=0.6)
     axes.set(ylabel="", xlabel="bilevel minus DEQ (right of 0: the DEQ is better)")
     axes.set_yticks(range(len(TASKS)), TASKS)

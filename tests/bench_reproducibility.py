@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 
 import pandas as pd
 import torch
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from lib.config import FacesConfig, RunConfig, faces_config, grid, profile_config
 from lib.models import MODELS
 from lib.store import REPOSITORY
-from lib.training import Trainer
+from lib.training import Trainer, shared
 
 MACHINES: dict[str, dict[str, str]] = {
     "this one": {},
@@ -57,13 +58,14 @@ def train(machine: str) -> None:
         torch.set_num_threads(2)
         torch.set_num_threads = lambda threads: None
     for kind, configs in configurations().items():
-        for config in configs:
-            (member,) = Trainer([config]).train()
-            row = {"kind": kind, "task": config.task, "model": config.model}
-            row |= {name: getattr(config, name, "") for name in ("tau", "gamma", "sigma")}
-            last = member.history[-1] if member.history else {}
-            row |= {"machine": machine, "status": member.status}
-            print(json.dumps(row | {name: last.get(name) for name in METRICS}), flush=True)
+        for _, stack in groupby(configs, shared):
+            for member in Trainer(list(stack)).train():
+                config = member.config
+                row = {"kind": kind, "task": config.task, "model": config.model}
+                row |= {name: getattr(config, name, "") for name in ("tau", "gamma", "sigma")}
+                last = member.history[-1] if member.history else {}
+                row |= {"machine": machine, "status": member.status}
+                print(json.dumps(row | {name: last.get(name) for name in METRICS}), flush=True)
 
 
 def trained_on(machine: str) -> list[dict[str, object]]:

@@ -132,10 +132,10 @@ def test_starting_weights_are_the_trainers(name: str, trained: dict[str, Run], r
 def test_the_quality_over_seeds_is_that_of_each(results: Path) -> None:
     """Medians between the lowest and the highest of the runs of the seeds, measured as for the figures."""
     seeds, values = [3, 5], {"models": ["bilevel"], "sizes": ["11x11"], "epochs": 1}
-    table = over_seeds("smoke", "denoising", seeds, results, **values)
     alone = [
         reconstruct(get_face_runs("smoke", "denoising", results, **values, seed=seed)).table for seed in seeds
     ]
+    table = over_seeds(alone[0], "smoke", "denoising", seeds, results, **values)
     assert list(table.index) == ["input", "bilevel 11x11"]
     for name in ("psnr", "ssim"):
         found = np.array([t[name] for t in alone])
