@@ -2,8 +2,7 @@
 
 All have the same data, weights, tolerances and most steps, on one thread and on two:
 
-- `ours`: `lib`, from cold;
-- `ours, in training`: the steps of a training on photographs, whose solves start from the last solutions;
+- `ours`: `lib`;
 - `textbook`: a deep equilibrium step as it is taught, written for this comparison alone: autograd through one
   recorded step in a backward hook, Anderson acceleration with one stopping rule for the whole batch and an
   absolute ridge, a dense matrix for the mask, 1,000 plain iterations for photographs;
@@ -25,8 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from itertools import product as pairs
 from typing import Any
 
@@ -38,7 +36,7 @@ from torch.nn import functional
 from torchdeq import get_deq
 from tqdm import tqdm
 
-from lib.config import FacesConfig, RunConfig, faces_config
+from lib.config import RunConfig, faces_config
 from lib.implicit import implicit_fixed_point
 from lib.models import MODELS, FixedPointModel
 from lib.operators import TASKS, CircularBlur, Mask
@@ -62,7 +60,6 @@ with warnings.catch_warnings():
     import deepinv
 
 REFERENCE = Anderson(tol=1e-10, max_steps=5000, memory=20, regularization=1e-10)
-SIDES = ("forward", "backward")
 PLAIN_STEPS = 1000
 """Iterations of the textbook's solves for photographs."""
 
@@ -73,7 +70,6 @@ class Problem:
 
     Attributes:
         plain_steps: of the textbook's solves for photographs.
-        solutions: from which our solves start, `forward` and `backward`.
     """
 
     config: Config
@@ -81,7 +77,6 @@ class Problem:
     f: Tensor
     truth: Tensor
     plain_steps: int = PLAIN_STEPS
-    solutions: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -131,12 +126,11 @@ def ours(problem: Problem, solver: Solver | None = None, adjoint_solver: Solver 
     adjoint: list[Solution] = []
     solution = implicit_fixed_point(
         problem.model.step_map(problem.f),
-        problem.solutions.get("forward", first_iterate(problem.f, problem.config)),
+        first_iterate(problem.f, problem.config),
         solver or make_solver(problem.config),
         adjoint_solver or make_adjoint_solver(problem.config),
         on_adjoint=adjoint.append,
         vjp=problem.model.vjp,
-        w0=problem.solutions.get("backward"),
     )
     steps = float(solution.steps.max())
     step = finish(problem, solution.value, steps, lambda: float(adjoint[0].steps.max()))
@@ -371,29 +365,6 @@ def row(
     )
 
 
-def in_training(name: str, config: FacesConfig) -> dict[str, Any]:
-    """The same of all steps of a training, and of its last step again."""
-    marks: list[float] = []
-    kept: list[Problem] = []
-    images = load_images(config)["train"]
-    n = torch.randn(images.shape, generator=generator(config.seed, "noise"))
-
-    def keep(trainer: Trainer) -> None:
-        if trainer.epoch == config.epochs:
-            model = deepcopy(trainer.model)
-            f = observe(model.operator, images, trainer.noise, n)
-            kept.append(Problem(config, model, f, images, solutions=trainer.solutions))
-
-    once = config.model_copy(update={"test_every": config.epochs})
-    (member,) = Trainer([once]).train(keep, lambda: marks.append(time.perf_counter()))
-    (problem,) = kept
-    step = ours(problem)
-    solves = {side: float(pd.DataFrame(member.history)[f"{side}_steps"].mean()) for side in SIDES}
-    seconds = [after - before for before, after in pairwise(marks)]
-    measured = row(name, problem, "ours, in training", seconds, step, exact(problem), product_rate(problem))
-    return measured | solves
-
-
 def time_to_loss(task: str, steps: int) -> dict[str, Any]:
     """Seconds of training in which the textbook comes to a test loss, and in which `lib` does."""
     values = {"task": task, "noise": 0.5 if task == "denoising" else 0.1, "gamma": 0.5}
@@ -429,7 +400,7 @@ def time_to_loss(task: str, steps: int) -> dict[str, Any]:
 
 
 def step_rows(threads: int, rounds: int) -> list[dict[str, Any]]:
-    """The rows of all problems on so many threads; `ratio` is that of a time to the shorter one of ours."""
+    """The rows of all problems on so many threads; `ratio` is that of a time to ours."""
     torch.set_num_threads(threads)
     rows = []
     everything = {"ours": ours, "textbook": textbook, "TorchDEQ": torchdeq, "DeepInverse": deepinverse}
@@ -439,14 +410,12 @@ def step_rows(threads: int, rounds: int) -> list[dict[str, Any]]:
         rows += compare(f"MNIST {task}", config, everything, rounds)
     for filters, size in tqdm(((2, 11), (30, 3)), desc=f"photographs, {threads} threads"):
         photographs = faces_config("quick", "denoising", model="deq", filters=filters, filter_size=size)
-        name = f"faces {filters} x {size}x{size}"
-        if threads == 1:
-            # A training takes one thread.
-            rows.append(in_training(name, photographs))
-        rows += compare(name, photographs, {"ours": ours, "textbook": textbook}, 1)
+        rows += compare(
+            f"faces {filters} x {size}x{size}", photographs, {"ours": ours, "textbook": textbook}, 1
+        )
     table = pd.DataFrame(rows)
-    own = table[table["method"].str.startswith("ours")].groupby(["problem", "model"])["ms"].min()
-    table.insert(6, "ratio", table["ms"] / own.loc[pd.MultiIndex.from_frame(table[own.index.names])].values)
+    own = table[table["method"] == "ours"].set_index(["problem", "model"])["ms"]
+    table.insert(6, "ratio", table["ms"] / own.loc[pd.MultiIndex.from_frame(table[["problem", "model"]])].values)
     return table.assign(threads=threads).to_dict("records")
 
 
