@@ -415,7 +415,9 @@ def step_rows(threads: int, rounds: int) -> list[dict[str, Any]]:
         )
     table = pd.DataFrame(rows)
     own = table[table["method"] == "ours"].set_index(["problem", "model"])["ms"]
-    table.insert(6, "ratio", table["ms"] / own.loc[pd.MultiIndex.from_frame(table[["problem", "model"]])].values)
+    table.insert(
+        6, "ratio", table["ms"] / own.loc[pd.MultiIndex.from_frame(table[["problem", "model"]])].values
+    )
     return table.assign(threads=threads).to_dict("records")
 
 
