@@ -19,6 +19,7 @@ MNIST_SIDE, MNIST_TRAIN, MNIST_TEST, BLUR_SIDE = 28, 60_000, 10_000, 5
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+CountOrZero = Annotated[int, Field(ge=0, le=1_000_000)]
 
 LIMITS = {
     "noise": 10.0,
@@ -89,7 +90,7 @@ class TrainingConfig(BaseModel):
     schedule: Literal["cosine", "linear"]
     test_every: Count = 1
     solver: Literal["anderson", "plain"] = "anderson"
-    neumann_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    neumann_steps: CountOrZero = 0
     start: Literal["zero", "data"]
     tol: Positive
     max_steps: Count
@@ -157,7 +158,7 @@ class RunConfig(TrainingConfig):
     learning_rate: Positive = 1e-3
     final_learning_rate: NonNegative = 1e-6
     schedule: Literal["cosine", "linear"] = "cosine"
-    neumann_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 20
+    neumann_steps: CountOrZero = 20
     start: Literal["zero", "data"] = "zero"
     tol: Positive = 1e-3
     max_steps: Count = 50

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from xml.etree import ElementTree
 
 import jinja2
@@ -38,6 +38,8 @@ from lib.notebooks import NOTEBOOKS
 from lib.runs import code_version
 from lib.store import RESULTS, write_atomic
 from lib.training import COMPLETED
+
+T = TypeVar("T")
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -148,8 +150,7 @@ class Reproducibility(BaseModel):
 
     def by_machine(self) -> dict[str, list[Difference]]:
         """The rows of each machine, in the order of the table."""
-        machines = dict.fromkeys(row.machine for row in self.differences)
-        return {name: [row for row in self.differences if row.machine == name] for name in machines}
+        return _by_value((row.machine, row) for row in self.differences)
 
     def has_gpu(self) -> bool:
         return any("gpu" in row.machine.lower() for row in self.differences)
@@ -314,11 +315,11 @@ def _style() -> Markup:
     return Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
 
 
-def _by_value(pairs: Iterable[tuple[Any, Entry]]) -> dict[Any, list[Entry]]:
-    """Each value once, with the figures that have it."""
-    grouped: dict[Any, list[Entry]] = {}
-    for value, entry in pairs:
-        grouped.setdefault(value, []).append(entry)
+def _by_value(pairs: Iterable[tuple[Any, T]]) -> dict[Any, list[T]]:
+    """Each value once, with the figures or rows that have it."""
+    grouped: dict[Any, list[T]] = {}
+    for value, owner in pairs:
+        grouped.setdefault(value, []).append(owner)
     return grouped
 
 

@@ -6,6 +6,7 @@ stopping step and its own status. The last three dimensions `(C, H, W)` of a ten
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -176,7 +177,9 @@ def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
     best, smallest = u, relative
     running = torch.ones(n, dtype=torch.bool, device=u.device)
     limit = torch.zeros_like(relative)
-    history, records = [], []
+    # Numbers, not tensors: small ones that stay keep the large ones' memory from being used again.
+    history: list[list[float]] = []
+    recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=(solver.patience or 0) + 1)
     for k in range(solver.max_steps):
         step = step_map(u.view(u0.shape)).reshape(n, d)
         residual = step - u
@@ -186,20 +189,19 @@ def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
             limit = DIVERGENCE_FACTOR * size
         steps += running
         relative = torch.where(running, torch.where(size == 0, size, size / scale), relative)
-        history.append(relative)
+        history.append(relative.tolist())
         finite = size.isfinite() & scale.isfinite()
         converged = running & finite & (size <= solver.tol * scale)
         diverged = running & ~converged & ~(finite & (size <= limit))
         status[converged] = Status.CONVERGED
         status[diverged] = Status.DIVERGED
-        kept = running & ~diverged & (relative <= smallest)
-        best = _chosen(kept, step, best)
-        best = _chosen(~diverged, best, u)
-        smallest = torch.where(kept | diverged, relative, smallest)
+        kept = running & (diverged | (relative <= smallest))
+        best = _chosen(kept, _chosen(~diverged, step, u), best)
+        smallest = torch.where(kept, relative, smallest)
         running = running & ~converged & ~diverged
-        records.append((smallest, size))
+        recent.append((smallest, size))
         if solver.patience is not None and k >= solver.patience:
-            earlier, earlier_size = records[k - solver.patience]
+            earlier, earlier_size = recent[0]
             stagnated = (
                 running & (smallest > STAGNATION_FACTOR * earlier) & (size * STAGNATION_FACTOR < earlier_size)
             )
@@ -211,7 +213,7 @@ def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
     return Solution(
         value=best.view(u0.shape),
         residual=smallest.view(batch),
-        residuals=torch.stack(history).view(-1, *batch),
+        residuals=u0.new_tensor(history).view(-1, *batch),
         steps=steps.view(batch),
         status=status.view(batch),
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchdeq.solver import get_solver
 
+from lib.models import build_conv_model
+from lib.operators import Identity
+from lib.regularizer import smoothed_sign
 from lib.solvers import (
     DIVERGENCE_FACTOR,
     Anderson,
@@ -25,6 +30,9 @@ from lib.solvers import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+STATM = Path("/proc/self/statm")
+"""Where Linux says how many pages a process has."""
 
 SEEDS = st.integers(0, 2**32 - 1)
 BATCHES = st.sampled_from([(), (3,), (2, 2)])
@@ -199,6 +207,30 @@ def test_a_constant_map_is_solved_in_two_steps(solver: Solver) -> None:
     assert torch.equal(solution.value, c)
     assert solution.steps.eq(2).all()
     assert solution.status.eq(Status.CONVERGED).all()
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="the system does not say what memory a process has")
+@pytest.mark.parametrize(
+    "solver",
+    [Anderson(tol=1e-300, max_steps=60, memory=20), PlainIteration(tol=1e-300, max_steps=60, patience=50)],
+    ids=["anderson", "plain"],
+)
+def test_the_process_does_not_grow_with_the_steps(solver: Solver) -> None:
+    """With a step map that takes tens of megabytes for a moment: what it frees is used again."""
+    kernels = normal((30, 3, 3), 0) / 10
+    f = normal((10, 1, 112, 92), 1)
+    sigma = smoothed_sign(100)
+    model = build_conv_model("deq", Identity(), (kernels, kernels), sigma, tau=1 / 800, lam=18.0, gamma=1.0)
+    step_map = model.step_map(f)
+    megabytes: list[float] = []
+
+    def T(u: Tensor) -> Tensor:
+        megabytes.append(int(STATM.read_text().split()[1]) * resource.getpagesize() / 2**20)
+        return step_map(u)
+
+    fixed_point(T, f, solver)
+    assert len(megabytes) == 60
+    assert megabytes[-1] - megabytes[20] < 200
 
 
 @SOLVERS
