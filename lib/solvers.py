@@ -6,7 +6,6 @@ stopping step and its own status. The last three dimensions `(C, H, W)` of a ten
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -177,9 +176,8 @@ def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
     best, smallest = u, relative
     running = torch.ones(n, dtype=torch.bool, device=u.device)
     limit = torch.zeros_like(relative)
-    # Numbers, not tensors: small ones that stay keep the large ones' memory from being used again.
-    history: list[list[float]] = []
-    recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=(solver.patience or 0) + 1)
+    # Allocated once: small tensors that stay would keep the large ones' memory from being used again.
+    history, smallests, sizes = u.new_empty(3, solver.max_steps, n)
     for k in range(solver.max_steps):
         step = step_map(u.view(u0.shape)).reshape(n, d)
         residual = step - u
@@ -189,7 +187,7 @@ def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
             limit = DIVERGENCE_FACTOR * size
         steps += running
         relative = torch.where(running, torch.where(size == 0, size, size / scale), relative)
-        history.append(relative.tolist())
+        history[k] = relative
         finite = size.isfinite() & scale.isfinite()
         converged = running & finite & (size <= solver.tol * scale)
         diverged = running & ~converged & ~(finite & (size <= limit))
@@ -199,12 +197,11 @@ def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
         best = _chosen(kept, _chosen(~diverged, step, u), best)
         smallest = torch.where(kept, relative, smallest)
         running = running & ~converged & ~diverged
-        recent.append((smallest, size))
+        smallests[k], sizes[k] = smallest, size
         if solver.patience is not None and k >= solver.patience:
-            earlier, earlier_size = recent[0]
-            stagnated = (
-                running & (smallest > STAGNATION_FACTOR * earlier) & (size * STAGNATION_FACTOR < earlier_size)
-            )
+            fallen = smallest <= STAGNATION_FACTOR * smallests[k - solver.patience]
+            grown = size * STAGNATION_FACTOR >= sizes[k - solver.patience]
+            stagnated = running & ~fallen & ~grown
             status[stagnated] = Status.STAGNATED
             running = running & ~stagnated
         if k + 1 == solver.max_steps or not running.any():
@@ -213,7 +210,7 @@ def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
     return Solution(
         value=best.view(u0.shape),
         residual=smallest.view(batch),
-        residuals=u0.new_tensor(history).view(-1, *batch),
+        residuals=history[: k + 1].clone().view(-1, *batch),
         steps=steps.view(batch),
         status=status.view(batch),
     )
