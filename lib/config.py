@@ -159,7 +159,7 @@ class RunConfig(TrainingConfig):
     final_learning_rate: NonNegative = 1e-6
     schedule: Literal["cosine", "linear"] = "cosine"
     neumann_steps: CountOrZero = 20
-    start: Literal["zero", "data"] = "zero"
+    start: Literal["zero", "data"] = "data"
     tol: Positive = 1e-3
     max_steps: Count = 50
     patience: Count | None = 10

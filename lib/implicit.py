@@ -23,7 +23,7 @@ def implicit_fixed_point(
     adjoint_solver: Solver | None = None,
     on_adjoint: Callable[[Solution], None] | None = None,
     vjp: Callable[[Tensor], StepMap] | None = None,
-    w0: Tensor | None = None,
+    w0: Callable[[Tensor], Tensor] | None = None,
 ) -> Solution:
     """Solve `u = T(u)` and attach the implicit gradient to the solution's value.
 
@@ -34,7 +34,7 @@ def implicit_fixed_point(
         adjoint_solver: solver of `w = J^T w + dL/du*`; the same solver when None.
         on_adjoint: called in the backward pass with the adjoint `Solution` (residual, steps, status).
         vjp: takes `u*` and returns `w -> J^T w`; when None, autograd goes back through one recorded step.
-        w0: like `u0`, first iterate of the adjoint equation; when None its right-hand side.
+        w0: takes `dL/du*` and returns the first iterate of the adjoint equation; when None `dL/du*` itself.
 
     Returns:
         The `Solution` of the fixed point; gradients flow through `value`.
@@ -56,7 +56,7 @@ def implicit_fixed_point(
         def adjoint_map(w: Tensor) -> Tensor:
             return transposed_jacobian(w) + cotangent
 
-        adjoint = fixed_point(adjoint_map, cotangent if w0 is None else w0, adjoint_solver or solver)
+        adjoint = fixed_point(adjoint_map, w0(cotangent) if w0 else cotangent, adjoint_solver or solver)
         if on_adjoint is not None:
             on_adjoint(adjoint)
         return adjoint.value

@@ -193,6 +193,9 @@ class DenseFieldsOfExperts(FieldsOfExperts):
 GRADIENT_NORM = 2.7300944
 """The norm to which kernels are scaled, the paper's for the finite-difference gradient."""
 
+CACHED = 2**18
+"""Experts that a core's cache holds while they are worked on."""
+
 NORM_ITERATIONS, NORM_TOL = 500, 1e-6
 """Power iterations at most, and the relative change of the norm at which they end after a small step."""
 
@@ -241,6 +244,24 @@ class ConvFieldsOfExperts(FieldsOfExperts):
         if name == "C" and self.C is not None:
             return self.scales[..., 1, None, None, None] * self.C
         return self.scales[..., 0, None, None, None] * self.A
+
+    def _parts(self, u: Tensor) -> tuple[Tensor, ...]:
+        """The images in groups whose experts stay in the cache; on a GPU all at once."""
+        at_once = CACHED // (self.A.shape[-3] * u.shape[-2:].numel())
+        return (u,) if u.is_cuda else u.split(max(1, at_once), dim=-4)
+
+    def field(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
+        return torch.cat(
+            [super(ConvFieldsOfExperts, self).field(part, gamma, tau) for part in self._parts(u)], -4
+        )
+
+    def vjp(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Callable[[Tensor], Tensor]:
+        vjps = [super(ConvFieldsOfExperts, self).vjp(part, gamma, tau) for part in self._parts(u)]
+
+        def transposed_jacobian(w: Tensor) -> Tensor:
+            return torch.cat([vjp(part) for vjp, part in zip(vjps, self._parts(w), strict=True)], -4)
+
+        return transposed_jacobian
 
     def analysis(self, u: Tensor) -> Tensor:
         """`A u`, `(*stack, batch, F r r, blocks)`, block by block, of images `(*stack, batch, 1, H, W)`."""

@@ -24,7 +24,7 @@ from lib.implicit import implicit_fixed_point
 from lib.kernels import initial_kernels
 from lib.models import FixedPointModel, build_conv_model, build_model
 from lib.operators import Operator, forward_operator
-from lib.regularizer import initial_weights, smoothed_sign
+from lib.regularizer import broadcast, initial_weights, smoothed_sign
 from lib.solvers import Anderson, PlainIteration, Solution, Solver, Status, fixed_point
 
 COMPLETED, DIVERGED, OUT_OF_TIME = "completed", "diverged", "out of time"
@@ -180,6 +180,13 @@ def observe(operator: Operator, images: Tensor, noise: Tensor, n: Tensor) -> Ten
 def first_iterate(f: Tensor, config: TrainingConfig) -> Tensor:
     """`u^0` for the data `f`."""
     return f if config.start == "data" else torch.zeros_like(f)
+
+
+def first_adjoint(cotangent: Tensor, model: FixedPointModel, config: TrainingConfig) -> Tensor:
+    """`w^0` for `dL/du*`; in denoising the solution of `w = (1 - tau lambda) w + dL/du*`."""
+    if config.task != "denoising":
+        return cotangent
+    return cotangent / broadcast(model.tau * model.lam, cotangent)
 
 
 def solve(model: FixedPointModel, f: Tensor, config: TrainingConfig) -> Solution:
@@ -390,7 +397,7 @@ class Trainer:
             self.adjoint_solver,
             on_adjoint=adjoint.append,
             vjp=self.model.vjp,
-            w0=self.solutions.get("backward"),
+            w0=lambda g: self.solutions.get("backward", first_adjoint(g, self.model, self.config)),
         )
         loss = (solution.value - images).square().mean((-4, -3, -2, -1))
         sane = loss.detach() <= LOSS_LIMIT

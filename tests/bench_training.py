@@ -2,7 +2,8 @@
 
 All have the same data, weights, tolerances and most steps, on one thread and on two:
 
-- `ours`: `lib`;
+- `ours`: `lib`, from cold;
+- `ours, in training`: the steps of a whole training on photographs, whose solves start from the last solutions;
 - `textbook`: a deep equilibrium step as it is taught, written for this comparison alone: autograd through one
   recorded step in a backward hook, Anderson acceleration with one stopping rule for the whole batch and an
   absolute ridge, a dense matrix for the mask, 1,000 plain iterations for photographs;
@@ -25,7 +26,9 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from itertools import product as pairs
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -45,6 +48,7 @@ from lib.solvers import Anderson, Solution, Solver
 from lib.training import (
     Config,
     Trainer,
+    first_adjoint,
     first_iterate,
     generator,
     load_images,
@@ -131,6 +135,7 @@ def ours(problem: Problem, solver: Solver | None = None, adjoint_solver: Solver 
         adjoint_solver or make_adjoint_solver(problem.config),
         on_adjoint=adjoint.append,
         vjp=problem.model.vjp,
+        w0=lambda g: first_adjoint(g, problem.model, problem.config),
     )
     steps = float(solution.steps.max())
     step = finish(problem, solution.value, steps, lambda: float(adjoint[0].steps.max()))
@@ -205,14 +210,15 @@ def textbook_plain(T: Callable[[Tensor], Tensor], u0: Tensor, steps: int) -> tup
 
 def textbook(problem: Problem) -> Step:
     T, config = textbook_map(problem), problem.config
+    mnist = isinstance(config, RunConfig)
 
     def solve(step_map: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, int]:
-        if isinstance(config, RunConfig):
+        if mnist:
             return textbook_anderson(step_map, start, config)
         return textbook_plain(step_map, start, problem.plain_steps)
 
     with torch.no_grad():
-        u, forward = solve(T, first_iterate(problem.f, config)[0])
+        u, forward = solve(T, torch.zeros_like(problem.truth) if mnist else problem.f[0])
     value = T(u)
     start = value.detach().clone().requires_grad_()
     step = T(start)
@@ -288,22 +294,22 @@ def product_rate(problem: Problem, repeats: int = 20) -> float:
     """Floating-point operations a second of one bare product of the shapes of the step map."""
     if isinstance(problem.config, RunConfig):
         x, W = problem.truth.flatten(1), problem.model.regularizer.A[0].detach()
-        times = timed(lambda: product(x, W), repeats)
-        return 2 * x.numel() * W.shape[1] / min(times)
+        seconds = timed(lambda: product(x, W), repeats)
+        return 2 * x.numel() * W.shape[1] / min(seconds)
     A = problem.model.regularizer.A.detach()[0]
     x = problem.truth
-    times = timed(lambda: functional.conv2d(x, A[:, None], padding=A.shape[-1] // 2), repeats)
-    return 2 * x.numel() * A.numel() / min(times)
+    seconds = timed(lambda: functional.conv2d(x, A[:, None], padding=A.shape[-1] // 2), repeats)
+    return 2 * x.numel() * A.numel() / min(seconds)
 
 
 def timed(call: Callable[[], object], repeats: int) -> list[float]:
     call()
-    times = []
+    seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         call()
-        times.append(time.perf_counter() - start)
-    return times
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def peak_memory(method: Method, problem: Problem) -> float:
@@ -334,7 +340,7 @@ def compare(name: str, config: Config, methods: dict[str, Method], rounds: int) 
     """A row per method; the rounds of the methods take turns."""
     problem = make_problem(config)
     last: dict[str, Step] = {}
-    times: dict[str, list[float]] = {key: [] for key in methods}
+    seconds: dict[str, list[float]] = {key: [] for key in methods}
     for method in methods.values():
         # What is done once; memory does not depend on the number of iterations.
         method(replace(problem, plain_steps=10))
@@ -342,26 +348,42 @@ def compare(name: str, config: Config, methods: dict[str, Method], rounds: int) 
         for key, method in methods.items():
             start = time.perf_counter()
             last[key] = method(problem)
-            times[key].append(time.perf_counter() - start)
+            seconds[key].append(time.perf_counter() - start)
     reference, rate = exact(problem), product_rate(problem)
-    rows = [row(name, problem, key, times[key], step, reference, rate) for key, step in last.items()]
+    rows = [row(name, problem, key, seconds[key], step, reference, rate) for key, step in last.items()]
     for measured, method in zip(rows, methods.values(), strict=True):
         measured["MB"] = peak_memory(method, replace(problem, plain_steps=10))
     return rows
+
+
+def times(seconds: list[float]) -> dict[str, float]:
+    return {"ms": 1e3 * median(seconds), "ms low": 1e3 * min(seconds), "ms high": 1e3 * max(seconds)}
 
 
 def row(
     name: str, problem: Problem, method: str, seconds: list[float], step: Step, reference: Step, rate: float
 ) -> dict[str, Any]:
     """What there is to say of the times of a method's steps and of the last one."""
-    spent = pd.Series(seconds)
-    evaluations = step.forward + step.backward
+    rate_of_step = (step.forward + step.backward) * flops(problem) / median(seconds)
     return (
         {"problem": name, "model": problem.config.model, "method": method}
-        | {"ms": 1e3 * spent.median(), "ms low": 1e3 * spent.min(), "ms high": 1e3 * spent.max()}
+        | times(seconds)
         | {"forward": step.forward, "backward": step.backward, **error(step, reference)}
         | {"reference residual": reference.residual}
-        | {"of product rate": evaluations * flops(problem) / spent.median() / rate, "GFlop/s": rate / 1e9}
+        | {"of product rate": rate_of_step / rate, "GFlop/s": rate / 1e9}
+    )
+
+
+def in_training(name: str, config: Config) -> dict[str, Any]:
+    """What the optimizer steps of a whole training take, with its tests after the last one."""
+    marks: list[float] = []
+    once = config.model_copy(update={"test_every": config.epochs})
+    (member,) = Trainer([once]).train(on_step=lambda: marks.append(time.perf_counter()))
+    steps = pd.DataFrame(member.history)[["forward_steps", "backward_steps"]].mean()
+    return (
+        {"problem": name, "model": config.model, "method": "ours, in training"}
+        | times([after - before for before, after in pairwise(marks)])
+        | {"forward": steps["forward_steps"], "backward": steps["backward_steps"]}
     )
 
 
@@ -410,9 +432,11 @@ def step_rows(threads: int, rounds: int) -> list[dict[str, Any]]:
         rows += compare(f"MNIST {task}", config, everything, rounds)
     for filters, size in tqdm(((2, 11), (30, 3)), desc=f"photographs, {threads} threads"):
         photographs = faces_config("quick", "denoising", model="deq", filters=filters, filter_size=size)
-        rows += compare(
-            f"faces {filters} x {size}x{size}", photographs, {"ours": ours, "textbook": textbook}, 1
-        )
+        name = f"faces {filters} x {size}x{size}"
+        rows += compare(name, photographs, {"ours": ours, "textbook": textbook}, 1)
+        if threads == 1:
+            # A training takes one thread.
+            rows.append(in_training(name, photographs))
     table = pd.DataFrame(rows)
     own = table[table["method"] == "ours"].set_index(["problem", "model"])["ms"]
     table.insert(
@@ -432,8 +456,8 @@ def main() -> int:
     steps = pd.DataFrame(rows).set_index(["threads", "problem", "model", "method"])
     save("training_steps", steps, digits=4)
     with one_thread():
-        times = pd.DataFrame([time_to_loss(task, options.steps) for task in TASKS])
-    save("time_to_loss", times.set_index("problem"), digits=4)
+        losses = pd.DataFrame([time_to_loss(task, options.steps) for task in TASKS])
+    save("time_to_loss", losses.set_index("problem"), digits=4)
     return 0
 
 

@@ -131,7 +131,7 @@ OTHER_VALUES: dict[str, Any] = {
     "beta": 0.9,
     "patience": 5,
     "schedule": "linear",
-    "start": "data",
+    "start": "zero",
     "test_every": 2,
     "seed": 1,
     "time_budget": 3601.0,
