@@ -248,7 +248,7 @@ class ConvFieldsOfExperts(FieldsOfExperts):
     def _parts(self, u: Tensor) -> tuple[Tensor, ...]:
         """The images in groups whose experts stay in the cache; on a GPU all at once."""
         at_once = CACHED // (self.A.shape[-3] * u.shape[-2:].numel())
-        return (u,) if u.is_cuda else u.split(max(1, at_once), dim=-4)
+        return (u,) if u.device.type != "cpu" else u.split(max(1, at_once), dim=-4)
 
     def field(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
         return torch.cat(

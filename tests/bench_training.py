@@ -3,7 +3,7 @@
 All have the same data, weights, tolerances and most steps, on one thread and on two:
 
 - `ours`: `lib`, from cold;
-- `ours, in training`: the steps of a whole training on photographs, whose solves start from the last solutions;
+- `ours, in training`: the steps of a training on photographs, whose solves start from the last solutions;
 - `textbook`: a deep equilibrium step as it is taught, written for this comparison alone: autograd through one
   recorded step in a backward hook, Anderson acceleration with one stopping rule for the whole batch and an
   absolute ridge, a dense matrix for the mask, 1,000 plain iterations for photographs;

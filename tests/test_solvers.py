@@ -205,7 +205,7 @@ def test_a_constant_map_is_solved_in_two_steps(solver: Solver) -> None:
 @pytest.mark.parametrize("patience", [None, 50])
 @SOLVERS
 def test_no_tensor_is_kept_for_a_step(solver: Solver, patience: int | None) -> None:
-    """There are no more after sixty steps than after ten, but for a few: what stays breaks up the memory for larger ones."""
+    """After sixty steps there are few more than after ten: what stays breaks up the memory for large ones."""
     f = normal((4, 1, 8, 8), 0)
     alive: list[int] = []
 
