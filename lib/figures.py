@@ -224,9 +224,9 @@ def print_findings(result: Reconstructions, margin: float = 0.5) -> None:
 def print_rounded(decibels: pd.Series, runs: Mapping[str, Run], margin: float = 0.5) -> None:
     """Print PSNRs to the digits that hold on other machines, and their order.
 
-    With the sums of a processor without AVX a training ended at most 0.08 dB away where its solves converged,
-    and up to ten decibels away where they did not (`tests/bench_reproducibility.py`). The former are printed
-    to half a decibel, the latter not at all.
+    With the sums of other processors a training ended at most 0.03 dB away where its solves converged, and up
+    to 2.6 dB away where they did not (`results/bench/reproducibility.csv`). The former are printed to half a
+    decibel, the latter not at all.
 
     Args:
         decibels: a PSNR by name.
