@@ -351,8 +351,10 @@ def compare(name: str, config: Config, methods: dict[str, Method], rounds: int) 
             seconds[key].append(time.perf_counter() - start)
     reference, rate = exact(problem), product_rate(problem)
     rows = [row(name, problem, key, seconds[key], step, reference, rate) for key, step in last.items()]
-    for measured, method in zip(rows, methods.values(), strict=True):
-        measured["MB"] = peak_memory(method, replace(problem, plain_steps=10))
+    if torch.get_num_threads() == 1:
+        # A process that is forked cannot go on with the threads of the one it comes from.
+        for measured, method in zip(rows, methods.values(), strict=True):
+            measured["MB"] = peak_memory(method, replace(problem, plain_steps=10))
     return rows
 
 
