@@ -227,6 +227,7 @@ class FacesConfig(TrainingConfig):
     tol: Positive = 1e-5
     max_steps: Count = 500
     memory: Count = 10
+    patience: Count | None = 50
     time_budget: Positive = 36_000.0
 
     @property
@@ -412,7 +413,8 @@ FACES_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
 
 FACES_TASKS: dict[str, dict[str, Any]] = {
     "denoising": {"noise": 0.1},
-    "inpainting": {"noise": 0.01, "solver": "plain", "tol": 1e-14, "max_steps": 1000, "warm_start": False},
+    "inpainting": {"noise": 0.01, "solver": "plain", "tol": 1e-14, "max_steps": 1000, "patience": None}
+    | {"warm_start": False},
     "deblurring": {"noise": 0.01, "final_learning_rate": 1e-3},
 }
 """The paper's values for one task on photographs; naive ones for inpainting."""
