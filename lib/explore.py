@@ -88,9 +88,10 @@ class Table:
     outputs: dict[str, Pixels]
 
     def axes(self) -> dict[str, list[Any]]:
-        """What can be chosen: the levels of `AXES`, and of whatever else varies, that the table has."""
+        """What can be chosen: the levels of `AXES`, and of whatever else varies in a task."""
         runs = self.sweep.runs
-        others = [name for name in PAIRED if name not in AXES and runs[name].nunique() > 1]
+        within = runs.groupby("task")[list(PAIRED)].nunique().max()
+        others = [name for name in PAIRED if name not in AXES and within[name] > 1]
         levels = {name: runs[name].unique().tolist() for name in (*AXES, *others)}
         return {name: v if isinstance(v[0], str) else sorted(v) for name, v in levels.items()}
 

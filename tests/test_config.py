@@ -263,7 +263,21 @@ def test_the_profiles_differ_in_size() -> None:
 def test_the_paper_profile_is_the_defaults(task: str) -> None:
     """`paper` changes nothing but the task and its noise."""
     chosen = {"task", "noise"}
-    assert profile_config("paper", task).model_dump(exclude=chosen) == RunConfig().model_dump(exclude=chosen)
+    defaults = RunConfig(task=task).model_dump(exclude=chosen)
+    assert profile_config("paper", task).model_dump(exclude=chosen) == defaults
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_first_iterate_follows_from_the_task(task: str) -> None:
+    """Denoising starts from the data, the others from zero, unless another one is asked for."""
+    assert RunConfig(task=task).start == ("data" if task == "denoising" else "zero")
+    assert {RunConfig(task=task, start=start).start for start in ("data", "zero")} == {"data", "zero"}
+
+
+def test_a_default_that_follows_from_a_wrong_value_is_no_second_problem() -> None:
+    """The line names the task alone."""
+    with pytest.raises(ConfigError, match=r"^task: got 'sharpening', allowed: [^;]*$"):
+        RunConfig(task="sharpening")
 
 
 @pytest.mark.parametrize("profile", ["Quick", "", None, 3])
@@ -356,10 +370,11 @@ def test_the_papers_grid_is_all_combinations() -> None:
 
 def test_the_papers_grid_has_the_papers_sizes() -> None:
     """All but the axes is the defaults: full images, 60,000 of them, 100 epochs, an hour for each run."""
-    found = levels(grid("paper"))
-    for name, field in RunConfig.model_fields.items():
-        if name not in GRID:
-            assert found[name] == {field.default}
+    configs = grid("paper")
+    found = levels(configs)
+    for config in configs:
+        defaults = RunConfig(task=config.task)
+        assert all(getattr(config, name) == getattr(defaults, name) for name in FIELDS if name not in GRID)
     assert found["size"] == {28}
     assert found["train_images"] == {60_000}
     assert found["epochs"] == {100}
@@ -399,15 +414,22 @@ def test_any_parameter_is_a_value_or_an_axis(name: str) -> None:
     """A value fixes a parameter; a list, or a tuple, makes it an axis and leaves the others alone."""
     values = LEVELS[name]
     plain = grid("smoke")
-    rest = levels(plain)
+
+    def rest(configs: list[RunConfig]) -> dict[str, set[Any]]:
+        # The first iterate follows from the task, and is no axis of its own.
+        return {other: found for other, found in levels(configs).items() if other not in (name, "start")}
+
     for value in values:
         single = grid("smoke", **{name: value})
         assert single == grid("smoke", **{name: [value]}) == grid("smoke", **{name: (value,)})
-        assert levels(single) == rest | {name: {value}}
+        assert levels(single)[name] == {value}
+        assert rest(single) == rest(plain)
     every = grid("smoke", **{name: list(values)})
     assert every == grid("smoke", **{name: values})
-    assert levels(every) == rest | {name: set(values)}
-    assert len(every) == len(set(every)) == len(plain) // len(rest[name]) * len(values)
+    assert levels(every)[name] == set(values)
+    assert rest(every) == rest(plain)
+    had = 1 if name == "start" else len(levels(plain)[name])
+    assert len(every) == len(set(every)) == len(plain) // had * len(values)
 
 
 @pytest.mark.parametrize("profile", SWEEPS)
