@@ -100,10 +100,12 @@ def test_the_paper_profile_has_the_papers_noise_and_decay() -> None:
     assert (denoising.noise, deblurring.noise) == (0.1, 0.01)
     assert denoising.final_learning_rate == pytest.approx(0.01 * denoising.learning_rate)
     assert deblurring.final_learning_rate == pytest.approx(0.1 * deblurring.learning_rate)
-    theirs = {"task", "noise", "final_learning_rate", "tol", "max_steps"}
+    theirs = {"task", "noise", "final_learning_rate", "tol", "max_steps", "patience"}
     for config in (denoising, deblurring):
         assert config.model_dump(exclude=theirs) == FacesConfig().model_dump(exclude=theirs)
     assert faces_config("paper", "inpainting").noise == 0.01
+    patience = {task: faces_config("paper", task).patience for task in TASKS}
+    assert patience == {"denoising": 50, "inpainting": None, "deblurring": None}
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,7 @@ def test_the_provenance_says_where_the_tables_come_from(trained: tuple[Path, Swe
         "model": {"deq", "bilevel"},
         "task": {"inpainting", "denoising"},
         "tau": {0.5, 2.1},
+        "start": {"data", "zero"},
         "time_budget": {60.0, 1e-6},
     }
     expected = CONFIGS[0].model_dump()
