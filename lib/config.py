@@ -133,11 +133,12 @@ def _start(values: dict[str, Any]) -> Literal["zero", "data"]:
 class RunConfig(TrainingConfig):
     """A training run on MNIST with dense fields of experts. The defaults are the paper's.
 
-    `patience` and `neumann_steps` are ours. Where `K` loses something, a free `C` may turn the map into no
-    contraction, and after some steps the residual stays as it is: the steps after that change nothing but the
-    time. There the adjoint equation is ill-conditioned as well. The paper's Anderson acceleration of it has a
-    ridge far above the squares of its residuals and so averages plain iterations: its 50 steps have the
-    hypergradient of some 20 of the Neumann series, which costs less (`results/bench/adjoints.csv`).
+    `patience`, `neumann_steps` and the `start` of denoising are ours. Where `K` loses something, a free `C`
+    may turn the map into no contraction, and after some steps the residual stays as it is: the steps after
+    that change nothing but the time. There the adjoint equation is ill-conditioned as well. The paper's
+    Anderson acceleration of it has a ridge far above the squares of its residuals and so averages plain
+    iterations: its 50 steps have the hypergradient of some 20 of the Neumann series, which costs less
+    (`results/bench/adjoints.csv`).
 
     Attributes:
         dataset: where the images come from.
