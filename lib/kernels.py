@@ -113,20 +113,27 @@ def most_amplified_wave(kernels: Tensor, height: int, width: int) -> Tensor:
     return faded[..., None, None, :, :]
 
 
+KRYLOV = 8
+"""Images that span the space in which `spectral_norm` looks for the worst one."""
+
+
 @torch.no_grad()
 def spectral_norm(
     kernels: Tensor, direction: Tensor, iterations: int, tol: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Norm of `A` as an operator on whole images, by power iteration on `A^T A`.
+    """Norm of `A` as an operator on whole images: the root of the largest eigenvalue of `A^T A`.
 
-    It starts from a given image and the wave that the kernels amplify most, together: whichever image is the
-    worst one after a change of the kernels, and whatever its symmetry, one of them is not orthogonal to it.
+    In the space of `v, A^T A v, (A^T A)^2 v, ...` the image with the largest `||A v||` is found, and the
+    search goes on from there (the Lanczos method, restarted). It starts from a given image and the wave that
+    the kernels amplify most, together: whichever image is the worst one after a change of the kernels, and
+    whatever its symmetry, one of them is not orthogonal to it.
 
     Args:
         kernels: `A`, `(*stack, F, k, k)`.
         direction: `(*stack, 1, 1, H, W)`, image to start from, such as the one of the last kernels.
-        iterations: how many at most; the norm is approached from below.
-        tol: relative change of the norm from one iteration to the next at which to stop earlier.
+        iterations: products with `A^T A` at most; the norm is approached from below.
+        tol: stop when `||A^T A v - s v|| <= tol s`, with `s = ||A v||^2`; `s` is then within that of an
+            eigenvalue, and in general far closer.
 
     Returns:
         The norm, `(*stack)`, and the direction of unit norm that attains it.
@@ -136,18 +143,34 @@ def spectral_norm(
         norm: Tensor = torch.linalg.vector_norm(image, dim=(-4, -3, -2, -1), keepdim=True)
         return norm.clamp_min(1e-30)
 
+    def image(rows: Tensor) -> Tensor:
+        return rows.view_as(direction)
+
     v = direction / size(direction)
     wave = most_amplified_wave(kernels, *v.shape[-2:])
     v = v + wave / size(wave)
     v = v / size(v)
-    last = torch.zeros_like(size(v))
-    for _ in range(iterations):
-        v = correlate_adjoint(kernels, correlate(kernels, v), *v.shape[-2:])
-        squared = size(v)
-        v = v / squared
-        if tol and bool(((squared - last).abs() <= 2 * tol * squared).all()):
+    for done in range(0, iterations, KRYLOV):
+        basis = v.new_zeros(2, *v.shape[:-4], min(KRYLOV, iterations - done), v.shape[-2:].numel())
+        space, images = basis
+        for j in range(space.shape[-2]):
+            space[..., j, :] = v.flatten(-4)
+            images[..., j, :] = correlate_adjoint(kernels, correlate(kernels, v), *v.shape[-2:]).flatten(-4)
+            rest = images[..., j, None, :]
+            # Twice, for what rounding leaves of the projection.
+            for _ in range(2):
+                rest = rest - rest @ space.mT @ space
+            # Where nothing but rounding is left, the space is complete.
+            more = size(image(rest)) > 100 * torch.finfo(v.dtype).eps * size(image(images[..., j, :]))
+            v = image(rest) / size(image(rest)) * more
+        # Symmetric but for rounding; `eigh` takes one half.
+        eigenvalues, eigenvectors = torch.linalg.eigh(space @ images.mT)
+        best = eigenvectors[..., None, :, -1]
+        v, squared = image(best @ space), eigenvalues[..., -1, None, None, None, None]
+        residual = size(image(best @ images) - squared * v)
+        v = v / size(v)
+        if tol and bool((residual <= tol * squared).all()):
             break
-        last = squared
     return torch.linalg.vector_norm(correlate(kernels, v), dim=(-3, -2, -1)), v
 
 

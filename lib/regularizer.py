@@ -196,22 +196,22 @@ GRADIENT_NORM = 2.7300944
 CACHED = 2**18
 """Experts that a core's cache holds while they are worked on."""
 
-NORM_ITERATIONS, NORM_TOL = 500, 1e-6
-"""Power iterations at most, and the relative change of the norm at which they end after a small step."""
+NORM_ITERATIONS, NORM_TOL = 500, 3e-3
+"""Products at most for a norm, and the relative residual at which they end after a small step."""
 
 
 class ConvFieldsOfExperts(FieldsOfExperts):
     """Convolutional fields of experts: `F` kernels, zero padding, no bias (see `lib.kernels`).
 
     In training each of `A` and `C` acts as `GRADIENT_NORM A / ||A||`. The norm is that of the operator on
-    images of the training's size. It is refreshed after every optimizer step, by power iterations that go
-    on from the last direction, and is a constant for the gradient, as in the paper.
+    images of the training's size. It is refreshed after every optimizer step, by a search that goes on from
+    the last direction, and is a constant for the gradient, as in the paper.
 
     Args:
         A: `(*stack, F, k, k)`, analysis kernels, `k` odd.
         C: `(*stack, F, k, k)`, or None to tie `C = A`, which makes the field a gradient.
         activation: such as `smoothed_sign(100)`.
-        direction: `(*stack, 1, 1, H, W)`, image from which the power iterations start; None takes the
+        direction: `(*stack, 1, 1, H, W)`, image from which the search for the norm starts; None takes the
             kernels as they are.
     """
 

@@ -604,7 +604,7 @@ def test_a_warm_start_begins_where_the_last_epoch_ended() -> None:
     for row in later:
         assert row["forward_steps"] == 1
         assert row["backward_steps"] <= 2
-        assert row["train_loss"] == pytest.approx(first["train_loss"], rel=2e-5)
+        assert row["train_loss"] == pytest.approx(first["train_loss"], rel=1e-4)
 
 
 def test_without_a_warm_start_the_noise_is_drawn_anew() -> None:

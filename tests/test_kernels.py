@@ -177,7 +177,7 @@ def test_single_precision_is_near_double_precision(k: int) -> None:
 
 @given(st.sampled_from(KERNEL_SIDES), st.integers(2, 14), st.integers(2, 14), st.integers(1, 3), SEEDS)
 def test_norm_is_the_largest_singular_value(k: int, height: int, width: int, filters: int, seed: int) -> None:
-    """Power iteration comes to the dense operator's norm, from below, and to a direction that attains it."""
+    """The search comes to the dense operator's norm, from below, and to a direction that attains it."""
     kernels = normal((filters, k, k), seed)
     exact = torch.linalg.svdvals(dense_matrix(kernels, height, width))[0]
     start = normal((1, 1, height, width), seed + 1)
@@ -233,7 +233,7 @@ def test_norm_is_that_on_images_and_not_on_patches() -> None:
 
 
 def test_norm_goes_on_from_the_last_direction() -> None:
-    """Going on comes nearer to the norm; after a small change of the kernels few iterations are enough."""
+    """Going on comes nearer to the norm; after a small change of the kernels few products are enough."""
     kernels, start = normal((2, 7, 7), 0), normal((1, 1, 20, 17), 1)
     halfway, direction = spectral_norm(kernels, start, 15)
     onwards, _ = spectral_norm(kernels, direction, 15)
@@ -241,15 +241,34 @@ def test_norm_goes_on_from_the_last_direction() -> None:
     _, direction = spectral_norm(kernels, start, 500)
     changed = kernels + 0.01 * normal((2, 7, 7), 2)
     exact = torch.linalg.svdvals(dense_matrix(changed, 20, 17))[0]
-    warm, cold = spectral_norm(changed, direction, 10)[0], spectral_norm(changed, start, 10)[0]
-    assert (1 - 1e-4) * exact < warm <= (1 + 1e-12) * exact
-    assert exact - warm < exact - cold
+    warm, cold = spectral_norm(changed, direction, 1)[0], spectral_norm(changed, start, 1)[0]
+    assert cold < warm < exact
+    assert (1 - 1e-4) * exact < spectral_norm(changed, direction, 10)[0] <= (1 + 1e-12) * exact
+
+
+@pytest.mark.parametrize("tol", [1e-1, 1e-2, 1e-3])
+def test_the_search_for_the_norm_ends_at_its_tolerance(tol: float) -> None:
+    """`A^T A v` is then `||A v||^2 v` up to the tolerance, and that took no more products than it needs."""
+    kernels, start = normal((2, 7, 7), 0), normal((1, 1, 20, 17), 1)
+
+    def residual(v: Tensor) -> float:
+        product = correlate_adjoint(kernels, correlate(kernels, v), 20, 17)
+        squared = (product * v).sum()
+        return ((product - squared * v).norm() / squared).item()
+
+    norm, direction = spectral_norm(kernels, start, 500, tol)
+    assert residual(direction) <= tol * (1 + 1e-9)
+    counts = range(8, 500, 8)
+    needed = next(n for n in counts if residual(spectral_norm(kernels, start, n)[1]) <= tol)
+    assert torch.equal(direction, spectral_norm(kernels, start, needed)[1])
+    exact = torch.linalg.svdvals(dense_matrix(kernels, 20, 17))[0]
+    assert (1 - tol) * exact <= norm <= (1 + 1e-12) * exact
 
 
 def test_norm_is_found_from_a_direction_that_is_orthogonal_to_the_worst_one() -> None:
     """The worst image of a mean is symmetric, that of a mean with alternating signs is antisymmetric.
 
-    Power iterations never leave the symmetric images, and would take the second largest singular value.
+    Products with `A^T A` never leave the symmetric images, and would take the second largest singular value.
     """
     mean = torch.ones(1, 3, 3, dtype=torch.float64)
     signs = (-1.0) ** torch.arange(3, dtype=torch.float64)
