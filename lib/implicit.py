@@ -24,6 +24,7 @@ def implicit_fixed_point(
     on_adjoint: Callable[[Solution], None] | None = None,
     vjp: Callable[[Tensor], StepMap] | None = None,
     w0: Callable[[Tensor], Tensor] | None = None,
+    restrict: Callable[[Tensor], StepMap] | None = None,
 ) -> Solution:
     """Solve `u = T(u)` and attach the implicit gradient to the solution's value.
 
@@ -35,11 +36,12 @@ def implicit_fixed_point(
         on_adjoint: called in the backward pass with the adjoint `Solution` (residual, steps, status).
         vjp: takes `u*` and returns `w -> J^T w`; when None, autograd goes back through one recorded step.
         w0: takes `dL/du*` and returns the first iterate of the adjoint equation; when None `dL/du*` itself.
+        restrict: see `fixed_point`; with `vjp`, samples that have stopped cost nothing in either solve.
 
     Returns:
         The `Solution` of the fixed point; gradients flow through `value`.
     """
-    solution = fixed_point(step_map, u0, solver)
+    solution = fixed_point(step_map, u0, solver, restrict)
     if not torch.is_grad_enabled():
         return solution
     u = solution.value.detach().requires_grad_(vjp is None)
@@ -51,12 +53,17 @@ def implicit_fixed_point(
         return torch.autograd.grad(step, u, w, retain_graph=True)[0]
 
     def solve_adjoint(cotangent: Tensor) -> Tensor:
-        transposed_jacobian = recorded if vjp is None else vjp(u)
+        def adjoint_map(images: Tensor | None = None) -> StepMap:
+            at, g = (t if images is None else t.index_select(-4, images) for t in (u, cotangent))
+            transposed_jacobian = recorded if vjp is None else vjp(at)
+            return lambda w: transposed_jacobian(w) + g
 
-        def adjoint_map(w: Tensor) -> Tensor:
-            return transposed_jacobian(w) + cotangent
-
-        adjoint = fixed_point(adjoint_map, w0(cotangent) if w0 else cotangent, adjoint_solver or solver)
+        adjoint = fixed_point(
+            adjoint_map(),
+            cotangent if w0 is None else w0(cotangent),
+            adjoint_solver or solver,
+            None if vjp is None or restrict is None else adjoint_map,
+        )
         if on_adjoint is not None:
             on_adjoint(adjoint)
         return adjoint.value

@@ -141,6 +141,27 @@ class _AndersonHistory:
 Solver = PlainIteration | Anderson
 
 
+class _OnRunning:
+    """A step map that is evaluated on images only while they run; the others keep their last value."""
+
+    def __init__(self, step_map: StepMap, restrict: Callable[[Tensor], StepMap] | None, u0: Tensor) -> None:
+        self.step_map, self.restrict, self.shape = step_map, restrict, u0.shape
+        self.images = torch.arange(u0.shape[-4] if restrict else 0, device=u0.device)
+        self.last = u0.flatten(-3)
+
+    def __call__(self, u: Tensor, running: Tensor) -> Tensor:
+        """`T(u)`, `(n, d)`, of iterates `u` `(n, d)` of which `running` `(n,)` still run."""
+        if self.restrict is None or running.all():
+            self.last = self.step_map(u.view(self.shape)).flatten(-3)
+        else:
+            still = running.view(-1, self.shape[-4]).any(0).nonzero().squeeze(1)
+            if len(still) < len(self.images):
+                self.images, self.step_map = still, self.restrict(still)
+            steps = self.step_map(u.view(self.shape).index_select(-4, self.images)).flatten(-3)
+            self.last = self.last.index_copy(-2, self.images, steps)
+        return self.last.reshape(u.shape)
+
+
 def _chosen(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """For each sample one of two; most of the time all are alike, and nothing is copied."""
     return yes if condition.all() else torch.where(condition[:, None], yes, no)
@@ -155,20 +176,28 @@ residual then more than this share of the one now."""
 
 
 @torch.no_grad()
-def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
+def fixed_point(
+    step_map: StepMap,
+    u0: Tensor,
+    solver: Solver,
+    restrict: Callable[[Tensor], StepMap] | None = None,
+) -> Solution:
     """Iterate `u <- T(u)` from `u0` with a solver.
 
     Args:
         step_map: `T`, maps `(..., C, H, W)` to the same shape and each sample independently.
         u0: `(..., C, H, W)`, first iterate.
         solver: `PlainIteration` or `Anderson`.
+        restrict: takes indices along the batch, the last dimension before `(C, H, W)`, and returns `T` of
+            those samples alone: samples that have stopped then cost nothing. When None all are evaluated
+            until the last one stops.
 
     Returns:
         The `Solution`; it carries no gradient (see `lib.implicit`).
     """
     batch, d = u0.shape[:-3], u0.shape[-3:].numel()
     u = u0.reshape(-1, d).clone()
-    accelerate = solver.start(u)
+    accelerate, evaluate = solver.start(u), _OnRunning(step_map, restrict, u0)
     n = u.shape[0]
     status = torch.full((n,), Status.MAX_STEPS, dtype=torch.int8, device=u.device)
     steps = torch.zeros(n, dtype=torch.int32, device=u.device)
@@ -179,7 +208,7 @@ def fixed_point(step_map: StepMap, u0: Tensor, solver: Solver) -> Solution:
     # Allocated once: small tensors that stay would keep the large ones' memory from being used again.
     history, smallests, sizes = u.new_empty(3, solver.max_steps, n)
     for k in range(solver.max_steps):
-        step = step_map(u.view(u0.shape)).reshape(n, d)
+        step = evaluate(u, running)
         residual = step - u
         size = torch.linalg.vector_norm(residual, dim=-1)
         scale = torch.linalg.vector_norm(step, dim=-1)

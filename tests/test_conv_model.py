@@ -30,7 +30,7 @@ from lib.regularizer import (
     FieldsOfExperts,
     smoothed_sign,
 )
-from lib.solvers import Anderson, PlainIteration, Solution, Solver, Status, fixed_point
+from lib.solvers import Anderson, PlainIteration, Solution, Solver, Status, StepMap, fixed_point
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -392,6 +392,44 @@ def test_adjoint_may_start_anywhere(model: str) -> None:
     assert warm == [1] * BATCH
     assert min(cold) > 3
     assert min(anywhere) > 3
+
+
+@EVERY_TASK
+@EVERY_MODEL
+def test_images_that_have_stopped_are_left_out_of_both_solves(model: str, task: str, side: int) -> None:
+    """Solution, adjoint and gradients are those of solves that evaluate all images to the end."""
+    built, f = make_problem(model, task, side).build()
+    start = f.detach().clone()
+    start[0] = fixed_point(built.step_map(f), start, ANDERSON).value[0]
+    forward, backward = list[int](), list[int]()
+
+    def restrict(images: Tensor) -> StepMap:
+        forward.append(len(images))
+        return built.step_map(f.index_select(-4, images))
+
+    def vjp(u: Tensor) -> StepMap:
+        backward.append(len(u))
+        return built.vjp(u)
+
+    def solved(restrict: Callable[[Tensor], StepMap] | None = None) -> tuple[list[Solution], list[Tensor]]:
+        built.zero_grad()
+        found: list[Solution] = []
+        solution = implicit_fixed_point(
+            built.step_map(f), start, ANDERSON, on_adjoint=found.append, vjp=vjp, restrict=restrict
+        )
+        # The first image's adjoint is zero.
+        solution.value[1].square().sum().backward()
+        return [solution, *found], [p.grad.clone() for p in built.parameters() if p.grad is not None]
+
+    solutions, gradients = solved()
+    assert (forward, backward) == ([], [BATCH])
+    restricted, same = solved(restrict)
+    assert (forward, backward) == ([1], [BATCH, BATCH, 1])
+    for solution, expected in zip(restricted, solutions, strict=True):
+        assert torch.equal(solution.steps, expected.steps)
+        assert torch.equal(solution.status, expected.status)
+        torch.testing.assert_close(solution.value, expected.value, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(same, gradients, rtol=1e-9, atol=1e-12)
 
 
 @EVERY_TASK

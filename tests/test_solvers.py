@@ -111,6 +111,40 @@ def test_a_batch_solves_every_sample_as_if_alone(solver: Solver) -> None:
 
 
 @SOLVERS
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_a_restricted_map_changes_nothing_but_the_work(solver: Solver, stack: tuple[int, ...]) -> None:
+    """The same solution; the map is evaluated on an image while it runs in one of the stack, no longer."""
+    solver = replace(solver, tol=1e-8, max_steps=40)
+    factors = torch.tensor([0.3, 0.01, 0.5, 3.0, 0.99], dtype=torch.float64)
+    M = factors[:, None, None] * rotations(5, 30, 0)
+    c, u0 = normal((2, *stack, 5, 1, 1, 30), 1)
+    evaluated: list[list[int]] = []
+
+    def of(images: Tensor) -> StepMap:
+        T = linear_map(M[images], c[..., images, :, :, :])
+
+        def counted(u: Tensor) -> Tensor:
+            evaluated.append(images.tolist())
+            return T(u)
+
+        return counted
+
+    def whole(u: Tensor) -> Tensor:
+        evaluated.append([0, 1, 2, 3, 4])
+        return linear_map(M, c)(u)
+
+    expected = fixed_point(whole, u0, solver)
+    assert len(evaluated) == 40
+    evaluated.clear()
+    solution = fixed_point(whole, u0, solver, of)
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(getattr(solution, name), value, rtol=1e-9, atol=1e-12)
+    last = solution.steps.view(-1, 5).amax(0)
+    assert last.unique().numel() >= 4
+    assert evaluated == [[i for i in range(5) if k < last[i]] for k in range(40)]
+
+
+@SOLVERS
 def test_all_dimensions_of_an_image_are_one_sample(solver: Solver) -> None:
     """Channels, rows and columns are solved together: the layout of a sample has no influence."""
     M, c = 0.8 * rotations(2, 12, 0), normal((2, 1, 1, 12), 1)
