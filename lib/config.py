@@ -133,12 +133,12 @@ def _start(values: dict[str, Any]) -> Literal["zero", "data"]:
 class RunConfig(TrainingConfig):
     """A training run on MNIST with dense fields of experts. The defaults are the paper's.
 
-    `patience`, `neumann_steps` and the `start` of denoising are ours. Where `K` loses something, a free `C`
-    may turn the map into no contraction, and after some steps the residual stays as it is: the steps after
-    that change nothing but the time. There the adjoint equation is ill-conditioned as well. The paper's
-    Anderson acceleration of it has a ridge far above the squares of its residuals and so averages plain
-    iterations: its 50 steps have the hypergradient of some 20 of the Neumann series, which costs less
-    (`results/bench/adjoints.csv`).
+    `precondition`, `patience`, `neumann_steps` and the `start` of denoising are ours. Where `K` loses
+    something, a free `C` may turn the map into no contraction, and after some steps the residual stays as it
+    is: the steps after that change nothing but the time. There the adjoint equation is ill-conditioned as
+    well. The paper's Anderson acceleration of it has a ridge far above the squares of its residuals and so
+    averages plain iterations: its 50 steps have the hypergradient of some 20 of the Neumann series, which
+    costs less (`results/bench/adjoints.csv`).
 
     Attributes:
         dataset: where the images come from.
@@ -146,6 +146,9 @@ class RunConfig(TrainingConfig):
         size: side of the images in pixels; below 28, MNIST is averaged over blocks.
         train_images, test_images: how many images of each split, the first ones.
         batch_size: images in an optimizer step.
+        precondition: whether the bilevel model's solves are preconditioned with its mean curvature
+            (`FixedPointModel.preconditioner`); a few accelerated steps then take the place of the series. The
+            DEQ, which descends nothing, has no such thing, and its solves stay as they are.
 
     Raises:
         ConfigError: a value is of the wrong type, outside its range, or at odds with another one.
@@ -164,6 +167,7 @@ class RunConfig(TrainingConfig):
     learning_rate: Positive = 1e-3
     final_learning_rate: NonNegative = 1e-6
     schedule: Literal["cosine", "linear"] = "cosine"
+    precondition: bool = False
     neumann_steps: CountOrZero = 20
     start: Literal["zero", "data"] = Field(default_factory=_start)
     tol: Positive = 1e-3

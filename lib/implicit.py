@@ -25,6 +25,7 @@ def implicit_fixed_point(
     vjp: Callable[[Tensor], StepMap] | None = None,
     w0: Callable[[Tensor], Tensor] | None = None,
     restrict: Callable[[Tensor], StepMap] | None = None,
+    precondition: StepMap | None = None,
 ) -> Solution:
     """Solve `u = T(u)` and attach the implicit gradient to the solution's value.
 
@@ -37,11 +38,12 @@ def implicit_fixed_point(
         vjp: takes `u*` and returns `w -> J^T w`; when None, autograd goes back through one recorded step.
         w0: takes `dL/du*` and returns the first iterate of the adjoint equation; when None `dL/du*` itself.
         restrict: see `fixed_point`; with `vjp`, samples that have stopped cost nothing in either solve.
+        precondition: see `fixed_point`; symmetric, for it serves both solves.
 
     Returns:
         The `Solution` of the fixed point; gradients flow through `value`.
     """
-    solution = fixed_point(step_map, u0, solver, restrict)
+    solution = fixed_point(step_map, u0, solver, restrict, precondition)
     if not torch.is_grad_enabled():
         return solution
     u = solution.value.detach().requires_grad_(vjp is None)
@@ -63,6 +65,7 @@ def implicit_fixed_point(
             cotangent if w0 is None else w0(cotangent),
             adjoint_solver or solver,
             None if vjp is None or restrict is None else adjoint_map,
+            precondition,
         )
         if on_adjoint is not None:
             on_adjoint(adjoint)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.operators import Operator
+from lib.products import product
 from lib.regularizer import (
     Activation,
     ConvFieldsOfExperts,
@@ -16,6 +17,9 @@ from lib.regularizer import (
 from lib.solvers import StepMap
 
 MODELS = ("bilevel", "deq")
+
+PRECONDITIONER_RIDGE = 1e-2
+"""Relative to `lambda`, for where neither `K` nor the experts see much."""
 
 
 class FixedPointModel(nn.Module):
@@ -73,6 +77,37 @@ class FixedPointModel(nn.Module):
             return w - tau * (lam * K.normal(w) + field_vjp(w))
 
         return transposed_jacobian
+
+    @torch.no_grad()
+    def preconditioner(self, shape: torch.Size) -> Tensor:
+        """`P`, near `(I - dT/du)^-1` for all data at once, for dense tied weights.
+
+        `I - dT/du = tau (lambda K^T K + gamma A^T D A)`, where `D` holds the slopes of `sigma`, in [0, 1] and
+        each image's own. `P` is the inverse with 1/2 in their place and a ridge: the eigenvalues of
+        `P (I - dT/du)` are then in [0, 2), whatever `tau` is.
+
+        Args:
+            shape: `(C, H, W)`, of an image.
+
+        Returns:
+            `(*stack, n, n)` for images of `n` pixels, symmetric; the identity where no inverse can be had.
+
+        Raises:
+            ValueError: the weights are free, or kernels.
+        """
+        weights = self.regularizer
+        if not isinstance(weights, DenseFieldsOfExperts) or weights.C is not None:
+            raise ValueError("preconditioner: got free weights or kernels, allowed: a dense A with C = A")
+        identity = torch.eye(weights.A.shape[-1]).to(weights.A)
+        tau, lam, gamma = (value[..., None, None] for value in (self.tau, self.lam, self.gamma))
+        data = self.operator.normal(identity.view(-1, *shape)).flatten(1) + PRECONDITIONER_RIDGE * identity
+        inverse = tau * (lam * data + gamma / 2 * product(weights.A.mT, weights.A))
+        factor, info = torch.linalg.cholesky_ex(inverse)
+        # By hand: `cholesky_inverse` rounds by a matrix's place in memory, and members would not be equal.
+        root = torch.linalg.solve_triangular(factor, identity, upper=False)
+        P = product(root.mT, root)
+        usable = (info == 0)[..., None, None] & P.isfinite().all(-1).all(-1)[..., None, None]
+        return torch.where(usable, P, identity)
 
     def lower_level(self, u: Tensor, f: Tensor) -> Tensor:
         """`lambda/2 ||K u - f||^2 + R(u)` of every image, `(*stack, batch)`; `R` is that of `A, b`."""

@@ -181,6 +181,7 @@ def fixed_point(
     u0: Tensor,
     solver: Solver,
     restrict: Callable[[Tensor], StepMap] | None = None,
+    precondition: StepMap | None = None,
 ) -> Solution:
     """Iterate `u <- T(u)` from `u0` with a solver.
 
@@ -191,6 +192,8 @@ def fixed_point(
         restrict: takes indices along the batch, the last dimension before `(C, H, W)`, and returns `T` of
             those samples alone: samples that have stopped then cost nothing. When None all are evaluated
             until the last one stops.
+        precondition: `P`: the solver then sees the map `u + P (T(u) - u)`, which has the same fixed points,
+            while the residuals that are reported and stop it stay those of `T`.
 
     Returns:
         The `Solution`; it carries no gradient (see `lib.implicit`).
@@ -235,6 +238,9 @@ def fixed_point(
             running = running & ~stagnated
         if k + 1 == solver.max_steps or not running.any():
             break
+        if precondition is not None:
+            residual = precondition(residual.view(u0.shape)).reshape(n, d)
+            step = u + residual
         u = _chosen(running, accelerate(u, step, residual), u)
     return Solution(
         value=best.view(u0.shape),

@@ -328,6 +328,7 @@ LEVELS: dict[str, tuple[Any, ...]] = {
     "test_every": (1, 2),
     "solver": ("plain", "anderson"),
     "neumann_steps": (0, 7),
+    "precondition": (True, False),
     "start": ("zero", "data"),
     "tol": (1e-4, 1e-2),
     "max_steps": (20, 30),

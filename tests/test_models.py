@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.autograd.functional import hessian
+from torch.autograd.functional import hessian, jacobian
 
 from lib.implicit import implicit_fixed_point
-from lib.models import MODELS, FixedPointModel, build_model
+from lib.models import MODELS, PRECONDITIONER_RIDGE, FixedPointModel, build_model
 from lib.operators import TASKS, Operator, forward_operator
 from lib.regularizer import ACTIVATIONS
-from lib.solvers import Anderson, Solution, Status, fixed_point
+from lib.solvers import Anderson, PlainIteration, Solution, Status, fixed_point
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,6 +24,7 @@ HEIGHT, WIDTH, BATCH = 6, 7, 2
 PIXELS = HEIGHT * WIDTH
 NUMBERS = {"tau": 0.5, "lam": 2.0, "gamma": 0.8}
 SOLVER = Anderson(tol=1e-12, max_steps=2000)
+PLAIN = PlainIteration(tol=1e-12, max_steps=5000)
 EVERY_TASK_AND_ACTIVATION = pytest.mark.parametrize(
     ("task", "activation"), list(itertools.product(TASKS, ACTIVATIONS))
 )
@@ -230,3 +231,84 @@ def test_unknown_model_is_refused_by_name(weights: Weights) -> None:
     message = str(refusal.value)
     assert "\n" not in message
     assert all(name in message for name in MODELS)
+
+
+@given(
+    st.sampled_from(TASKS),
+    st.sampled_from(sorted(ACTIVATIONS)),
+    st.floats(0.01, 3),
+    st.floats(0.1, 20),
+    st.floats(0, 3),
+    st.integers(0, 2**32 - 1),
+)
+def test_the_preconditioned_map_expands_nothing(
+    task: str, activation: str, tau: float, lam: float, gamma: float, seed: int
+) -> None:
+    """`P` is symmetric and positive, and the eigenvalues of `P (I - dT/du)` are in [0, 2), for any `tau`."""
+    A, C = normal((2, PIXELS, PIXELS), seed)
+    weights = (A, normal((PIXELS,), seed + 1), C)
+    operator = forward_operator(task, HEIGHT, WIDTH)
+    model = build_model("bilevel", operator, weights, activation, tau=tau, lam=lam, gamma=gamma)
+    u, f = normal((2, 1, 1, HEIGHT, WIDTH), seed + 2)
+    P = model.preconditioner(u.shape[1:])
+    assert P.shape == (PIXELS, PIXELS)
+    torch.testing.assert_close(P, P.T, rtol=1e-9, atol=1e-12)
+    J = jacobian(model.step_map(f), u).view(PIXELS, PIXELS)
+    root = torch.linalg.cholesky(P)
+    eigenvalues = torch.linalg.eigvalsh(root.T @ (torch.eye(PIXELS) - J) @ root)
+    assert eigenvalues.min() >= -1e-9
+    assert eigenvalues.max() < 2
+
+
+def test_the_preconditioner_is_the_inverse_of_the_mean_curvature(weights: Weights) -> None:
+    """With `sigma` of slope one its experts count half; each member of a stack has its own."""
+    operator = forward_operator("deblurring", HEIGHT, WIDTH)
+    tau, lam, gamma = normal((3, 2), 7).abs() + 0.1
+    A, b, C = (weight.expand(2, *weight.shape) for weight in weights)
+    model = build_model("bilevel", operator, (A, b, C), "identity", tau=tau, lam=lam, gamma=gamma)
+    P = model.preconditioner(torch.Size((1, HEIGHT, WIDTH)))
+    K = dense(operator)
+    for i in range(2):
+        data = K.T @ K + PRECONDITIONER_RIDGE * torch.eye(PIXELS)
+        curvature = tau[i] * (lam[i] * data + gamma[i] * weights[0].T @ weights[0] / 2)
+        torch.testing.assert_close(P[i] @ curvature, torch.eye(PIXELS, dtype=P.dtype), rtol=0, atol=1e-9)
+
+
+@EVERY_TASK_AND_ACTIVATION
+def test_a_preconditioned_solve_has_the_same_fixed_point(
+    task: str, activation: str, weights: Weights, f: Tensor
+) -> None:
+    """By plain iteration too, and for a step with which that diverges but for the preconditioner."""
+    operator = forward_operator(task, HEIGHT, WIDTH)
+    model = build_model("bilevel", operator, weights, activation, **NUMBERS)
+    long = build_model("bilevel", operator, weights, activation, **NUMBERS | {"tau": 2.1})
+    # The threshold of softshrink is the step, and another threshold another problem.
+    for built in (model,) if activation == "softshrink" else (model, long):
+        P = built.preconditioner(f.shape[-3:])
+
+        def precondition(r: Tensor, P: Tensor = P) -> Tensor:
+            return (r.flatten(-3) @ P).view_as(r)
+
+        T = built.step_map(f)
+        for solver in (SOLVER, PLAIN):
+            solution = fixed_point(T, torch.zeros_like(f), solver, precondition=precondition)
+            assert solution.status.eq(Status.CONVERGED).all()
+            u = solution.value
+            residual = (T(u) - u).flatten(1).norm(dim=1) / T(u).flatten(1).norm(dim=1)
+            assert residual.le(1e-11).all()
+            torch.testing.assert_close(u, reconstruct(model, f), rtol=1e-8, atol=1e-8)
+    assert not fixed_point(long.step_map(f), torch.zeros_like(f), PLAIN).status.eq(Status.CONVERGED).any()
+
+
+def test_weights_without_a_usable_preconditioner_have_the_identity(weights: Weights) -> None:
+    """A member whose weights are not finite, or overflow, disturbs no other; free weights are refused."""
+    A = torch.stack([weights[0], torch.full_like(weights[0], torch.nan), 1e200 * weights[0]])
+    b, C = (weight.expand(3, *weight.shape) for weight in weights[1:])
+    operator, numbers = forward_operator("inpainting", HEIGHT, WIDTH), {n: torch.ones(3) for n in NUMBERS}
+    shape = torch.Size((1, HEIGHT, WIDTH))
+    P = build_model("bilevel", operator, (A, b, C), "relu", **numbers).preconditioner(shape)
+    assert not torch.equal(P[0], torch.eye(PIXELS, dtype=P.dtype))
+    assert all(torch.equal(P[i], torch.eye(PIXELS, dtype=P.dtype)) for i in (1, 2))
+    free = build_model("deq", operator, weights, "relu", **NUMBERS)
+    with pytest.raises(ValueError, match="preconditioner: got free weights"):
+        free.preconditioner(shape)

@@ -124,6 +124,7 @@ OTHER_VALUES: dict[str, Any] = {
     "final_learning_rate": 1e-5,
     "solver": "plain",
     "neumann_steps": 3,
+    "precondition": True,
     "tol": 1e-4,
     "max_steps": 51,
     "memory": 4,
