@@ -197,7 +197,9 @@ def check_stored_losses(runs: pd.DataFrame, results: Path | str | None = None) -
     for row in runs.drop_duplicates(["task", "model"]).to_dict("records"):
         run = get_run(RunConfig(**{name: row[name] for name in RunConfig.model_fields}), results)
         mse = reconstruct({run.config.model: run}).table.mse[run.config.model]
-        assert abs(mse - row["test_loss"]) <= 1e-6 * mse, f"{run.key}: {mse}, stored {row['test_loss']}"
+        # Of a loss of almost nothing, another processor's rounding is a larger part.
+        allowed = 1e-6 * max(mse, 1e-6)
+        assert abs(mse - row["test_loss"]) <= allowed, f"{run.key}: {mse}, stored {row['test_loss']}"
         name = f"{MODEL_NAMES[run.config.model]}, {run.config.task}"
         print(f"{name}: the stored weights give the stored test loss")
 

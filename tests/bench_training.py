@@ -3,6 +3,8 @@
 All have the same data, weights, tolerances and most steps, on one thread and on two:
 
 - `ours`: `lib`, from cold;
+- `ours, preconditioned`: the bilevel model where `K` loses something, with `precondition`; a step bears its
+  share of the preconditioner, which serves several steps in a training;
 - `ours, in training`: the steps of a training on photographs, whose solves start from the last solutions;
 - `textbook`: a deep equilibrium step as it is taught, written for this comparison alone: autograd through one
   recorded step in a backward hook, Anderson acceleration with one stopping rule for the whole batch and an
@@ -46,6 +48,7 @@ from lib.operators import TASKS, CircularBlur, Mask
 from lib.products import product
 from lib.solvers import Anderson, Solution, Solver
 from lib.training import (
+    PRECONDITIONER_AGE,
     Config,
     Trainer,
     first_adjoint,
@@ -55,8 +58,11 @@ from lib.training import (
     make_adjoint_solver,
     make_model,
     make_solver,
+    multiplied,
     observe,
     one_thread,
+    preconditioned,
+    restriction,
 )
 
 with warnings.catch_warnings():
@@ -64,6 +70,8 @@ with warnings.catch_warnings():
     import deepinv
 
 REFERENCE = Anderson(tol=1e-10, max_steps=5000, memory=20, regularization=1e-10)
+PRECONDITIONED = "ours, preconditioned"
+
 PLAIN_STEPS = 1000
 """Iterations of the textbook's solves for photographs."""
 
@@ -74,6 +82,7 @@ class Problem:
 
     Attributes:
         plain_steps: of the textbook's solves for photographs.
+        P: the model's preconditioner, where `ours_preconditioned` is to be compared.
     """
 
     config: Config
@@ -81,6 +90,7 @@ class Problem:
     f: Tensor
     truth: Tensor
     plain_steps: int = PLAIN_STEPS
+    P: Tensor | None = None
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -128,6 +138,7 @@ def finish(problem: Problem, value: Tensor, forward: float, backward: Callable[[
 
 def ours(problem: Problem, solver: Solver | None = None, adjoint_solver: Solver | None = None) -> Step:
     adjoint: list[Solution] = []
+    precondition = multiplied(problem.P if preconditioned(problem.config) else None)
     solution = implicit_fixed_point(
         problem.model.step_map(problem.f),
         first_iterate(problem.f, problem.config),
@@ -135,11 +146,17 @@ def ours(problem: Problem, solver: Solver | None = None, adjoint_solver: Solver 
         adjoint_solver or make_adjoint_solver(problem.config),
         on_adjoint=adjoint.append,
         vjp=problem.model.vjp,
-        w0=lambda g: first_adjoint(g, problem.model, problem.config),
+        w0=lambda g: first_adjoint(g, problem.model, problem.config, precondition),
+        restrict=restriction(problem.model, problem.f),
+        precondition=precondition,
     )
     steps = float(solution.steps.max())
     step = finish(problem, solution.value, steps, lambda: float(adjoint[0].steps.max()))
     return replace(step, residual=max(s.residual.max().item() for s in (solution, adjoint[0])))
+
+
+def ours_preconditioned(problem: Problem) -> Step:
+    return ours(replace(problem, config=problem.config.model_copy(update={"precondition": True})))
 
 
 def textbook_map(problem: Problem) -> Callable[[Tensor], Tensor]:
@@ -339,6 +356,11 @@ def error(step: Step, exact: Step) -> dict[str, float]:
 def compare(name: str, config: Config, methods: dict[str, Method], rounds: int) -> list[dict[str, Any]]:
     """A row per method; the rounds of the methods take turns."""
     problem = make_problem(config)
+    share = 0.0
+    if PRECONDITIONED in methods:
+        shape = problem.truth.shape[1:]
+        problem.P = problem.model.preconditioner(shape)
+        share = median(timed(lambda: problem.model.preconditioner(shape), rounds)) / PRECONDITIONER_AGE
     last: dict[str, Step] = {}
     seconds: dict[str, list[float]] = {key: [] for key in methods}
     for method in methods.values():
@@ -348,7 +370,7 @@ def compare(name: str, config: Config, methods: dict[str, Method], rounds: int) 
         for key, method in methods.items():
             start = time.perf_counter()
             last[key] = method(problem)
-            seconds[key].append(time.perf_counter() - start)
+            seconds[key].append(time.perf_counter() - start + (share if key == PRECONDITIONED else 0))
     reference, rate = exact(problem), product_rate(problem)
     rows = [row(name, problem, key, seconds[key], step, reference, rate) for key, step in last.items()]
     if torch.get_num_threads() == 1:
@@ -410,16 +432,23 @@ def time_to_loss(task: str, steps: int) -> dict[str, Any]:
     trainer.model.load_state_dict(problem.model.state_dict())
     reached = trainer._evaluate(images["test"]).row(0)["test_loss"]
     changes = {"train_images": 1000, "epochs": steps, "final_learning_rate": config.learning_rate}
-    (member,) = Trainer([config.model_copy(update=changes | {"time_budget": seconds})]).train()
-    history = pd.DataFrame(member.history)
-    below = history[history["test_loss"] <= reached]
-    ours_seconds = float(below["seconds"].iloc[0]) if len(below) else float("nan")
+
+    def seconds_of(precondition: bool) -> float:
+        own = changes | {"time_budget": seconds, "precondition": precondition}
+        (member,) = Trainer([config.model_copy(update=own)]).train()
+        history = pd.DataFrame(member.history)
+        below = history[history["test_loss"] <= reached]
+        return float(below["seconds"].iloc[0]) if len(below) else float("nan")
+
+    plain, conditioned = seconds_of(False), seconds_of(True)
     return {
         "problem": task,
         "test loss": reached,
         "textbook s": seconds,
-        "ours s": ours_seconds,
-        "ratio": seconds / ours_seconds,
+        "ours s": plain,
+        "ratio": seconds / plain,
+        "preconditioned s": conditioned,
+        "preconditioned ratio": seconds / conditioned,
     }
 
 
@@ -431,7 +460,9 @@ def step_rows(threads: int, rounds: int) -> list[dict[str, Any]]:
     for task, model in tqdm(list(pairs(TASKS, MODELS)), desc=f"MNIST, {threads} threads"):
         values = {"task": task, "model": model, "gamma": 0.5}
         config = RunConfig(**values, train_images=100, test_images=1)
-        rows += compare(f"MNIST {task}", config, everything, rounds)
+        able = model == "bilevel" and task != "denoising"
+        methods = everything | ({PRECONDITIONED: ours_preconditioned} if able else {})
+        rows += compare(f"MNIST {task}", config, methods, rounds)
     for filters, size in tqdm(((2, 11), (30, 3)), desc=f"photographs, {threads} threads"):
         photographs = faces_config("quick", "denoising", model="deq", filters=filters, filter_size=size)
         name = f"faces {filters} x {size}x{size}"

@@ -134,6 +134,13 @@ FAULTS = [
         "test_kernels.py::test_synthesis_is_the_exact_adjoint",
     ),
     Fault(
+        "the norm of the kernels is their smallest one",
+        "kernels",
+        "eigenvectors[..., None, :, -1]",
+        "eigenvectors[..., None, :, 0]",
+        "test_kernels.py::test_norm_is_the_largest_singular_value",
+    ),
+    Fault(
         "kernels are scaled by their norm on a patch",
         "regularizer",
         "torch.stack([direction] * sets, dim=-5)",
@@ -179,8 +186,8 @@ FAULTS = [
     Fault(
         "the hypergradient lost a sign",
         "implicit",
-        "transposed_jacobian(w) + cotangent",
-        "transposed_jacobian(w) - cotangent",
+        "transposed_jacobian(w) + g",
+        "transposed_jacobian(w) - g",
         "test_implicit.py::test_adjoint_solve_is_the_transposed_linear_system",
     ),
     Fault(
@@ -189,6 +196,27 @@ FAULTS = [
         "return adjoint.value",
         "return cotangent",
         "test_implicit.py::test_gradient_is_that_of_finite_differences",
+    ),
+    Fault(
+        "an image is left out while one of its stack runs",
+        "solvers",
+        "running.view(-1, self.shape[-4]).any(0)",
+        "running.view(-1, self.shape[-4]).all(0)",
+        "test_solvers.py::test_a_restricted_map_changes_nothing_but_the_work",
+    ),
+    Fault(
+        "the preconditioner has the whole curvature of the experts",
+        "models",
+        "gamma / 2 * product",
+        "gamma * product",
+        "test_models.py::test_the_preconditioner_is_the_inverse_of_the_mean_curvature",
+    ),
+    Fault(
+        "the preconditioner is never made again",
+        "training",
+        "step % PRECONDITIONER_AGE == 0",
+        "self.step == 0",
+        "test_training.py::test_a_preconditioner_is_of_the_weights_of_its_age",
     ),
     # Data and random numbers.
     Fault(
