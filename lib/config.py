@@ -63,6 +63,8 @@ class TrainingConfig(BaseModel):
         solver: for the fixed point and for the adjoint equation.
         neumann_steps: highest power of the Jacobian in the Neumann series that takes the place of the adjoint
             equation's solution where `K` loses something (inpainting, deblurring); 0 solves the equation.
+        precondition: whether both solves are preconditioned with the mean curvature
+            (`FixedPointModel.preconditioner`).
         start: first iterate of the fixed point, `zero` or the `data` `f`.
         tol: relative residual at which a sample has converged.
         max_steps: evaluations of the step map at most, in each solve.
@@ -91,6 +93,7 @@ class TrainingConfig(BaseModel):
     test_every: Count = 1
     solver: Literal["anderson", "plain"] = "anderson"
     neumann_steps: CountOrZero = 0
+    precondition: bool = False
     start: Literal["zero", "data"]
     tol: Positive
     max_steps: Count
@@ -146,9 +149,8 @@ class RunConfig(TrainingConfig):
         size: side of the images in pixels; below 28, MNIST is averaged over blocks.
         train_images, test_images: how many images of each split, the first ones.
         batch_size: images in an optimizer step.
-        precondition: whether the bilevel model's solves are preconditioned with its mean curvature
-            (`FixedPointModel.preconditioner`); a few accelerated steps then take the place of the series. The
-            DEQ, which descends nothing, has no such thing, and its solves stay as they are.
+        precondition: for the bilevel model alone, with a few accelerated steps in the place of the Neumann
+            series; the DEQ's Jacobian has no sign to rely on, and its solves stay as they are.
 
     Raises:
         ConfigError: a value is of the wrong type, outside its range, or at odds with another one.
@@ -167,7 +169,6 @@ class RunConfig(TrainingConfig):
     learning_rate: Positive = 1e-3
     final_learning_rate: NonNegative = 1e-6
     schedule: Literal["cosine", "linear"] = "cosine"
-    precondition: bool = False
     neumann_steps: CountOrZero = 20
     start: Literal["zero", "data"] = Field(default_factory=_start)
     tol: Positive = 1e-3
@@ -208,6 +209,7 @@ class FacesConfig(TrainingConfig):
         initial: the kernels to start from: `first` or `second` order differences, `random`, or those that
             the run of another configuration ended with.
         sharpness: `s` of `sigma(z) = tanh(s z)`.
+        precondition: for convolutions, which `K` is in denoising and deblurring.
         warm_start: every training image keeps its noise, and its solves start from the solutions of the last
             epoch; otherwise the noise is drawn anew in each epoch, and they start as the first ones do.
 
@@ -246,6 +248,8 @@ class FacesConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.precondition and self.task == "inpainting":
+            raise ValueError("precondition: got True, allowed: False in inpainting: a mask is no convolution")
         if self.filter_size % 2 == 0:
             raise ValueError(f"filter_size: got {self.filter_size}, allowed: an odd number")
         if self.dataset == "mnist" or not self.dataset or CONTROL.search(self.dataset):
@@ -424,11 +428,12 @@ FACES_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
 """What each profile changes in the defaults for photographs: for all tasks, then for one task."""
 
 FACES_TASKS: dict[str, dict[str, Any]] = {
-    "denoising": {"noise": 0.1, "patience": 50},
+    "denoising": {"noise": 0.1, "patience": 50, "precondition": True},
     "inpainting": {"noise": 0.01, "solver": "plain", "tol": 1e-14, "max_steps": 1000, "warm_start": False},
-    "deblurring": {"noise": 0.01, "final_learning_rate": 1e-3},
+    "deblurring": {"noise": 0.01, "final_learning_rate": 1e-3, "precondition": True},
 }
-"""The paper's values for one task on photographs, naive ones for inpainting; `patience` is ours."""
+"""The paper's values for one task on photographs, naive ones for inpainting; `patience` and `precondition`
+are ours."""
 
 FILLING: dict[str, Any] = {
     "sharpness": 20.0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lib.operators import Operator
+from lib.operators import Mask, Operator
 from lib.products import product
 from lib.regularizer import (
     Activation,
@@ -80,34 +80,49 @@ class FixedPointModel(nn.Module):
 
     @torch.no_grad()
     def preconditioner(self, shape: torch.Size) -> Tensor:
-        """`P`, near `(I - dT/du)^-1` for all data at once, for dense tied weights.
+        """`P`, near `(I - dT/du)^-1` for all data at once.
 
-        `I - dT/du = tau (lambda K^T K + gamma A^T D A)`, where `D` holds the slopes of `sigma`, in [0, 1] and
-        each image's own. `P` is the inverse with 1/2 in their place and a ridge: the eigenvalues of
-        `P (I - dT/du)` are then in [0, 2), whatever `tau` is.
+        `I - dT/du = tau (lambda K^T K + gamma C^T D A)`, where `D` holds the slopes of `sigma`, each image's
+        own. `P` is the inverse with half the steepest slope in place of each, and a ridge: the eigenvalues of
+        `P (I - dT/du)` are then in [0, 2) with tied dense weights, whatever `tau` is. Of kernels `P` is a
+        convolution, as if images went on periodically, and for a DEQ the modulus of `C^T A` is taken.
 
         Args:
             shape: `(C, H, W)`, of an image.
 
         Returns:
-            `(*stack, n, n)` for images of `n` pixels, symmetric; the identity where no inverse can be had.
+            For dense weights the symmetric matrix `(*stack, n, n)`, `n` the pixels of an image; the identity
+            where no inverse can be had. For kernels the transfer function `(*stack, H, W // 2 + 1)`, real.
 
         Raises:
-            ValueError: the weights are free, or kernels.
+            ValueError: dense weights are free, or kernels meet a `K` that is no convolution.
         """
-        weights = self.regularizer
-        if not isinstance(weights, DenseFieldsOfExperts) or weights.C is not None:
-            raise ValueError("preconditioner: got free weights or kernels, allowed: a dense A with C = A")
-        identity = torch.eye(weights.A.shape[-1]).to(weights.A)
+        field, conv = self.regularizer, isinstance(self.regularizer, ConvFieldsOfExperts)
+        if (conv and isinstance(self.operator, Mask)) or not (conv or field.C is None):
+            raise ValueError("preconditioner: allowed for tied dense weights, and for kernels without a mask")
+        curvature = field.activation.steepest / 2 * field.curvature(shape)
         tau, lam, gamma = (value[..., None, None] for value in (self.tau, self.lam, self.gamma))
+        if conv:
+            impulse = curvature.new_zeros(shape)
+            impulse[..., 0, 0] = 1
+            data = torch.fft.rfft2(self.operator.normal(impulse))[0].abs() + PRECONDITIONER_RIDGE
+            transfer: Tensor = 1 / (tau * (lam * data + gamma * curvature))
+            return transfer
+        identity = torch.eye(curvature.shape[-1]).to(curvature)
         data = self.operator.normal(identity.view(-1, *shape)).flatten(1) + PRECONDITIONER_RIDGE * identity
-        inverse = tau * (lam * data + gamma / 2 * product(weights.A.mT, weights.A))
-        factor, info = torch.linalg.cholesky_ex(inverse)
+        factor, info = torch.linalg.cholesky_ex(tau * (lam * data + gamma * curvature))
         # By hand: `cholesky_inverse` rounds by a matrix's place in memory, and members would not be equal.
         root = torch.linalg.solve_triangular(factor, identity, upper=False)
         P = product(root.mT, root)
         usable = (info == 0)[..., None, None] & P.isfinite().all(-1).all(-1)[..., None, None]
         return torch.where(usable, P, identity)
+
+    def preconditioned(self, r: Tensor, P: Tensor) -> Tensor:
+        """`P r` for residuals `r` `(*stack, batch, C, H, W)` and what `preconditioner` returned."""
+        if isinstance(self.regularizer, ConvFieldsOfExperts):
+            filtered: Tensor = torch.fft.irfft2(P[..., None, None, :, :] * torch.fft.rfft2(r), s=r.shape[-2:])
+            return filtered
+        return product(r.flatten(-3), P).view_as(r)
 
     def lower_level(self, u: Tensor, f: Tensor) -> Tensor:
         """`lambda/2 ||K u - f||^2 + R(u)` of every image, `(*stack, batch)`; `R` is that of `A, b`."""

@@ -26,11 +26,15 @@ class Activation:
     """`sigma` with its slope `sigma'` and its potential `phi`, `sigma = phi'`.
 
     All take `(z, tau)`, `tau` the step size.
+
+    Attributes:
+        steepest: the largest slope; the smallest one is zero or more.
     """
 
     sigma: Callable[[Tensor, Tensor], Tensor]
     slope: Callable[[Tensor, Tensor], Tensor]
     potential: Callable[[Tensor, Tensor], Tensor]
+    steepest: float = 1.0
 
 
 def _softshrink(z: Tensor, tau: Tensor) -> Tensor:
@@ -79,6 +83,7 @@ def smoothed_sign(sharpness: float) -> Activation:
         sigma=lambda z, tau: sigma(z),
         slope=lambda z, tau: sharpness * (1 - sigma(z).square()),
         potential=lambda z, tau: potential(z),
+        steepest=sharpness,
     )
 
 
@@ -115,6 +120,11 @@ class FieldsOfExperts(nn.Module, ABC):
     @abstractmethod
     def adjoint_analysis(self, z: Tensor, u: Tensor) -> Tensor:
         """`A^T z`, like `u`, of experts `z`."""
+
+    @abstractmethod
+    def curvature(self, shape: torch.Size) -> Tensor:
+        """`C^T A` on images `(C, H, W)`: a matrix `(*stack, n, n)`; of kernels the modulus of its transfer
+        function, `(*stack, H, W // 2 + 1)`."""
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
@@ -185,6 +195,9 @@ class DenseFieldsOfExperts(FieldsOfExperts):
 
     def adjoint_analysis(self, z: Tensor, u: Tensor) -> Tensor:
         return product(z, self.A).view_as(u)
+
+    def curvature(self, shape: torch.Size) -> Tensor:
+        return product((self.A if self.C is None else self.C).mT, self.A)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
@@ -275,6 +288,11 @@ class ConvFieldsOfExperts(FieldsOfExperts):
 
     def adjoint_analysis(self, z: Tensor, u: Tensor) -> Tensor:
         return correlate_adjoint(self._kernels("A"), z, *u.shape[-2:])
+
+    def curvature(self, shape: torch.Size) -> Tensor:
+        A, C = (torch.fft.rfft2(self._kernels(name), s=shape[-2:]) for name in ("A", "C"))
+        modulus: Tensor = (C.conj() * A).sum(-3).abs()
+        return modulus
 
     def weights(self) -> dict[str, Tensor]:
         return {name: self._kernels(name).detach() for name, _ in self.named_parameters()}

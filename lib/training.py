@@ -24,7 +24,6 @@ from lib.implicit import implicit_fixed_point
 from lib.kernels import initial_kernels
 from lib.models import FixedPointModel, build_conv_model, build_model, is_free
 from lib.operators import Operator, forward_operator
-from lib.products import product
 from lib.regularizer import DenseFieldsOfExperts, broadcast, initial_weights, smoothed_sign
 from lib.solvers import Anderson, PlainIteration, Solution, Solver, Status, StepMap, fixed_point
 
@@ -79,7 +78,8 @@ def make_adjoint_solver(config: TrainingConfig) -> Solver:
 
 def preconditioned(config: TrainingConfig) -> bool:
     """Whether both solves of a configuration are preconditioned."""
-    return isinstance(config, RunConfig) and config.precondition and not is_free(config.model)
+    able = isinstance(config, FacesConfig) or not is_free(config.model)
+    return config.precondition and able
 
 
 def load_images(config: Config) -> dict[str, Tensor]:
@@ -217,9 +217,9 @@ def restriction(model: FixedPointModel, f: Tensor) -> Callable[[Tensor], StepMap
     return lambda images: model.step_map(f.index_select(-4, images))
 
 
-def multiplied(P: Tensor | None) -> StepMap | None:
-    """`r -> P r` for residuals `(*stack, N, C, H, W)` and a preconditioner `(*stack, n, n)`, if any."""
-    return None if P is None else lambda r: product(r.flatten(-3), P).view_as(r)
+def preconditioning(model: FixedPointModel, P: Tensor | None) -> StepMap | None:
+    """`r -> P r` for a model's preconditioner, if there is one."""
+    return None if P is None else lambda r: model.preconditioned(r, P)
 
 
 def solve(model: FixedPointModel, f: Tensor, config: TrainingConfig, P: Tensor | None = None) -> Solution:
@@ -234,7 +234,7 @@ def solve(model: FixedPointModel, f: Tensor, config: TrainingConfig, P: Tensor |
     if P is None and preconditioned(config):
         P = model.preconditioner(f.shape[-3:])
     start, solver = first_iterate(f, config), make_solver(config)
-    return fixed_point(model.step_map(f), start, solver, restriction(model, f), multiplied(P))
+    return fixed_point(model.step_map(f), start, solver, restriction(model, f), preconditioning(model, P))
 
 
 def test_noise(config: Config) -> Tensor:
@@ -437,7 +437,7 @@ class Trainer:
         step = self.step - self.epoch * steps_per_epoch(self.config)
         if preconditioned(self.config) and step % PRECONDITIONER_AGE == 0:
             self.P = self.model.preconditioner(f.shape[-3:])
-        precondition = multiplied(self.P)
+        precondition = preconditioning(self.model, self.P)
         solution = implicit_fixed_point(
             self.model.step_map(f),
             self.solutions.get("forward", first_iterate(f, self.config)),

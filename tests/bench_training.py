@@ -41,7 +41,7 @@ from torch.nn import functional
 from torchdeq import get_deq
 from tqdm import tqdm
 
-from lib.config import RunConfig, faces_config
+from lib.config import FacesConfig, RunConfig, faces_config
 from lib.implicit import implicit_fixed_point
 from lib.models import MODELS, FixedPointModel
 from lib.operators import TASKS, CircularBlur, Mask
@@ -58,10 +58,10 @@ from lib.training import (
     make_adjoint_solver,
     make_model,
     make_solver,
-    multiplied,
     observe,
     one_thread,
     preconditioned,
+    preconditioning,
     restriction,
 )
 
@@ -138,7 +138,11 @@ def finish(problem: Problem, value: Tensor, forward: float, backward: Callable[[
 
 def ours(problem: Problem, solver: Solver | None = None, adjoint_solver: Solver | None = None) -> Step:
     adjoint: list[Solution] = []
-    precondition = multiplied(problem.P if preconditioned(problem.config) else None)
+    P = problem.P
+    if isinstance(problem.config, FacesConfig):
+        # Made anew in every step, also in a training.
+        P = problem.model.preconditioner(problem.truth.shape[1:])
+    precondition = preconditioning(problem.model, P if preconditioned(problem.config) else None)
     solution = implicit_fixed_point(
         problem.model.step_map(problem.f),
         first_iterate(problem.f, problem.config),

@@ -100,7 +100,7 @@ def test_the_paper_profile_has_the_papers_noise_and_decay() -> None:
     assert (denoising.noise, deblurring.noise) == (0.1, 0.01)
     assert denoising.final_learning_rate == pytest.approx(0.01 * denoising.learning_rate)
     assert deblurring.final_learning_rate == pytest.approx(0.1 * deblurring.learning_rate)
-    theirs = {"task", "noise", "final_learning_rate", "tol", "max_steps", "patience"}
+    theirs = {"task", "noise", "final_learning_rate", "tol", "max_steps", "patience", "precondition"}
     for config in (denoising, deblurring):
         assert config.model_dump(exclude=theirs) == FacesConfig().model_dump(exclude=theirs)
     assert faces_config("paper", "inpainting").noise == 0.01
@@ -570,6 +570,31 @@ def test_trained_kernels_keep_the_norm_of_the_gradient(kind: str, filters: int, 
     for name, kernels in member.weights.items():
         norm, _ = spectral_norm(kernels, start, 500)
         assert norm.item() == pytest.approx(GRADIENT_NORM, rel=1e-2), name
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("task", ["denoising", "deblurring"])
+def test_preconditioned_trainings_have_the_same_losses(model: str, task: str) -> None:
+    """To the solver's tolerance and in fewer steps, also when a checkpoint goes on."""
+    config = smoke(task=task, model=model, epochs=3, tol=1e-5, max_steps=2000, precondition=False)
+    preconditioned = config.model_copy(update={"precondition": True})
+    (plain,) = train(config)
+    checkpoints: list[bytes] = []
+    trainer = Trainer([preconditioned])
+    (ours,) = trainer.train(on_epoch=lambda trainer: checkpoints.append(trainer.checkpoint(0)))
+    assert train_losses(ours) == pytest.approx(train_losses(plain), rel=5e-3)
+    for name in ("forward_steps", "backward_steps"):
+        assert ours.history[1][name] < plain.history[1][name]
+    (resumed,) = Trainer([preconditioned], checkpoints=checkpoints[:1]).train()
+    assert train_losses(resumed) == train_losses(ours)
+    for name, weight in ours.weights.items():
+        assert torch.equal(weight, resumed.weights[name])
+
+
+def test_a_mask_has_no_preconditioner() -> None:
+    """Refused in one line."""
+    said = refusal(task="inpainting", precondition=True)
+    assert said == "precondition: got True, allowed: False in inpainting: a mask is no convolution"
 
 
 @pytest.mark.parametrize("model", MODELS)

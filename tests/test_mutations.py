@@ -207,8 +207,8 @@ FAULTS = [
     Fault(
         "the preconditioner has the whole curvature of the experts",
         "models",
-        "gamma / 2 * product",
-        "gamma * product",
+        "field.activation.steepest / 2 *",
+        "field.activation.steepest *",
         "test_models.py::test_the_preconditioner_is_the_inverse_of_the_mean_curvature",
     ),
     Fault(

@@ -633,8 +633,8 @@ def test_preconditioned_solves_come_nearer_to_the_solution_in_fewer_steps(task: 
             make_adjoint_solver(config),
             adjoint.append,
             model.vjp,
-            lambda g: training.first_adjoint(g, model, config, training.multiplied(P)),
-            precondition=training.multiplied(P),
+            lambda g: training.first_adjoint(g, model, config, training.preconditioning(model, P)),
+            precondition=training.preconditioning(model, P),
         )
         (solution.value - truth).square().mean().backward()
         assert model.regularizer.A.grad is not None
