@@ -1,7 +1,7 @@
 """What a solver's tolerance costs: errors of loss and hypergradient against 1e-10 (`make bench`).
 
 With the committed kernels, on some training images; the reference is computed in float64, the others in
-float32 with the solver of the training.
+float32 with the solver of the training, preconditioned and not.
 """
 
 from __future__ import annotations
@@ -20,18 +20,37 @@ from lib.implicit import implicit_fixed_point
 from lib.models import MODELS
 from lib.runs import Run, trained_kernels
 from lib.solvers import Anderson, Solution, Solver
-from lib.training import generator, load_images, make_solver, observe, one_thread
+from lib.training import (
+    generator,
+    load_images,
+    make_solver,
+    observe,
+    one_thread,
+    preconditioning,
+    restriction,
+)
 
 IMAGES = 2
 TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6)
 REFERENCE = Anderson(tol=1e-10, max_steps=5000, memory=10, regularization=1e-10)
 
 
-def measure(run: Run, truth: Tensor, f: Tensor, solver: Solver) -> tuple[Tensor, Tensor, Solution, Solution]:
+def measure(
+    run: Run, truth: Tensor, f: Tensor, solver: Solver, preconditioned: bool
+) -> tuple[Tensor, Tensor, Solution, Solution]:
     """Loss, hypergradient and both solutions, in the precision of the images."""
     model = run.model().to(truth.dtype)
+    P = model.preconditioner(f.shape[-3:]) if preconditioned else None
     adjoint: list[Solution] = []
-    solution = implicit_fixed_point(model.step_map(f), f, solver, on_adjoint=adjoint.append, vjp=model.vjp)
+    solution = implicit_fixed_point(
+        model.step_map(f),
+        f,
+        solver,
+        on_adjoint=adjoint.append,
+        vjp=model.vjp,
+        restrict=restriction(model, f),
+        precondition=preconditioning(model, P),
+    )
     loss = (solution.value - truth).square().mean()
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.regularizer.parameters()])
@@ -48,23 +67,30 @@ def main() -> int:
         truth = load_images(run.config)["train"][:IMAGES].double()
         n = torch.randn(truth.shape, generator=generator(0, "bench"), dtype=torch.float64)
         f = observe(run.model().operator, truth, torch.tensor(run.config.noise), n)
-        exact, gradient, *solutions = measure(run, truth, f, REFERENCE)
+        exact, gradient, *solutions = measure(run, truth, f, REFERENCE, preconditioned=True)
         reached = max(solution.residual.max().item() for solution in solutions)
-        for tol in TOLERANCES:
+        for preconditioned, tol in product((True, False), TOLERANCES):
             start = time.perf_counter()
             solver = replace(make_solver(run.config), tol=tol, max_steps=2000)
-            loss, approximate, forward, backward = measure(run, truth.float(), f.float(), solver)
+            single = truth.float(), f.float()
+            loss, approximate, forward, backward = measure(run, *single, solver, preconditioned)
             error = torch.linalg.vector_norm(approximate.double() - gradient) / torch.linalg.vector_norm(
                 gradient
             )
             rows.append(
-                {"task": task, "model": model, "filters": filters, "tol": tol}
+                {
+                    "task": task,
+                    "model": model,
+                    "filters": filters,
+                    "preconditioned": preconditioned,
+                    "tol": tol,
+                }
                 | {"loss error": abs(loss.double() / exact - 1).item(), "gradient error": error.item()}
                 | {"forward steps": forward.steps.double().mean().item()}
                 | {"backward steps": backward.steps.double().mean().item()}
                 | {"seconds": time.perf_counter() - start, "reference residual": reached}
             )
-    table = pd.DataFrame(rows).set_index(["task", "model", "filters", "tol"])
+    table = pd.DataFrame(rows).set_index(["task", "model", "filters", "preconditioned", "tol"])
     save("tolerances", table, images=IMAGES)
     return 0
 
