@@ -78,13 +78,8 @@ def main() -> int:
                 gradient
             )
             rows.append(
-                {
-                    "task": task,
-                    "model": model,
-                    "filters": filters,
-                    "preconditioned": preconditioned,
-                    "tol": tol,
-                }
+                {"task": task, "model": model, "filters": filters}
+                | {"preconditioned": preconditioned, "tol": tol}
                 | {"loss error": abs(loss.double() / exact - 1).item(), "gradient error": error.item()}
                 | {"forward steps": forward.steps.double().mean().item()}
                 | {"backward steps": backward.steps.double().mean().item()}
