@@ -58,6 +58,31 @@ def reconstruct(model: FixedPointModel, f: Tensor) -> Tensor:
     return solution.value
 
 
+def random_bilevel_model(
+    task: str, activation: str, tau: float, lam: float, gamma: float, seed: int
+) -> FixedPointModel:
+    A, C = normal((2, PIXELS, PIXELS), seed)
+    weights = (A, normal((PIXELS,), seed + 1), C)
+    operator = forward_operator(task, HEIGHT, WIDTH)
+    return build_model("bilevel", operator, weights, activation, tau=tau, lam=lam, gamma=gamma)
+
+
+SEEDS = st.integers(0, 2**32 - 1)
+ANY_BILEVEL_MODEL = given(
+    model=st.builds(
+        random_bilevel_model,
+        st.sampled_from(TASKS),
+        st.sampled_from(sorted(ACTIVATIONS)),
+        st.floats(0.01, 3),
+        st.floats(0.1, 20),
+        st.floats(0, 3),
+        SEEDS,
+    ),
+    seed=SEEDS,
+)
+"""Gives a test a model of any task, activation and numbers, and a seed for its images."""
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", MODELS)
 def test_linear_model_solves_its_linear_system(name: str, task: str, weights: Weights, f: Tensor) -> None:
@@ -74,28 +99,15 @@ def test_linear_model_solves_its_linear_system(name: str, task: str, weights: We
     torch.testing.assert_close(u, expected, rtol=1e-9, atol=1e-9)
 
 
-@given(
-    st.sampled_from(TASKS),
-    st.sampled_from(sorted(ACTIVATIONS)),
-    st.floats(0.01, 3),
-    st.floats(0.1, 20),
-    st.floats(0, 3),
-    st.integers(0, 2**32 - 1),
-)
-def test_bilevel_step_is_gradient_descent_on_the_lower_level(
-    task: str, activation: str, tau: float, lam: float, gamma: float, seed: int
-) -> None:
+@ANY_BILEVEL_MODEL
+def test_bilevel_step_is_gradient_descent_on_the_lower_level(model: FixedPointModel, seed: int) -> None:
     """`T(u) = u - tau grad E(u)` for any weights, numbers and images."""
-    A, C = normal((2, PIXELS, PIXELS), seed)
-    operator = forward_operator(task, HEIGHT, WIDTH)
-    weights = (A, normal((PIXELS,), seed + 1), C)
-    model = build_model("bilevel", operator, weights, activation, tau=tau, lam=lam, gamma=gamma)
-    u, f = normal((2, BATCH, 1, HEIGHT, WIDTH), seed + 2)
+    u, f = normal((2, BATCH, 1, HEIGHT, WIDTH), seed)
     u.requires_grad_()
     energy = model.lower_level(u, f)
     assert energy.shape == (BATCH,)
     (gradient,) = torch.autograd.grad(energy.sum(), u)
-    torch.testing.assert_close(model.step_map(f)(u), u - tau * gradient, rtol=1e-11, atol=1e-10)
+    torch.testing.assert_close(model.step_map(f)(u), u - model.tau * gradient, rtol=1e-11, atol=1e-10)
 
 
 @EVERY_TASK_AND_ACTIVATION
@@ -233,23 +245,10 @@ def test_unknown_model_is_refused_by_name(weights: Weights) -> None:
     assert all(name in message for name in MODELS)
 
 
-@given(
-    st.sampled_from(TASKS),
-    st.sampled_from(sorted(ACTIVATIONS)),
-    st.floats(0.01, 3),
-    st.floats(0.1, 20),
-    st.floats(0, 3),
-    st.integers(0, 2**32 - 1),
-)
-def test_the_preconditioned_map_expands_nothing(
-    task: str, activation: str, tau: float, lam: float, gamma: float, seed: int
-) -> None:
+@ANY_BILEVEL_MODEL
+def test_the_preconditioned_map_expands_nothing(model: FixedPointModel, seed: int) -> None:
     """`P` is symmetric and positive, and the eigenvalues of `P (I - dT/du)` are in [0, 2), for any `tau`."""
-    A, C = normal((2, PIXELS, PIXELS), seed)
-    weights = (A, normal((PIXELS,), seed + 1), C)
-    operator = forward_operator(task, HEIGHT, WIDTH)
-    model = build_model("bilevel", operator, weights, activation, tau=tau, lam=lam, gamma=gamma)
-    u, f = normal((2, 1, 1, HEIGHT, WIDTH), seed + 2)
+    u, f = normal((2, 1, 1, HEIGHT, WIDTH), seed)
     P = model.preconditioner(u.shape[1:])
     assert P.shape == (PIXELS, PIXELS)
     torch.testing.assert_close(P, P.T, rtol=1e-9, atol=1e-12)

@@ -613,7 +613,7 @@ def test_a_preconditioner_is_of_the_weights_of_its_age(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("task", ["inpainting", "deblurring"])
 def test_preconditioned_solves_come_nearer_to_the_solution_in_fewer_steps(task: str) -> None:
-    """The fixed point and its adjoint from untrained weights, beside those of solves to 1e-6."""
+    """The fixed point and its adjoint from untrained weights, beside those of solves to 1e-7."""
     plain = small(task=task, size=14, gamma=0.5)
     config = plain.model_copy(update={"precondition": True})
     exact = plain.model_copy(update={"neumann_steps": 0, "tol": 1e-7, "max_steps": 5000, "patience": None})
