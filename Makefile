@@ -26,30 +26,30 @@ help: ## print the targets
 	@echo "PROFILE=smoke, quick (the default) or paper chooses the size of the experiments"
 
 figures: $(INSTALLED) ## all figures, into results/$(PROFILE)/, and the page that shows them
-	@status=0; $(BIN)/python -m lib.notebooks run $(FIGURES) --profile $(PROFILE) $(ARGS) || status=$$?; \
-	  $(BIN)/python -m lib.report --profile $(PROFILE) || status=$$?; exit $$status
+	@status=0; $(BIN)/python -m lib.pages.notebooks run $(FIGURES) --profile $(PROFILE) $(ARGS) || status=$$?; \
+	  $(BIN)/python -m lib.pages.report --profile $(PROFILE) || status=$$?; exit $$status
 
 report: $(INSTALLED) ## the page of the figures that are there: results/$(PROFILE)/index.html
-	@$(BIN)/python -m lib.report --profile $(PROFILE)
+	@$(BIN)/python -m lib.pages.report --profile $(PROFILE)
 
 theory: $(INSTALLED) ## bilevel learning as a deep equilibrium model with tied weights, in numbers
 reconstruct: $(INSTALLED) ## a photograph of your own with the committed kernels: ARGS="-p image photo.jpg"
 scaling: $(INSTALLED) ## what a training step costs, by image, kernels, batch and stack
 
 $(FIGURES) theory reconstruct scaling: $(INSTALLED)
-	@$(BIN)/python -m lib.notebooks run $@ --profile $(PROFILE) $(ARGS)
+	@$(BIN)/python -m lib.pages.notebooks run $@ --profile $(PROFILE) $(ARGS)
 
 explore: $(INSTALLED) ## the grid, one selection at a time, with controls, in JupyterLab
 	$(BIN)/jupyter lab nbs/explore.ipynb
 
 sweep: $(INSTALLED) ## train the grid of figures 1, 5 and 6, or what is left of it (CLUSTER=local, slurm: as jobs)
-	@$(BIN)/python -m lib.sweep run --profile $(PROFILE) --cluster $(CLUSTER) $(ARGS)
+	@$(BIN)/python -m lib.experiments.sweep run --profile $(PROFILE) --cluster $(CLUSTER) $(ARGS)
 
 sweep-status: $(INSTALLED) ## what of the grid is done
-	@$(BIN)/python -m lib.sweep status --profile $(PROFILE) $(ARGS)
+	@$(BIN)/python -m lib.experiments.sweep status --profile $(PROFILE) $(ARGS)
 
 sweep-plan: $(INSTALLED) ## what of the grid is left, and how long it will take on this machine
-	@$(BIN)/python -m lib.sweep plan --profile $(PROFILE) $(ARGS)
+	@$(BIN)/python -m lib.experiments.sweep plan --profile $(PROFILE) $(ARGS)
 
 test: $(INSTALLED) ## lint, types, tests, and the notebooks against their stored output
 	$(BIN)/ruff check .
@@ -72,10 +72,10 @@ lab: $(INSTALLED) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
 data: $(INSTALLED) ## fetch and verify the data (the figures do so by themselves)
-	@$(BIN)/python -c "from lib.data import faces, mnist; print(len(mnist('train', 60_000)), len(faces('train', 300)))"
+	@$(BIN)/python -c "from lib.experiments.data import faces, mnist; print(len(mnist('train', 60_000)), len(faces('train', 300)))"
 
 refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to be committed
-	@$(BIN)/python -m lib.notebooks refresh $(FIGURES) $(PAGES)
+	@$(BIN)/python -m lib.pages.notebooks refresh $(FIGURES) $(PAGES)
 
 lock: ## resolve environment.yml anew into requirements.lock
 	@$(PYTHON) -m venv --clear $(VENV)-lock

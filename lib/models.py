@@ -7,13 +7,7 @@ from torch import Tensor, nn
 
 from lib.operators import Mask, Operator
 from lib.products import product
-from lib.regularizer import (
-    Activation,
-    ConvFieldsOfExperts,
-    DenseFieldsOfExperts,
-    FieldsOfExperts,
-    broadcast,
-)
+from lib.regularizer import Activation, ConvFieldsOfExperts, DenseFieldsOfExperts, FieldsOfExperts, broadcast
 from lib.solvers import StepMap
 
 MODELS = ("bilevel", "deq")

@@ -18,10 +18,11 @@ from benches import save
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
-from lib.config import RunConfig
+from lib.experiments.config import RunConfig
+from lib.experiments.problem import make_adjoint_solver, make_solver, one_thread
+from lib.experiments.trainer import Trainer
 from lib.models import MODELS
 from lib.solvers import Solver
-from lib.training import Trainer, make_adjoint_solver, make_solver, one_thread
 
 TASKS = ("inpainting", "deblurring")
 NEUMANN = (5, 20, 50)

@@ -19,10 +19,11 @@ import torch
 from benches import save
 from tqdm import tqdm
 
-from lib.config import FacesConfig, RunConfig, faces_config, grid, profile_config
+from lib.experiments.config import FacesConfig, RunConfig
+from lib.experiments.profiles import faces_config, grid, profile_config
+from lib.experiments.store import REPOSITORY
+from lib.experiments.trainer import Trainer, shared
 from lib.models import MODELS
-from lib.store import REPOSITORY
-from lib.training import Trainer, shared
 
 MACHINES: dict[str, dict[str, str]] = {
     "this one": {},

@@ -18,9 +18,10 @@ import torch
 from benches import save
 from tqdm import tqdm
 
-from lib.config import GRID, RunConfig, grid
-from lib.runs import default_device
-from lib.training import Trainer
+from lib.experiments.config import RunConfig
+from lib.experiments.profiles import GRID, grid
+from lib.experiments.runs import default_device
+from lib.experiments.trainer import Trainer
 
 ALONE = 4
 STEPS = {"quick": 6, "paper": 2}

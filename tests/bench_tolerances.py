@@ -16,11 +16,7 @@ from benches import save
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.implicit import implicit_fixed_point
-from lib.models import MODELS
-from lib.runs import Run, trained_kernels
-from lib.solvers import Anderson, Solution, Solver
-from lib.training import (
+from lib.experiments.problem import (
     generator,
     load_images,
     make_solver,
@@ -29,6 +25,10 @@ from lib.training import (
     preconditioning,
     restriction,
 )
+from lib.experiments.runs import Run, trained_kernels
+from lib.implicit import implicit_fixed_point
+from lib.models import MODELS
+from lib.solvers import Anderson, Solution, Solver
 
 IMAGES = 2
 TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6)

@@ -41,16 +41,9 @@ from torch.nn import functional
 from torchdeq import get_deq
 from tqdm import tqdm
 
-from lib.config import FacesConfig, RunConfig, faces_config
-from lib.implicit import implicit_fixed_point
-from lib.models import MODELS, FixedPointModel
-from lib.operators import TASKS, CircularBlur, Mask
-from lib.products import product
-from lib.solvers import Anderson, Solution, Solver
-from lib.training import (
-    PRECONDITIONER_AGE,
+from lib.experiments.config import FacesConfig, RunConfig
+from lib.experiments.problem import (
     Config,
-    Trainer,
     first_adjoint,
     first_iterate,
     generator,
@@ -64,6 +57,13 @@ from lib.training import (
     preconditioning,
     restriction,
 )
+from lib.experiments.profiles import faces_config
+from lib.experiments.trainer import PRECONDITIONER_AGE, Trainer
+from lib.implicit import implicit_fixed_point
+from lib.models import MODELS, FixedPointModel
+from lib.operators import TASKS, CircularBlur, Mask
+from lib.products import product
+from lib.solvers import Anderson, Solution, Solver
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lib.runs import code_version, environment
-from lib.store import RESULTS, write_atomic
+from lib.experiments.runs import code_version, environment
+from lib.experiments.store import RESULTS, write_atomic
 
 
 def save(

@@ -12,8 +12,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lib import data
-from lib.baselines import (
+from lib.experiments import data
+from lib.experiments.problem import psnr
+from lib.figures.baselines import (
     DIFFERENCES_NORM,
     best_weight,
     chambolle,
@@ -24,7 +25,6 @@ from lib.baselines import (
 from lib.kernels import difference_kernels, spectral_norm
 from lib.operators import CircularBlur, Identity, central_block_mask, diagonal_motion_kernel
 from lib.solvers import Anderson, fixed_point
-from lib.training import psnr
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

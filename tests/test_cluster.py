@@ -19,13 +19,14 @@ import pandas as pd
 import psutil
 import pytest
 
-from lib import cluster, runs, sweep
-from lib.cluster import LocalJobs, Share, SlurmJobs, job_options, train_on_cluster
-from lib.config import ConfigError, RunConfig, grid, parse_parameters
-from lib.runs import code_version, get_run, is_stored, run_folder, run_key
-from lib.store import REPOSITORY, read_sealed
-from lib.sweep import get_sweep, main
-from lib.training import shared
+from lib.experiments import cluster, runs, sweep
+from lib.experiments.cluster import LocalJobs, Share, SlurmJobs, job_options, train_on_cluster
+from lib.experiments.config import ConfigError, RunConfig, parse_parameters
+from lib.experiments.profiles import grid
+from lib.experiments.runs import code_version, get_run, is_stored, run_folder, run_key
+from lib.experiments.store import REPOSITORY, read_sealed
+from lib.experiments.sweep import get_sweep, main
+from lib.experiments.trainer import shared
 
 ARGUMENTS = [
     "--profile",
@@ -48,7 +49,7 @@ CONFIGS = grid("smoke", task="denoising", train_images=200, epochs=20)
 COMMAND = """
 import sys
 from pathlib import Path
-from lib import cluster, runs, sweep
+from lib.experiments import cluster, runs, sweep
 cluster.RESULTS = runs.RESULTS = sweep.RESULTS = Path(sys.argv[1])
 sys.exit(sweep.main(sys.argv[2:]))
 """

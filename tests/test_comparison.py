@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from lib.comparison import (
+from lib.experiments.sweep import Sweep
+from lib.figures.comparison import (
     NOT_DECIDED,
     NOT_REPRODUCED,
     OUTCOMES,
@@ -41,7 +42,6 @@ from lib.comparison import (
 )
 from lib.models import MODELS
 from lib.operators import TASKS
-from lib.sweep import Sweep
 
 RUN: dict[str, Any] = {
     "model": "bilevel",

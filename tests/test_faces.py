@@ -17,34 +17,26 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from lib import data, regularizer, runs, training
-from lib.config import (
-    DENOISING_SHARES,
-    FACES_PROFILES,
-    ConfigError,
-    FacesConfig,
-    RunConfig,
-    faces_config,
-)
-from lib.data import LARGEST_SIDE, DataError, faces, photograph_files, photographs
-from lib.kernels import spectral_norm
-from lib.models import MODELS
-from lib.operators import TASKS
-from lib.regularizer import GRADIENT_NORM
-from lib.runs import Run, data_digests, get_run, is_stored, run_key
-from lib.training import (
-    Member,
-    Metrics,
-    Trainer,
+from lib import regularizer
+from lib.experiments import data, runs
+from lib.experiments.config import ConfigError, FacesConfig, RunConfig
+from lib.experiments.data import LARGEST_SIDE, DataError, faces, photograph_files, photographs
+from lib.experiments.problem import (
     Weights,
     first_iterate,
     generator,
     image_shape,
     load_images,
     observe,
-    read_checkpoint,
     solve,
 )
+from lib.experiments.profiles import DENOISING_SHARES, FACES_PROFILES, faces_config
+from lib.experiments.runs import Run, data_digests, get_run, is_stored, run_key
+from lib.experiments.trainer import Member, Metrics, Trainer, read_checkpoint
+from lib.kernels import spectral_norm
+from lib.models import MODELS
+from lib.operators import TASKS
+from lib.regularizer import GRADIENT_NORM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -725,7 +717,7 @@ def test_a_member_that_diverges_takes_only_its_own_warm_start_away(monkeypatch: 
 
     def limit(trainer: Trainer) -> None:
         noisy, other = (train_losses(member)[0] for member in trainer.members)
-        monkeypatch.setattr(training, "LOSS_LIMIT", (noisy + other) / 2)
+        monkeypatch.setattr(trainer, "LOSS_LIMIT", (noisy + other) / 2)
 
     lost, kept = Trainer(configs).train(on_epoch=limit)
     assert lost.status == "diverged"

@@ -31,20 +31,13 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lib import notebooks, runs, sweep
-from lib.config import (
-    LIMITS,
-    ConfigError,
-    FacesConfig,
-    RunConfig,
-    faces_config,
-    grid,
-    parse_parameters,
-    profile_config,
-)
-from lib.runs import run_folder, run_key, train_runs
-from lib.store import REPOSITORY, read_sealed, remove_leftovers, set_aside, write_atomic
-from lib.training import Trainer, read_checkpoint
+from lib.experiments import runs, sweep
+from lib.experiments.config import LIMITS, ConfigError, FacesConfig, RunConfig, parse_parameters
+from lib.experiments.profiles import faces_config, grid, profile_config
+from lib.experiments.runs import run_folder, run_key, train_runs
+from lib.experiments.store import REPOSITORY, read_sealed, remove_leftovers, set_aside, write_atomic
+from lib.experiments.trainer import Trainer, read_checkpoint
+from lib.pages import notebooks
 
 VALUES: dict[str, Any] = {
     "task": ["inpainting", "denoising"],
@@ -72,7 +65,7 @@ KILLED = (
 SERVER = """
 import functools, json, multiprocessing, os, sys, time, traceback
 from pathlib import Path
-from lib import data, runs, sweep
+from lib.experiments import data, runs, sweep
 
 data.mnist = functools.cache(data.mnist)
 
@@ -137,7 +130,7 @@ well: a kill then meets training and writing, not imports. A log tells what was 
 
 @dataclass
 class Command:
-    """`python -m lib.sweep`, forked from the server.
+    """`python -m lib.experiments.sweep`, forked from the server.
 
     Attributes:
         server: the process that started it.
@@ -470,12 +463,12 @@ def call(checkout: Path, *arguments: str) -> tuple[int, str, str]:
 def test_runs_of_other_code_are_not_run(checkout: Path, undisturbed: Path) -> None:
     """After a change of the code that can change results, what it did not make is not counted as done."""
     shutil.copytree(undisturbed, checkout / "results")
-    status, told, error = call(checkout, "lib.sweep", *STATUS)
+    status, told, error = call(checkout, "lib.experiments.sweep", *STATUS)
     assert (status, error) == (0, "")
     assert told.splitlines()[-1].split()[-2:] == ["0", "32"]
     path = checkout / "lib" / "operators.py"
     path.write_text(path.read_text() + "\nNEW = 1\n")
-    status, told, error = call(checkout, "lib.sweep", *STATUS)
+    status, told, error = call(checkout, "lib.experiments.sweep", *STATUS)
     assert (status, error) == (0, "")
     assert told.splitlines()[-1].split() == ["all", "0", "0", "0", "0", "32", "32"]
 
@@ -495,7 +488,7 @@ def test_a_notebook_whose_results_cannot_be_written(
 ) -> None:
     """On a full or a read-only disk its last line says why and names the place, and it leaves no folder."""
     mount(small_results, f"remount,{options}")
-    status, told, error = call(checkout, "lib.notebooks", "run", "fig02", "--profile", "smoke")
+    status, told, error = call(checkout, "lib.pages.notebooks", "run", "fig02", "--profile", "smoke")
     assert (status, told) == (1, "")
     line = error.splitlines()[-1]
     assert "Traceback" not in error
@@ -514,7 +507,7 @@ def test_a_notebook_whose_process_is_killed_is_told_in_one_line(checkout: Path) 
     dying |= {"id": "dying", "source": "import os\nos.kill(os.getpid(), 9)", "metadata": {}}
     source["cells"].append(dying)
     (checkout / "nbs" / "dying.ipynb").write_text(json.dumps(source))
-    status, told, error = call(checkout, "lib.notebooks", "run", "dying", "--profile", "smoke")
+    status, told, error = call(checkout, "lib.pages.notebooks", "run", "dying", "--profile", "smoke")
     assert (status, told) == (1, "")
     assert error.splitlines()[-1] == "dying failed, its old result is as it was: Kernel died"
     assert "Traceback" not in error
@@ -575,7 +568,7 @@ def test_how_a_training_process_ends_is_not_missed(
 WRITE = """
 import sys
 from pathlib import Path
-from lib.store import write_atomic
+from lib.experiments.store import write_atomic
 for k in range(int(sys.argv[2])):
     write_atomic(Path(sys.argv[1]), bytes([k % 251]) * 2_000_000)
 """

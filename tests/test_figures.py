@@ -23,25 +23,22 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from lib import comparison
-from lib import sweep as sweeps
-from lib.config import RunConfig, grid
-from lib.figures import (
-    MODEL_COLORS,
+from lib.experiments import sweep as sweeps
+from lib.experiments.config import RunConfig
+from lib.experiments.profiles import grid
+from lib.experiments.runs import Run, get_run
+from lib.experiments.sweep import Sweep, get_sweep, load_sweep
+from lib.figures import comparison
+from lib.figures.grid import best_runs_figure, epochs_figure, loss_figure
+from lib.figures.reconstructions import (
     Reconstructions,
-    best_runs_figure,
     check_stored_losses,
-    epochs_figure,
-    loss_figure,
     print_rounded,
     reconstruction_figure,
-    save,
-    sweep_budget,
 )
+from lib.figures.style import MODEL_COLORS, save, sweep_budget
 from lib.models import MODELS
 from lib.operators import TASKS
-from lib.runs import Run, get_run
-from lib.sweep import Sweep, get_sweep, load_sweep
 
 NOISES, TAUS = (0.0, 0.1, 0.5), (0.1, 0.5, 0.9, 1.1)
 VALUES: dict[str, Any] = {"noise": NOISES, "tau": TAUS, "gamma": 0.1, "sigma": "relu"}

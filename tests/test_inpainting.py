@@ -19,15 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lib import inpainting
-from lib.baselines import harmonic_inpainting, tv_model
-from lib.config import FILLING, faces_config
+from lib.experiments.problem import load_images
+from lib.experiments.profiles import FILLING, faces_config
+from lib.experiments.runs import Run
+from lib.figures import inpainting
+from lib.figures.baselines import harmonic_inpainting, tv_model
 from lib.kernels import initial_kernels, spectral_norm
 from lib.operators import central_block_mask
 from lib.regularizer import GRADIENT_NORM
-from lib.runs import Run
 from lib.solvers import Anderson, PlainIteration, Status, fixed_point
-from lib.training import load_images
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.data import DATA, faces, mnist
-from lib.store import REPOSITORY
+from lib.experiments.data import DATA, faces, mnist
+from lib.experiments.store import REPOSITORY
 
 PROCESSES = 2
 """At a time; each computes on one thread."""
@@ -32,7 +32,7 @@ class Fault:
 
     Attributes:
         name: what is wrong.
-        file: of `lib`, without its suffix.
+        file: in `lib`, without its suffix.
         old: a text that occurs there once.
         new: what stands in its place.
         noticed: `test_file.py::test`, which may end with a parameter in brackets, or the name of a notebook.
@@ -149,7 +149,7 @@ FAULTS = [
     ),
     Fault(
         "the norm of the kernels is not measured again after a step",
-        "training",
+        "experiments/trainer",
         "self.model.regularizer.refresh()",
         "pass",
         "test_faces.py::test_trained_kernels_keep_the_norm_of_the_gradient",
@@ -213,7 +213,7 @@ FAULTS = [
     ),
     Fault(
         "the preconditioner is never made again",
-        "training",
+        "experiments/trainer",
         "step % PRECONDITIONER_AGE == 0",
         "self.step == 0",
         "test_training.py::test_a_preconditioner_is_of_the_weights_of_its_age",
@@ -221,42 +221,42 @@ FAULTS = [
     # Data and random numbers.
     Fault(
         "the training images are test images",
-        "training",
+        "experiments/trainer",
         'loaded["train"].to(',
         'loaded["test"].to(',
         "test_training.py::test_the_training_loss_is_a_mean_over_images",
     ),
     Fault(
         "people of the test set are in the training set",
-        "data",
+        "experiments/data",
         "people[:FACE_TRAIN_PEOPLE]",
         "people[1 : FACE_TRAIN_PEOPLE + 1]",
         "test_data.py::test_faces_are_split_by_person",
     ),
     Fault(
         "the training noise is drawn from the global state",
-        "training",
+        "experiments/trainer",
         "torch.randn(batch.shape, generator=draws)",
         "torch.randn(batch.shape)",
         "test_training.py::test_training_is_repeatable_and_leaves_the_global_generator_alone",
     ),
     Fault(
         "the test noise is drawn from the global state",
-        "training",
+        "experiments/problem",
         'torch.randn(shape, generator=generator(config.seed, "test noise"))',
         "torch.randn(shape)",
         "fig02",
     ),
     Fault(
         "the noise is added before the operator",
-        "training",
+        "experiments/problem",
         "operator.forward(images) + noise[..., None, None, None, None] * n",
         "operator.forward(images + noise[..., None, None, None, None] * n)",
         "test_inpainting.py::test_the_data_are_the_masked_images_and_noise",
     ),
     Fault(
         "the seed is ignored",
-        "training",
+        "experiments/problem",
         "for part in (seed, *purpose)",
         "for part in purpose",
         "test_training.py::test_another_seed_is_another_training",
@@ -264,21 +264,21 @@ FAULTS = [
     # Training.
     Fault(
         "the learning rate does not fall to its end",
-        "training",
+        "experiments/trainer",
         "math.cos(math.pi * passed)",
         "math.cos(passed)",
         "test_training.py::test_learning_rate_is_a_cosine_between_its_ends",
     ),
     Fault(
         "the schedule goes by epochs",
-        "training",
+        "experiments/trainer",
         "learning_rate(self.config, self.step, total_steps(self.config))",
         "learning_rate(self.config, self.epoch, self.config.epochs)",
         "test_training.py::test_each_step_is_taken_with_its_learning_rate",
     ),
     Fault(
         "a diverged training has completed",
-        "training",
+        "experiments/trainer",
         '"completed", "diverged", "out of time"',
         '"completed", "completed", "out of time"',
         "test_training.py::test_a_stack_of_diverging_members_ends",
@@ -286,28 +286,28 @@ FAULTS = [
     # The store.
     Fault(
         "runs of other code are loaded",
-        "runs",
+        "experiments/runs",
         "digest.update(ast.dump(tree).encode())",
         "ast.dump(tree)",
         "test_runs.py::test_the_key_depends_on_the_code",
     ),
     Fault(
         "the key does not know the code",
-        "runs",
+        "experiments/runs",
         'data_digests(config),\n        "code": code_version(),\n    }\n    return',
         "data_digests(config),\n    }\n    return",
         "test_runs.py::test_the_key_depends_on_the_code",
     ),
     Fault(
         "the run of another configuration is loaded",
-        "runs",
+        "experiments/runs",
         'record["config"] != config.model_dump()',
         'record["config"] is None',
         "test_runs.py::test_a_record_of_another_configuration_is_noticed",
     ),
     Fault(
         "weights of another run are loaded",
-        "runs",
+        "experiments/runs",
         'record["weights"] != hashlib.sha256(content).hexdigest()',
         'record["weights"] is None',
         "test_runs.py::test_weights_of_another_run_are_noticed",
@@ -315,63 +315,63 @@ FAULTS = [
     # The sweep, its statistics and its figures.
     Fault(
         "the final test loss is the lowest one",
-        "sweep",
+        "experiments/sweep",
         "row |= {name: metrics[name] for name in metrics",
         "row |= {name: min(metrics[name], row.get(name, metrics[name])) for name in metrics",
         "test_sweep.py::test_a_row_has_the_last_epochs_numbers",
     ),
     Fault(
         "diverged runs are kept",
-        "comparison",
+        "figures/comparison",
         'runs["status"] == DIVERGED',
         'runs["status"] == NOT_RUN',
         "test_comparison.py::test_the_outcome_of_a_run",
     ),
     Fault(
         "the threshold of the losses is ignored",
-        "comparison",
+        "figures/comparison",
         'runs["test_loss"] <= threshold',
         'runs["test_loss"] <= LOSS_THRESHOLD',
         "test_comparison.py::test_the_threshold_is_a_parameter",
     ),
     Fault(
         "the counts under the boxes ignore the threshold",
-        "figures",
+        "figures/grid",
         "comparison.outcome_table(sweep.runs, threshold)",
         "comparison.outcome_table(sweep.runs)",
         "test_figures.py::test_the_losses_are_counted_under_their_boxes",
     ),
     Fault(
         "the boxes of the models are swapped",
-        "figures",
+        "figures/grid",
         '(kept["model"] == model)',
         '(kept["model"] != model)',
         "test_figures.py::test_the_boxes_are_of_the_kept_runs",
     ),
     Fault(
         "the paired differences have the models swapped",
-        "comparison",
+        "figures/comparison",
         'pairs["bilevel"] - pairs["deq"]',
         'pairs["deq"] - pairs["bilevel"]',
         "test_comparison.py::test_pairs_are_one_configuration_of_both_models",
     ),
     Fault(
         "the reconstructions of the models are swapped in the picture",
-        "figures",
+        "figures/reconstructions",
         "result.outputs[model]",
         "result.outputs[models[models.index(model) - 1]]",
         "test_figures.py::test_reconstructions_stand_in_the_column_of_their_model",
     ),
     Fault(
         "the titles of the models are swapped in the picture",
-        "figures",
+        "figures/reconstructions",
         "after = result.table.loc[model]",
         "after = result.table.loc[models[models.index(model) - 1]]",
         "test_figures.py::test_reconstructions_stand_in_the_column_of_their_model",
     ),
     Fault(
         "models are reconstructed with each other's weights",
-        "figures",
+        "figures/reconstructions",
         "model = run.model(stacked=True)",
         "model = list(runs.values())[-1].model(stacked=True)",
         "fig02",
@@ -399,7 +399,7 @@ class Trial:
         if self.fault is not None:
             self.fault.plant(folder)
         if is_notebook(self.selection[0]):
-            command = ["lib.notebooks", "run", *self.selection, "--profile", "smoke"]
+            command = ["lib.pages.notebooks", "run", *self.selection, "--profile", "smoke"]
         else:
             tests = [f"tests/{test}" for test in self.selection]
             command = ["pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line"]

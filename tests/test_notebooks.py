@@ -13,8 +13,8 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
-from lib import notebooks
-from lib.config import ConfigError
+from lib.experiments.config import ConfigError
+from lib.pages import notebooks
 
 NAMES = sorted(path.stem.partition("_")[0] for path in notebooks.NOTEBOOKS.glob("fig*.ipynb"))
 

@@ -215,7 +215,7 @@ def test_a_blur_larger_than_the_image_is_refused(height: int, width: int) -> Non
 @pytest.fixture(scope="module")
 def physics() -> ModuleType:
     """DeepInverse's operators. It imports torchvision, which `lib.data` makes importable beside any torch."""
-    importlib.import_module("lib.data")
+    importlib.import_module("lib.experiments.data")
     return importlib.import_module("deepinv.physics")
 
 

@@ -24,11 +24,11 @@ from bench_reproducibility import MACHINES, METRICS, spread
 from bs4 import BeautifulSoup, Tag
 from PIL import Image
 
-from lib import report
-from lib.comparison import NOT_DECIDED, NOT_REPRODUCED, REPRODUCED, Claim
-from lib.config import ConfigError
-from lib.notebooks import NOTEBOOKS
-from lib.store import REPOSITORY
+from lib.experiments.config import ConfigError
+from lib.experiments.store import REPOSITORY
+from lib.figures.comparison import NOT_DECIDED, NOT_REPRODUCED, REPRODUCED, Claim
+from lib.pages import report
+from lib.pages.notebooks import NOTEBOOKS
 
 NAMES = sorted(path.stem.partition("_")[0] for path in NOTEBOOKS.glob("fig*.ipynb"))
 ABSENT = ["fig11", "fig17"]

@@ -30,9 +30,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from lib import data, runs, training
-from lib.config import RunConfig
-from lib.runs import (
+from lib.experiments import data, problem, runs
+from lib.experiments.config import RunConfig
+from lib.experiments.runs import (
     STACK_NUMBERS,
     Progress,
     Run,
@@ -48,8 +48,8 @@ from lib.runs import (
     train_runs,
     train_stack,
 )
-from lib.store import REPOSITORY, read_sealed
-from lib.training import Member, Trainer, read_checkpoint, shared, total_steps
+from lib.experiments.store import REPOSITORY, read_sealed
+from lib.experiments.trainer import Member, Trainer, read_checkpoint, shared, total_steps
 
 SMALL: dict[str, Any] = {
     "size": 7,
@@ -76,14 +76,14 @@ STATUSES = ["completed", "completed", "diverged", "diverged", "completed"]
 STEPS = total_steps(STACK[0])
 
 REQUEST = """
-from lib.config import RunConfig
-from lib.runs import get_run
+from lib.experiments.config import RunConfig
+from lib.experiments.runs import get_run
 """
 
 TELL_IMPORTS = """
 import json, os, sys
-from lib import runs
-from lib.config import RunConfig
+from lib.experiments import runs
+from lib.experiments.config import RunConfig
 
 class Telling(runs.Trainer):
     def train(self, *args, **kwargs):
@@ -95,7 +95,7 @@ runs.Trainer = Telling
 
 LOG_TRAININGS = """
 import os
-from lib import runs
+from lib.experiments import runs
 
 class Telling(runs.Trainer):
     def train(self, *args, **kwargs):
@@ -255,11 +255,11 @@ def test_a_loaded_model_reproduces_its_test_loss(results: Path, values: dict[str
     images = data.mnist("test", config.test_images, config.size)
     last = run.history.iloc[-1]
     for model, noise in ((run.model(), config.noise), (run.model(stacked=True), [config.noise])):
-        n = training.test_noise(config)
-        f = training.observe(training.make_operator(config), images, torch.tensor(noise), n)
-        mse = (training.solve(model, f, config).value - images).square().mean((-3, -2, -1))
+        n = problem.test_noise(config)
+        f = problem.observe(problem.make_operator(config), images, torch.tensor(noise), n)
+        mse = (problem.solve(model, f, config).value - images).square().mean((-3, -2, -1))
         assert mse.mean().item() == pytest.approx(last["test_loss"], rel=1e-5)
-        assert training.psnr(mse).mean().item() == pytest.approx(last["test_psnr"], rel=1e-5)
+        assert problem.psnr(mse).mean().item() == pytest.approx(last["test_psnr"], rel=1e-5)
     assert last["test_loss"] != pytest.approx(run.history["test_loss"].iloc[0], rel=1e-4)
 
 
@@ -308,30 +308,29 @@ def test_the_code_version_ignores_comments_and_docstrings(sources: Path) -> None
     assert code_version() == version
 
 
-@pytest.mark.parametrize("module", runs.RESULT_MODULES)
-def test_each_module_counts(sources: Path, module: str) -> None:
+@pytest.mark.parametrize("file", runs.RESULT_FILES)
+def test_each_file_counts(sources: Path, file: str) -> None:
     """A new statement in any module that can change a result is another version."""
     version = code_version()
-    with (sources / f"{module}.py").open("a") as file:
-        file.write("\nNEW = 1\n")
+    with (sources / file).open("a") as source:
+        source.write("\nNEW = 1\n")
     code_version.cache_clear()
     assert code_version() != version
 
 
-def test_no_module_that_training_uses_is_forgotten() -> None:
-    """All that `lib.training` imports counts, but the configuration, which is in the key, and the store."""
-    found, waiting = set[str](), ["training"]
+def test_no_file_that_training_uses_is_forgotten() -> None:
+    """All that the trainer imports counts, but the configuration, which is in the key, and the store."""
+    found, waiting = set[str](), ["lib.experiments.trainer"]
     while waiting:
         module = waiting.pop()
-        if module in found:
+        path = Path(*module.split(".")[1:]).with_suffix(".py")
+        if module == "lib" or str(path) in found or not (REPOSITORY / "lib" / path).exists():
             continue
-        found.add(module)
-        for node in ast.walk(ast.parse((REPOSITORY / "lib" / f"{module}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module == "lib":
-                waiting += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lib."):
-                waiting.append(node.module.removeprefix("lib."))
-    assert found - {"config", "store"} == set(runs.RESULT_MODULES)
+        found.add(str(path))
+        for node in ast.walk(ast.parse((REPOSITORY / "lib" / path).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lib"):
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    assert found - {"experiments/config.py", "experiments/store.py"} == set(runs.RESULT_FILES)
 
 
 def in_the_seal(content: bytes) -> int:
@@ -978,8 +977,8 @@ def test_two_sweeps_train_each_run_once(
     imports = f"""
 import json, os, sys
 import __main__
-from lib.config import RunConfig
-from lib.runs import is_stored, train_runs
+from lib.experiments.config import RunConfig
+from lib.experiments.runs import is_stored, train_runs
 __main__.__file__ = {str(main)!r}
 """
     body = f"""
@@ -1007,8 +1006,8 @@ def sweep_in_a_group(
 ) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """A process group that trains `SWEEP`, its training processes started or with a checkpoint each."""
     request = f"""
-from lib.config import RunConfig
-from lib.runs import train_runs
+from lib.experiments.config import RunConfig
+from lib.experiments.runs import train_runs
 train_runs([RunConfig(**values) for values in {[config.model_dump() for config in SWEEP]}], {str(results)!r})
 """
     process = stack.enter_context(

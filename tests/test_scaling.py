@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import scaling
-from lib.config import ConfigError
-from lib.scaling import SOLVER_STEPS, Size, cost_table, memory_table, problem, training_step
+from lib.experiments.config import ConfigError
+from lib.figures import scaling
+from lib.figures.scaling import SOLVER_STEPS, Size, cost_table, memory_table, problem, training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

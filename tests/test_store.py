@@ -16,14 +16,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lib.store import REPOSITORY, DamagedFile, read_sealed, set_aside, write_atomic, write_sealed
+from lib.experiments.store import REPOSITORY, DamagedFile, read_sealed, set_aside, write_atomic, write_sealed
 
 CONTENTS = st.binary(max_size=200)
 
 WRITE_FOR_EVER = """
 import itertools, sys
 from pathlib import Path
-from lib.store import write_atomic
+from lib.experiments.store import write_atomic
 for k in itertools.count():
     write_atomic(Path(sys.argv[1]), bytes([k % 251]) * (1_000_000 + k % 251))
 """

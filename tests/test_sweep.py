@@ -16,12 +16,13 @@ import pandas as pd
 import pytest
 import yaml
 
-from lib import runs, sweep, training
-from lib.config import ConfigError, RunConfig, grid
-from lib.data import MNIST_FILES, DataError
-from lib.runs import code_version, get_run, run_folder, run_key
-from lib.store import REPOSITORY
-from lib.sweep import Sweep, duration, get_sweep, main, plan, print_plan, status
+from lib.experiments import runs, sweep, trainer
+from lib.experiments.config import ConfigError, RunConfig
+from lib.experiments.data import MNIST_FILES, DataError
+from lib.experiments.profiles import grid
+from lib.experiments.runs import code_version, get_run, run_folder, run_key
+from lib.experiments.store import REPOSITORY
+from lib.experiments.sweep import Sweep, duration, get_sweep, main, plan, print_plan, status
 
 TINY: dict[str, Any] = {
     "task": ["inpainting", "denoising"],
@@ -329,7 +330,7 @@ def test_the_plan_is_of_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_plan_grows_with_the_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that ticks evenly a thousand times the epochs take about a thousand times as long, but
     no longer than the time budget."""
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=count().__next__))
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=count().__next__))
     values = SOLVABLE | {"model": "deq", "time_budget": 1e6, "test_images": 1}
     short = plan(grid("smoke", **values), tmp_path)["wall"].sum()
     long = plan(grid("smoke", **values | {"epochs": 2000}), tmp_path)["wall"].sum()

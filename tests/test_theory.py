@@ -13,13 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib import theory
-from lib.config import faces_config
-from lib.models import FixedPointModel
-from lib.regularizer import GRADIENT_NORM
-from lib.runs import Run
-from lib.solvers import Anderson, PlainIteration, Status, fixed_point
-from lib.theory import (
+from lib.experiments.profiles import faces_config
+from lib.experiments.runs import Run
+from lib.figures import theory
+from lib.figures.theory import (
     SmallProblem,
     check_shares,
     equilibrium_gradients,
@@ -31,6 +28,9 @@ from lib.theory import (
     small_problem,
     trained_skew_shares,
 )
+from lib.models import FixedPointModel
+from lib.regularizer import GRADIENT_NORM
+from lib.solvers import Anderson, PlainIteration, Status, fixed_point
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,23 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib import data, training
-from lib.config import RunConfig
+from lib.experiments import data, problem, trainer
+from lib.experiments.config import RunConfig
+from lib.experiments.problem import generator, make_adjoint_solver, make_solver, psnr
+from lib.experiments.trainer import STACKED, Member, Metrics, Trainer, learning_rate
 from lib.implicit import implicit_fixed_point
 from lib.models import FixedPointModel
 from lib.operators import TASKS
 from lib.solvers import PlainIteration, Solution
-from lib.training import (
-    STACKED,
-    Member,
-    Metrics,
-    Trainer,
-    generator,
-    learning_rate,
-    make_adjoint_solver,
-    make_solver,
-    psnr,
-)
 
 SMALL: dict[str, Any] = {
     "size": 7,
@@ -81,7 +72,7 @@ def ticking(seconds: float) -> Iterator[None]:
     looks = count()
     with pytest.MonkeyPatch.context() as patch:
         clock = SimpleNamespace(perf_counter=lambda: next(looks) * seconds)
-        patch.setattr(training, "time", clock)
+        patch.setattr(trainer, "time", clock)
         yield
 
 
@@ -104,7 +95,7 @@ def test_each_step_is_taken_with_its_learning_rate() -> None:
     trainer, rates = Trainer([config]), list[float]()
     trainer.train(on_step=lambda: rates.append(trainer.optimizer.param_groups[0]["lr"]))
     assert trainer.step == len(rates)
-    total = 2 * training.steps_per_epoch(config)
+    total = 2 * trainer.steps_per_epoch(config)
     assert total == 10
     assert rates == [learning_rate(config, step, total) for step in range(total)]
 
@@ -324,7 +315,7 @@ def test_a_checkpoint_ends_with_the_same_bits(configs: list[RunConfig]) -> None:
         for indices in {tuple(saved), tuple(saved)[::-1], *((index,) for index in saved)}:
             trainer = Trainer([configs[i] for i in indices], checkpoints=[saved[i] for i in indices])
             assert trainer.epoch == epoch
-            assert trainer.step == epoch * training.steps_per_epoch(configs[0])
+            assert trainer.step == epoch * trainer.steps_per_epoch(configs[0])
             for index, resumed in zip(indices, trainer.train(), strict=True):
                 assert_same_bits(resumed, members[index])
                 before = members[index].history[: epoch + 1]
@@ -362,7 +353,7 @@ def test_a_checkpoint_says_what_it_holds() -> None:
     """Its epoch, its member's history and seconds, and the weights without the stack's dimension."""
     configs = [small(model="deq"), small(model="deq", noise=1.0)]
     (member,) = train(configs[1])
-    state = training.read_checkpoint(saved_after(2, *configs)[1])
+    state = trainer.read_checkpoint(saved_after(2, *configs)[1])
     assert state["epoch"] == 2
     assert timeless(state["history"]) == timeless(member.history)
     assert state["seconds"] == state["history"][-1]["seconds"]
@@ -409,7 +400,7 @@ def test_all_time_is_charged_and_to_living_members_only() -> None:
     with ticking(1.0):
         members = train(*configs)
     assert [member.status for member in members] == ["completed", "diverged", "diverged", "completed"]
-    steps = 3 * training.steps_per_epoch(configs[0])
+    steps = 3 * trainer.steps_per_epoch(configs[0])
     assert sum(member.seconds for member in members) == pytest.approx(steps + 4)
     for member in members:
         seconds = [0.0, *(row["seconds"] for row in member.history)]
@@ -450,7 +441,7 @@ def test_a_resumed_member_goes_on_with_its_seconds() -> None:
 
 
 @pytest.mark.parametrize("model", ["bilevel", "deq"])
-@training.one_thread()
+@problem.one_thread()
 def test_the_gradient_is_that_of_the_unrolled_iteration(model: str) -> None:
     """A training step's implicit gradient is autograd's, of the loss after 100 explicit iterations."""
     config = small(
@@ -506,26 +497,26 @@ def test_test_noise_is_the_same_in_every_epoch() -> None:
 def test_test_noise_depends_on_the_seed_alone() -> None:
     """The draws are standard normal and shared by models, noises, batch sizes and epochs."""
     config = RunConfig(size=14, test_images=200)
-    n = training.test_noise(config)
+    n = problem.test_noise(config)
     assert n.shape == (200, 1, 14, 14)
     assert n.mean().abs() < 0.02
     assert abs(n.std() - 1) < 0.02
     other = RunConfig(size=14, test_images=200, model="deq", noise=2.0, batch_size=10, epochs=1, tau=0.1)
-    assert torch.equal(training.test_noise(other), n)
-    assert not torch.equal(training.test_noise(config.model_copy(update={"seed": 1})), n)
+    assert torch.equal(problem.test_noise(other), n)
+    assert not torch.equal(problem.test_noise(config.model_copy(update={"seed": 1})), n)
 
 
 def test_the_training_loss_is_a_mean_over_images() -> None:
     """Also where the last batch is smaller: the mean of all images' errors, each batch with its noise."""
     config = small(train_images=50, epochs=1, learning_rate=1e-30, final_learning_rate=0.0)
     (member,) = train(config)
-    model = training.make_model([config])
+    model = problem.make_model([config])
     draws = generator(config.seed, "noise", 0)
     order = torch.randperm(50, generator=generator(config.seed, "order", 0))
     errors = []
     for batch in data.mnist("train", 50, 7)[order].split(20):
         f = (batch + config.noise * torch.randn(batch.shape, generator=draws))[None]
-        solution = training.solve(model, f, config)
+        solution = problem.solve(model, f, config)
         errors.append((solution.value[0] - batch).square().mean((1, 2, 3)))
     assert len(errors[-1]) == 10
     assert member.history[1]["train_loss"] == pytest.approx(torch.cat(errors).mean().item(), rel=1e-5)
@@ -535,7 +526,7 @@ def test_batches_do_not_change_the_evaluation(monkeypatch: pytest.MonkeyPatch) -
     """Test metrics are means over images, whatever the batches of either loop."""
     rows = []
     for size in (7, 50, 100):
-        monkeypatch.setattr(training, "TEST_BATCH", size)
+        monkeypatch.setattr(trainer, "TEST_BATCH", size)
         rows += [train(small(batch_size=batch, epochs=1))[0].history[0] for batch in (20, 100)]
     for one, other in zip(timeless(rows[::2]), timeless(rows[1::2]), strict=True):
         assert one == other
@@ -548,10 +539,10 @@ def test_batches_do_not_change_the_evaluation(monkeypatch: pytest.MonkeyPatch) -
 def test_the_adjoint_is_a_neumann_series_where_the_operator_loses_something(task: str, steps: int) -> None:
     """`w` is the sum of `(J^T)^j dL/du` for `j` from 0 to `neumann_steps`, with the dense Jacobian `J`."""
     config = small(task=task, model="deq", neumann_steps=steps, gamma=0.3, tol=1e-9)
-    model = training.make_model([config]).double()
+    model = problem.make_model([config]).double()
     truth, n = torch.randn(2, 3, 1, 7, 7, generator=generator(0, "test"), dtype=torch.float64)
-    f = training.observe(model.operator, truth, torch.tensor([0.1], dtype=torch.float64), n)
-    T, u0 = model.step_map(f), training.first_iterate(f, config)
+    f = problem.observe(model.operator, truth, torch.tensor([0.1], dtype=torch.float64), n)
+    T, u0 = model.step_map(f), problem.first_iterate(f, config)
     adjoints: list[Solution] = []
     solution = implicit_fixed_point(
         T, u0, make_solver(config), make_adjoint_solver(config), adjoints.append, model.vjp
@@ -575,9 +566,9 @@ def test_the_adjoint_is_a_neumann_series_where_the_operator_loses_something(task
 def test_without_a_regularizer_the_adjoint_of_denoising_starts_at_its_solution(task: str) -> None:
     """`w = (1 - tau lambda) w + dL/du` for each member; elsewhere it starts at its right-hand side."""
     configs = [small(task=task, tau=tau, lam=lam, gamma=0.0) for tau, lam in ((0.1, 1.0), (0.5, 0.7))]
-    model = training.make_model(configs)
+    model = problem.make_model(configs)
     u, g = torch.randn(2, 2, 3, 1, 7, 7, generator=generator(0, "test"))
-    w = training.first_adjoint(g, model, configs[0])
+    w = problem.first_adjoint(g, model, configs[0])
     if task == "denoising":
         torch.testing.assert_close(model.vjp(u)(w) + g, w)
     else:
@@ -604,7 +595,7 @@ def test_a_preconditioner_is_of_the_weights_of_its_age(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(FixedPointModel, "preconditioner", telling)
     trainer = Trainer([small(task="inpainting", precondition=True, batch_size=7, test_images=1)])
-    assert training.steps_per_epoch(trainer.config) == 15
+    assert trainer.steps_per_epoch(trainer.config) == 15
     trainer.train()
     assert [step for step, _ in made] == [0, 0, 10, 15, 15, 25, 30]
     assert not torch.equal(made[1][1], made[2][1])
@@ -617,10 +608,10 @@ def test_preconditioned_solves_come_nearer_to_the_solution_in_fewer_steps(task: 
     plain = small(task=task, size=14, gamma=0.5)
     config = plain.model_copy(update={"precondition": True})
     exact = plain.model_copy(update={"neumann_steps": 0, "tol": 1e-7, "max_steps": 5000, "patience": None})
-    model = training.make_model([config])
-    truth = training.load_images(config)["train"][:10]
+    model = problem.make_model([config])
+    truth = problem.load_images(config)["train"][:10]
     n = torch.randn(truth.shape, generator=generator(0, "test"))
-    f = training.observe(model.operator, truth, torch.tensor([0.1]), n)
+    f = problem.observe(model.operator, truth, torch.tensor([0.1]), n)
 
     def gradient(config: RunConfig) -> tuple[Solution, Solution, Tensor]:
         model.zero_grad()
@@ -628,13 +619,13 @@ def test_preconditioned_solves_come_nearer_to_the_solution_in_fewer_steps(task: 
         P = model.preconditioner(f.shape[-3:]) if config.precondition else None
         solution = implicit_fixed_point(
             model.step_map(f),
-            training.first_iterate(f, config),
+            problem.first_iterate(f, config),
             make_solver(config),
             make_adjoint_solver(config),
             adjoint.append,
             model.vjp,
-            lambda g: training.first_adjoint(g, model, config, training.preconditioning(model, P)),
-            precondition=training.preconditioning(model, P),
+            lambda g: problem.first_adjoint(g, model, config, problem.preconditioning(model, P)),
+            precondition=problem.preconditioning(model, P),
         )
         (solution.value - truth).square().mean().backward()
         assert model.regularizer.A.grad is not None
@@ -645,7 +636,7 @@ def test_preconditioned_solves_come_nearer_to_the_solution_in_fewer_steps(task: 
     )
     assert u.residual.le(config.tol).all()
     assert u.steps.max() < u_plain.steps.max() / 2
-    assert w.steps.max() <= training.PRECONDITIONED_STEPS < w_plain.steps.max() / 2
+    assert w.steps.max() <= problem.PRECONDITIONED_STEPS < w_plain.steps.max() / 2
     for ours, theirs, right in ((u, u_plain, u_exact), (w, w_plain, w_exact)):
         assert (ours.value - right.value).norm() < 0.8 * (theirs.value - right.value).norm()
     assert (g - g_exact).norm() < 0.8 * (g_plain - g_exact).norm()

@@ -1,4 +1,4 @@
-"""Executes the figures' notebooks: `python -m lib.notebooks run fig02 --profile quick -p gamma 0.5`.
+"""Executes the figures' notebooks: `python -m lib.pages.notebooks run fig02 --profile quick -p gamma 0.5`.
 
 papermill runs a notebook with other parameters and stores the executed copy beside the figure. A
 notebook that fails leaves the figure's folder as it was.
@@ -19,10 +19,11 @@ import papermill
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from lib.config import PROFILES, ConfigError, named, parse_parameters, require_name
-from lib.data import DataError
-from lib.runs import KERNELS, REFERENCE
-from lib.store import REPOSITORY, RESULTS, write_atomic
+from lib.experiments.config import ConfigError, named, parse_parameters, require_name
+from lib.experiments.data import DataError
+from lib.experiments.profiles import PROFILES
+from lib.experiments.runs import KERNELS, REFERENCE
+from lib.experiments.store import REPOSITORY, RESULTS, write_atomic
 
 NOTEBOOKS = REPOSITORY / "nbs"
 
@@ -118,7 +119,7 @@ def refresh(name: str) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lib.notebooks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lib.pages.notebooks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="execute notebooks into results/<profile>/")
     runner.add_argument("names", nargs="+", metavar="figNN")

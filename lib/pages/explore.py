@@ -1,7 +1,7 @@
 """A sweep to walk through: everything about one selection of its parameters in one picture.
 
-`python -m lib.explore collect --profile quick` takes the tables and some reconstructions of a trained sweep
-out of the store of runs; the explorer then needs neither runs nor data.
+`python -m lib.pages.explore collect --profile quick` takes the tables and some reconstructions of a trained
+sweep out of the store of runs; the explorer then needs neither runs nor data.
 """
 
 from __future__ import annotations
@@ -30,24 +30,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.comparison import PAIRED
-from lib.config import SWEEPS, ConfigError, RunConfig, grid, parse_parameters, shown
-from lib.data import DataError
-from lib.figures import (
-    MODEL_COLORS,
-    MODEL_LINES,
-    MODEL_NAMES,
-    STYLE,
-    TEXT_WIDTH,
-    budget,
-    note,
-    reconstruct,
-)
+from lib.experiments.config import ConfigError, RunConfig, parse_parameters, shown
+from lib.experiments.data import DataError
+from lib.experiments.problem import load_images, make_operator, observe, test_noise
+from lib.experiments.profiles import SWEEPS, grid
+from lib.experiments.runs import Run, default_device, environment, get_run
+from lib.experiments.store import RESULTS, DamagedFile, write_atomic
+from lib.experiments.sweep import NOT_RUN, Sweep, load_sweep
+from lib.experiments.trainer import COMPLETED
+from lib.figures.comparison import PAIRED
+from lib.figures.reconstructions import reconstruct
+from lib.figures.style import MODEL_COLORS, MODEL_LINES, MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.models import MODELS
-from lib.runs import Run, default_device, environment, get_run
-from lib.store import RESULTS, DamagedFile, write_atomic
-from lib.sweep import NOT_RUN, Sweep, load_sweep
-from lib.training import COMPLETED, load_images, make_operator, observe, test_noise
 
 Pixels = NDArray[np.uint8]
 
@@ -149,7 +143,7 @@ def collect(profile: str, /, results: Path | str | None = None, **values: Any) -
     Args:
         profile: name of the profile.
         results: folder of the results, with the runs in `runs/`; the repository's when None.
-        values: parameters and axes that replace the profile's (see `lib.config.grid`).
+        values: parameters and axes that replace the profile's (see `lib.experiments.profiles.grid`).
 
     Returns:
         The folder with the table.
@@ -255,8 +249,8 @@ def load(profile: str = "quick", results: Path | str | None = None) -> Table:
             contents[name] = io.BytesIO(content)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
-            f"{error.filename} is missing; `python -m lib.explore collect --profile {profile}` makes it from "
-            "a trained sweep"
+            f"{error.filename} is missing; `python -m lib.pages.explore collect --profile {profile}` makes it "
+            "from a trained sweep"
         ) from None
     except (ValueError, KeyError, TypeError):
         raise DamagedFile(f"{folder / 'provenance.json'}: it does not list the table's checksums") from None
@@ -420,7 +414,7 @@ def _control(name: str, levels: list[Any], value: Any) -> widgets.Widget:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lib.explore", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lib.pages.explore", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("collect", help="make a profile's table from the stored runs")
     command.add_argument("--profile", default="quick")

@@ -1,4 +1,4 @@
-"""The report page of a profile: `python -m lib.report --profile quick` writes `results/quick/index.html`.
+"""The report page of a profile, `results/quick/index.html`: `python -m lib.pages.report --profile quick`.
 
 The page is made of what the figures' folders hold and of the notebooks' own words, and computes nothing. It
 carries its pictures and its style, and is read without a network; in the figures' folders lie the executed
@@ -32,12 +32,13 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
-from lib.comparison import VERDICTS, Claim
-from lib.config import PROFILES, ConfigError
-from lib.notebooks import NOTEBOOKS
-from lib.runs import code_version
-from lib.store import RESULTS, write_atomic
-from lib.training import COMPLETED
+from lib.experiments.config import ConfigError
+from lib.experiments.profiles import PROFILES
+from lib.experiments.runs import code_version
+from lib.experiments.store import RESULTS, write_atomic
+from lib.experiments.trainer import COMPLETED
+from lib.figures.comparison import VERDICTS, Claim
+from lib.pages.notebooks import NOTEBOOKS
 
 T = TypeVar("T")
 
@@ -457,7 +458,7 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lib.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lib.pages.report", description=__doc__)
     parser.add_argument("--profile", default="quick")
     options = parser.parse_args(arguments)
     try:

@@ -1,7 +1,8 @@
 """The grid of the paper: all its configurations trained, and what came out as two tidy tables.
 
-`python -m lib.sweep run --profile quick -p tau "[0.1, 0.5]"` trains what is not stored yet; `status` and
-`plan` tell what is done and how long the rest will take. `run --cluster slurm` trains on more machines.
+`python -m lib.experiments.sweep run --profile quick -p tau "[0.1, 0.5]"` trains what is not stored yet;
+`status` and `plan` tell what is done and how long the rest will take. `run --cluster slurm` trains on more
+machines.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from lib.cluster import LocalJobs, job_options, train_on_cluster
-from lib.config import ConfigError, RunConfig, grid, parse_parameters, shown
-from lib.data import DataError
-from lib.runs import (
+from lib.experiments.cluster import LocalJobs, job_options, train_on_cluster
+from lib.experiments.config import ConfigError, RunConfig, parse_parameters, shown
+from lib.experiments.data import DataError
+from lib.experiments.profiles import grid
+from lib.experiments.runs import (
     DATA_DIGESTS,
     code_version,
     default_device,
@@ -34,8 +36,16 @@ from lib.runs import (
     train_runs,
     workers,
 )
-from lib.store import RESULTS, write_atomic
-from lib.training import COMPLETED, DIVERGED, OUT_OF_TIME, Trainer, shared, steps_per_epoch, total_steps
+from lib.experiments.store import RESULTS, write_atomic
+from lib.experiments.trainer import (
+    COMPLETED,
+    DIVERGED,
+    OUT_OF_TIME,
+    Trainer,
+    shared,
+    steps_per_epoch,
+    total_steps,
+)
 
 NOT_RUN, IN_PROGRESS = "not run", "in progress"
 
@@ -51,7 +61,7 @@ class Sweep:
         profile: name of its profile.
         runs: a row per configuration: its `key` and parameters, `status` (`not run` where it was not
             trained), `reason`, `epochs_finished`, `seconds`, and the metrics of the last finished epoch
-            (see `lib.runs.Run.history`).
+            (see `lib.experiments.runs.Run.history`).
         epochs: a row per run and epoch: `key` and metrics.
         provenance: axes, data digests, code version, environments, counts and seconds.
     """
@@ -69,7 +79,7 @@ def get_sweep(profile: str, /, results: Path | str | None = None, train: bool = 
         profile: name of the profile.
         results: folder of the results; the repository's when None.
         train: False takes what is stored and marks the rest as not run.
-        values: parameters and axes that replace the profile's (see `lib.config.grid`).
+        values: parameters and axes that replace the profile's (see `lib.experiments.profiles.grid`).
 
     Raises:
         ConfigError: a value is refused, before any work.
@@ -227,7 +237,7 @@ def print_plan(configs: Sequence[RunConfig], results: Path | str | None = None) 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lib.sweep", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lib.experiments.sweep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("run", "train what is not stored yet and write the tables"),

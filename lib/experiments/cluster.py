@@ -36,8 +36,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from submitit.helpers import DelayedSubmission, clean_env
 from tqdm import tqdm
 
-from lib.config import ConfigError, RunConfig, shown
-from lib.runs import (
+from lib.experiments.config import ConfigError, RunConfig, shown
+from lib.experiments.problem import Config, load_images
+from lib.experiments.runs import (
     POLL_SECONDS,
     code_version,
     default_device,
@@ -50,8 +51,8 @@ from lib.runs import (
     train_stack,
     workers,
 )
-from lib.store import RESULTS, read_sealed, write_sealed
-from lib.training import DIVERGED, OUT_OF_TIME, Config, load_images, shared
+from lib.experiments.store import RESULTS, read_sealed, write_sealed
+from lib.experiments.trainer import DIVERGED, OUT_OF_TIME, shared
 
 REQUEUES = 20
 """How often a job that came to its time limit is queued again; one that was preempted always is."""

@@ -15,16 +15,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lib.data import faces
-from lib.figures import MODEL_COLORS, STYLE
+from lib.experiments.data import faces
+from lib.experiments.problem import generator
+from lib.experiments.runs import trained_kernels
+from lib.figures.style import MODEL_COLORS, STYLE
 from lib.implicit import implicit_fixed_point
 from lib.kernels import initial_kernels
 from lib.models import FixedPointModel, build_conv_model
 from lib.operators import Identity
 from lib.regularizer import GRADIENT_NORM, smoothed_sign
-from lib.runs import trained_kernels
 from lib.solvers import Solver
-from lib.training import generator
 
 
 @dataclass(frozen=True)

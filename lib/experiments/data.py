@@ -26,7 +26,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from lib.store import REPOSITORY, set_aside, write_atomic
+from lib.experiments.store import REPOSITORY, set_aside, write_atomic
 
 try:
     import torchvision

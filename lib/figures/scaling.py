@@ -17,16 +17,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
-from lib.config import ConfigError, shown
-from lib.data import faces, mnist
-from lib.figures import STYLE, TEXT_WIDTH, note
+from lib.experiments.config import ConfigError, shown
+from lib.experiments.data import faces, mnist
+from lib.experiments.problem import generator, one_thread
+from lib.figures.style import STYLE, TEXT_WIDTH, note
 from lib.implicit import implicit_fixed_point
 from lib.kernels import initial_kernels
 from lib.models import FixedPointModel, build_conv_model, build_model
 from lib.operators import Identity
 from lib.regularizer import initial_weights, smoothed_sign
 from lib.solvers import PlainIteration
-from lib.training import generator, one_thread
 
 SOLVER_STEPS = 10
 """Evaluations of the step map in each solve whose time is taken."""

@@ -17,17 +17,9 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from lib.baselines import best_weight, chambolle, tv_reconstruction
-from lib.config import ConfigError, FacesConfig, faces_config, shown
-from lib.data import photograph
-from lib.figures import MODEL_NAMES, STYLE, TEXT_WIDTH, Reconstructions, budget, note, reconstruct
-from lib.kernels import spectral_norm
-from lib.models import MODELS
-from lib.regularizer import GRADIENT_NORM
-from lib.runs import Run, get_run, get_runs
-from lib.solvers import Solution, Status
-from lib.store import RESULTS, write_atomic
-from lib.training import (
+from lib.experiments.config import ConfigError, FacesConfig, shown
+from lib.experiments.data import photograph
+from lib.experiments.problem import (
     Weights,
     generator,
     image_shape,
@@ -39,6 +31,16 @@ from lib.training import (
     psnr,
     solve,
 )
+from lib.experiments.profiles import faces_config
+from lib.experiments.runs import Run, get_run, get_runs
+from lib.experiments.store import RESULTS, write_atomic
+from lib.figures.baselines import best_weight, chambolle, tv_reconstruction
+from lib.figures.reconstructions import Reconstructions, reconstruct
+from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
+from lib.kernels import spectral_norm
+from lib.models import MODELS
+from lib.regularizer import GRADIENT_NORM
+from lib.solvers import Solution, Status
 
 FILTERS = {"11x11": (2, 11), "3x3": (30, 3)}
 """How many kernels of which side the paper's figures have."""

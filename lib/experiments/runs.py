@@ -33,10 +33,18 @@ from filelock import FileLock, Timeout
 from IPython.display import clear_output
 from tqdm import tqdm
 
-from lib.config import ConfigError, FacesConfig
-from lib.data import FACES_FILES, MNIST_FILES, photograph_files
-from lib.models import FixedPointModel
-from lib.store import (
+from lib.experiments.config import ConfigError, FacesConfig
+from lib.experiments.data import FACES_FILES, MNIST_FILES, photograph_files
+from lib.experiments.problem import (
+    TEST_BATCH,
+    Config,
+    Weights,
+    image_shape,
+    load_images,
+    make_operator,
+    trained_model,
+)
+from lib.experiments.store import (
     REPOSITORY,
     RESULTS,
     DamagedFile,
@@ -46,37 +54,32 @@ from lib.store import (
     write_atomic,
     write_sealed,
 )
-from lib.training import (
+from lib.experiments.trainer import (
     DIVERGED,
     OUT_OF_TIME,
-    TEST_BATCH,
-    Config,
     Member,
     Trainer,
-    Weights,
-    image_shape,
-    load_images,
-    make_operator,
     read_checkpoint,
     shared,
     total_steps,
-    trained_model,
 )
+from lib.models import FixedPointModel
 
 DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
 
-RESULT_MODULES = (
-    "data",
-    "implicit",
-    "kernels",
-    "models",
-    "operators",
-    "products",
-    "regularizer",
-    "solvers",
-    "training",
+RESULT_FILES = (
+    "implicit.py",
+    "kernels.py",
+    "models.py",
+    "operators.py",
+    "products.py",
+    "regularizer.py",
+    "solvers.py",
+    "experiments/data.py",
+    "experiments/problem.py",
+    "experiments/trainer.py",
 )
-"""Modules of `lib` that can change the result of a run."""
+"""Files of `lib` that can change the result of a run."""
 
 STACK_NUMBERS = {"cpu": 2**16, "cuda": 2**24}
 """Numbers in the iterate of a whole stack at most. On a CPU a larger one leaves the cache, and its members
@@ -95,8 +98,8 @@ POLL_SECONDS = 2.0
 def code_version() -> str:
     """Digest of the code that can change a run's result: its syntax trees, without docstrings."""
     digest = hashlib.sha256(f"torch {version('torch').partition('+')[0]}".encode())
-    for module in RESULT_MODULES:
-        tree = ast.parse((REPOSITORY / "lib" / f"{module}.py").read_text(encoding="utf-8"))
+    for file in RESULT_FILES:
+        tree = ast.parse((REPOSITORY / "lib" / file).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 node.body = [part for part in node.body if not _is_docstring(part)]

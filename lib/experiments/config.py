@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Collection, Sequence
-from itertools import product
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -17,8 +16,11 @@ from lib.kernels import difference_count
 MNIST_SIDE, MNIST_TRAIN, MNIST_TEST, BLUR_SIDE = 28, 60_000, 10_000, 5
 
 Positive = Annotated[float, Field(gt=0)]
+
 NonNegative = Annotated[float, Field(ge=0)]
+
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
 CountOrZero = Annotated[int, Field(ge=0, le=1_000_000)]
 
 LIMITS = {
@@ -367,163 +369,3 @@ def seed_list(seed: int, seeds: int) -> list[int]:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 1_000_000:
             raise ConfigError(f"{name}: got {shown(value)}, allowed: a whole number from {least} to 1000000")
     return list(range(seed, seed + seeds))
-
-
-PROFILES: dict[str, dict[str, dict[str, Any]]] = {
-    # The pipeline's parts in seconds, for the tests.
-    "smoke": {
-        "all": {"size": 14, "train_images": 200, "test_images": 100, "epochs": 2, "noise": 0.5},
-    },
-    # Pictures that one can read, in minutes on two cores.
-    "quick": {
-        "all": {"train_images": 3_000, "test_images": 500, "noise": 0.1},
-        # Many cheap steps, on images of half the resolution: the weights that remove noise grow slowly.
-        "denoising": {"size": 14, "epochs": 50, "noise": 0.5},
-        "inpainting": {"epochs": 2},
-        "deblurring": {"epochs": 2},
-    },
-    # The paper's sizes, which are the defaults of `RunConfig`.
-    "paper": {
-        "all": {},
-        "denoising": {"noise": 0.5},
-    },
-}
-"""What each profile changes in the defaults: for all tasks, then for one task."""
-
-
-def _of_task(table: dict[str, dict[str, Any]], task: object) -> dict[str, Any]:
-    """A task's changes; none for what is no task, which the configuration refuses."""
-    return table.get(task, {}) if isinstance(task, str) else {}
-
-
-def profile_config(profile: str, task: str, **values: Any) -> RunConfig:
-    """The configuration of a profile for a task, with the given values on top (None: the profile's).
-
-    Raises:
-        ConfigError: the profile is unknown, or a value is refused by `RunConfig`.
-    """
-    require_name("profile", profile, PROFILES)
-    chosen = PROFILES[profile]["all"] | _of_task(PROFILES[profile], task)
-    given = {name: value for name, value in values.items() if value is not None}
-    return RunConfig(**chosen | {"task": task} | given)
-
-
-FACES_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
-    # The pipeline's parts in seconds, for the tests.
-    "smoke": {
-        "all": {"reduction": 4, "train_images": 2, "test_images": 2, "epochs": 2, "tol": 1e-3},
-        "inpainting": {"max_steps": 50},
-    },
-    # Kernels that have taken shape, in minutes on two cores: fewer and larger steps than the paper's.
-    "quick": {
-        "all": {"epochs": 60, "learning_rate": 0.1, "final_learning_rate": 1e-3, "tol": 1e-4},
-        "deblurring": {"epochs": 20, "learning_rate": 1e-3, "final_learning_rate": 1e-4}
-        | {"tol": 1e-5, "max_steps": 200},
-        "inpainting": {"reduction": 2, "epochs": 60, "max_steps": 200}
-        | {"learning_rate": 0.03, "final_learning_rate": 3e-3},
-    },
-    # The paper's sizes, which are the defaults of `FacesConfig`.
-    "paper": {"all": {}},
-}
-"""What each profile changes in the defaults for photographs: for all tasks, then for one task."""
-
-FACES_TASKS: dict[str, dict[str, Any]] = {
-    "denoising": {"noise": 0.1, "patience": 50, "precondition": True},
-    "inpainting": {"noise": 0.01, "solver": "plain", "tol": 1e-14, "max_steps": 1000, "warm_start": False},
-    "deblurring": {"noise": 0.01, "final_learning_rate": 1e-3, "precondition": True},
-}
-"""The paper's values for one task on photographs, naive ones for inpainting; `patience` and `precondition`
-are ours."""
-
-FILLING: dict[str, Any] = {
-    "sharpness": 20.0,
-    "tau": 1 / 167,
-    "solver": "anderson",
-    "tol": 1e-5,
-    "max_steps": 500,
-    "regularization": 1e-6,
-    "warm_start": True,
-}
-"""Ours for inpainting, with which the lost area is filled: a less saturated `sigma`, whose step may be longer
-(`1 / (lambda + s ||A||^2)`), and both solves until the lost area has converged."""
-
-
-def faces_config(profile: str, task: str, **values: Any) -> FacesConfig:
-    """The configuration of a profile for a task on photographs, with the given values on top.
-
-    Args:
-        profile: name of the profile.
-        task: the operator `K`.
-        values: of any parameter of `FacesConfig` (None: the profile's). An `initial` of `denoising` stands
-            for the kernels that the same profile and parameters learn on denoising.
-
-    Raises:
-        ConfigError: the profile is unknown, or a value is refused by `FacesConfig`.
-    """
-    require_name("profile", profile, FACES_PROFILES)
-    of_task = _of_task(FACES_TASKS, task) | _of_task(FACES_PROFILES[profile], task)
-    chosen = FACES_PROFILES[profile]["all"] | of_task
-    given = {name: value for name, value in values.items() if value is not None}
-    if given.get("initial") == "denoising":
-        common = {name: given[name] for name in DENOISING_SHARES if name in given}
-        given["initial"] = faces_config(profile, "denoising", **common)
-    return FacesConfig(**chosen | {"task": task} | given)
-
-
-DENOISING_SHARES = (
-    "dataset",
-    "reduction",
-    "train_images",
-    "test_images",
-    "model",
-    "filters",
-    "filter_size",
-    "seed",
-)
-"""What a training from denoising kernels has in common with the training of those kernels."""
-
-
-GRID: dict[str, tuple[Any, ...]] = {
-    # The expensive tasks first, so that the last stacks of a sweep are short ones.
-    "task": ("deblurring", "inpainting", "denoising"),
-    "model": ("deq", "bilevel"),
-    "sigma": ("relu", "softshrink", "identity"),
-    "noise": (0.0, 0.05, 0.1, 0.5, 1.0),
-    "tau": (0.01, 0.1, 0.5, 0.9, 1.1, 2.1),
-    "gamma": (0.1, 0.5, 1.0),
-}
-"""The axes of the paper's grid on MNIST, and 0.5 among the steps, which its pictures use."""
-
-SWEEPS: dict[str, dict[str, Any]] = {
-    # A handful, one of whose steps is too long.
-    "smoke": {"noise": 0.1, "tau": (0.5, 2.1), "gamma": 1.0, "sigma": "identity"}
-    | {"size": 7, "train_images": 60, "test_images": 40, "batch_size": 20, "epochs": 2},
-    # A short training of a third of the grid: 80 steps on images of half the resolution.
-    "quick": {"tau": (0.1, 0.9), "size": 14, "train_images": 320, "test_images": 100}
-    | {"batch_size": 20, "epochs": 5, "time_budget": 600.0},
-    # The paper's sizes, which are the defaults of `RunConfig`.
-    "paper": {},
-}
-"""What each profile changes in `GRID` and in the defaults of `RunConfig`."""
-
-
-def grid(profile: str, /, **values: Any) -> list[RunConfig]:
-    """The configurations of a sweep: all combinations of the values of all axes.
-
-    Args:
-        profile: name of the profile, whose sweep is the start.
-        values: for any parameter of `RunConfig` a value, or a list or tuple of values to make it an axis;
-            None leaves the profile's.
-
-    Raises:
-        ConfigError: the profile is unknown, an axis is empty, or a value is refused by `RunConfig`.
-    """
-    require_name("profile", profile, SWEEPS)
-    chosen = GRID | SWEEPS[profile] | {name: v for name, v in values.items() if v is not None}
-    axes = {name: list(v) if isinstance(v, list | tuple) else [v] for name, v in chosen.items()}
-    for name, levels in axes.items():
-        if not levels:
-            raise ConfigError(f"{named(name)}: got an empty list, allowed: one value or more")
-    return list(
-        dict.fromkeys(RunConfig(**dict(zip(axes, levels, strict=True))) for levels in product(*axes.values()))
-    )

@@ -13,13 +13,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lib.baselines import harmonic_inpainting, tv_model
-from lib.figures import STYLE, TEXT_WIDTH, budget, note
+from lib.experiments.problem import load_images, make_operator, observe, one_thread, psnr, solve, test_noise
+from lib.experiments.runs import Run
+from lib.figures.baselines import harmonic_inpainting, tv_model
+from lib.figures.style import STYLE, TEXT_WIDTH, budget, note
 from lib.kernels import correlate
 from lib.operators import Mask
-from lib.runs import Run
 from lib.solvers import Anderson, Solution, Solver, fixed_point
-from lib.training import load_images, make_operator, observe, one_thread, psnr, solve, test_noise
 
 
 def lost_pixels(run: Run) -> Tensor:

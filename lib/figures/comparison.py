@@ -13,10 +13,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from lib.config import RunConfig
+from lib.experiments.config import RunConfig
+from lib.experiments.sweep import NOT_RUN, Sweep
+from lib.experiments.trainer import DIVERGED, OUT_OF_TIME
 from lib.operators import TASKS
-from lib.sweep import NOT_RUN, Sweep
-from lib.training import DIVERGED, OUT_OF_TIME
 
 LOSS_THRESHOLD = 0.5
 """Runs whose final test loss is above it are left out of the comparison, as in the paper."""

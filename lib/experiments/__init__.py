@@ -1,0 +1,1 @@
+"""What a run is: configured, trained and stored."""

@@ -1,0 +1,226 @@
+"""Figures of the grid: losses as boxes and in pairs, the best runs, epochs and solver steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator
+
+from lib.experiments.sweep import Sweep
+from lib.figures import comparison
+from lib.figures.comparison import LOSS_THRESHOLD
+from lib.figures.style import MODEL_COLORS, MODEL_LINES, MODEL_NAMES, STYLE, TEXT_WIDTH, note, sweep_budget
+from lib.models import MODELS
+from lib.operators import TASKS
+
+MODEL_OFFSETS = {"bilevel": -0.175, "deq": 0.175}
+
+
+def _model_patches() -> list[Patch]:
+    return [Patch(facecolor=MODEL_COLORS[model], edgecolor="k", label=MODEL_NAMES[model]) for model in MODELS]
+
+
+def loss_figure(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> Figure:
+    """Boxplots of the final test loss per task and model, and the paired differences beside them.
+
+    Args:
+        sweep: what to show.
+        threshold: largest final test loss that is kept.
+    """
+    kept = comparison.kept_runs(sweep.runs, threshold)
+    with plt.rc_context(STYLE):
+        fig, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 3.4), width_ratios=(1.25, 1))
+        fig.subplots_adjust(left=0.09, right=0.99, top=0.92, bottom=0.31, wspace=0.3)
+        for model, offset in MODEL_OFFSETS.items():
+            losses = [kept["test_loss"][(kept["task"] == t) & (kept["model"] == model)] for t in TASKS]
+            left.boxplot(
+                losses,
+                positions=[i + offset for i in range(len(TASKS))],
+                widths=0.32,
+                patch_artist=True,
+                boxprops={"facecolor": MODEL_COLORS[model]},
+                medianprops={"color": "k"},
+                flierprops={"markersize": 2},
+            )
+        left.legend(handles=_model_patches(), frameon=False, loc="upper left")
+        left.set_xticks(range(len(TASKS)), TASKS)
+        left.set(ylabel="final test loss", ylim=(-0.01, threshold * 1.02))
+        left.set_title(f"runs with a final test loss up to {threshold:g}")
+        _write_counts(left, comparison.outcome_table(sweep.runs, threshold))
+        _draw_differences(right, comparison.paired(kept, "test_loss"))
+        note(fig, sweep_budget(sweep))
+    return fig
+
+
+def _write_counts(axes: Axes, outcomes: pd.DataFrame) -> None:
+    """Rows of numbers under the boxes: how many runs each box has and lacks."""
+    shown = [name for name in comparison.OUTCOMES if name in comparison.OUTCOMES[:3] or outcomes[name].any()]
+    counts = outcomes.to_dict("index")
+    line = 0.062
+    for row, name in enumerate(shown):
+        text: Any = {"y": -0.06 - line * row, "size": 7, "va": "center"}
+        text["transform"] = axes.get_xaxis_transform()
+        axes.text(x=-0.55, s=name, ha="right", **text)
+        for i, task in enumerate(TASKS):
+            for model, offset in MODEL_OFFSETS.items():
+                if (task, model) in counts:
+                    axes.text(x=i + offset, s=str(counts[task, model][name]), ha="center", **text)
+    axes.tick_params(axis="x", length=0, pad=7 + 10.5 * len(shown))
+    axes.set_xlim(-0.5, len(TASKS) - 0.5)
+
+
+def _draw_differences(axes: Axes, pairs: pd.DataFrame) -> None:
+    """Each pair's difference, and per task the median with its interval."""
+    axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    jitter = np.random.default_rng(0)
+    for i, task in enumerate(TASKS):
+        differences = pairs.loc[pairs["task"] == task, "difference"].to_numpy()
+        heights = i + jitter.uniform(-0.2, 0.2, len(differences))
+        axes.scatter(differences, heights, s=4, color="0.55", linewidth=0, zorder=1)
+        test = comparison.paired_test(differences)
+        if test["pairs"]:
+            spread = [[test["median"] - test["low"]], [test["high"] - test["median"]]]
+            bar: Any = {"fmt": "D", "color": "k", "markersize": 3.5, "capsize": 3, "linewidth": 1.2}
+            axes.errorbar(test["median"], i, xerr=spread, zorder=3, **bar)
+        label = f"{test['pairs']:.0f} pairs, median {test['median']:+.2g}"
+        text = axes.text(0.98, i - 0.33, label, size=7, ha="right", transform=axes.get_yaxis_transform())
+        # The line at zero must not run through it.
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
+    axes.set_xscale("symlog", linthresh=0.01, linscale=0.6)
+    axes.set(ylabel="", xlabel="bilevel minus DEQ (right of 0: the DEQ is better)")
+    axes.set_yticks(range(len(TASKS)), TASKS)
+    axes.set_ylim(len(TASKS) - 0.5, -0.6)
+    axes.set_title("the same configuration, both kept")
+
+
+def best_runs_figure(sweep: Sweep) -> Figure:
+    """Test loss after each epoch of the best configuration of each model: noise levels x tasks.
+
+    Of several seeds the median is drawn, and the range between the lowest and the highest loss.
+    """
+    best = comparison.best_runs(sweep.runs)
+    levels = sorted(sweep.runs["noise"].unique())
+    with plt.rc_context(STYLE):
+        fig, grid = plt.subplots(
+            len(levels),
+            len(TASKS),
+            figsize=(TEXT_WIDTH, 0.6 + 1.25 * len(levels)),
+            sharex=True,
+            squeeze=False,
+        )
+        fig.subplots_adjust(left=0.115, right=0.99, wspace=0.27, hspace=0.14)
+        fig.subplots_adjust(top=1 - 0.25 / fig.get_figheight(), bottom=0.62 / fig.get_figheight())
+        for column, task in zip(grid.T, TASKS, strict=True):
+            column[0].set_title(task)
+            column[-1].set_xlabel("epoch")
+            noisy = [axes for axes, noise in zip(column, levels, strict=True) if noise > 0]
+            for axes in noisy[1:]:
+                axes.sharey(noisy[0])
+            for axes, noise in zip(column, levels, strict=True):
+                here = best[(best["task"] == task) & (best["noise"] == noise)]
+                _draw_histories(axes, here, sweep.epochs)
+        for axes, noise in zip(grid[:, 0], levels, strict=True):
+            axes.set_ylabel(f"noise {noise:g}\ntest loss")
+            axes.yaxis.set_label_coords(-0.2, 0.5)
+        lines = [Line2D([], [], label=MODEL_NAMES[model], **_line(model)) for model in MODELS]
+        grid[0, 0].legend(handles=lines, frameon=False, loc="upper right")
+        note(fig, sweep_budget(sweep))
+    return fig
+
+
+def _draw_histories(axes: Axes, runs: pd.DataFrame, epochs: pd.DataFrame) -> None:
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}")
+    axes.tick_params(axis="y", which="both", labelsize=6.5)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    if runs.empty:
+        axes.text(0.5, 0.5, "no run ended", ha="center", size=8, transform=axes.transAxes)
+    for model, group in runs.groupby("model"):
+        histories = epochs[epochs["key"].isin(group["key"])].groupby("epoch")["test_loss"]
+        median = histories.median()
+        if len(group) > 1:
+            spread: Any = {"color": MODEL_COLORS[str(model)], "alpha": 0.2, "linewidth": 0}
+            axes.fill_between(median.index, histories.min(), histories.max(), **spread)
+        axes.plot(median.index, median, label=MODEL_NAMES[str(model)], **_line(str(model)))
+
+
+def _line(model: str) -> dict[str, Any]:
+    style = {"linestyle": MODEL_LINES[model], "color": MODEL_COLORS[model], "linewidth": 1.2}
+    return style | {"marker": "o" if model == "bilevel" else "s", "markersize": 2.5}
+
+
+def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOLD) -> Figure:
+    """Histograms of the epochs finished within a time, over the solver steps that explain them.
+
+    Args:
+        sweep: what to show.
+        seconds: time in which epochs are counted.
+        threshold: largest final test loss that is kept.
+    """
+    runs = comparison.epochs_within(sweep, seconds, threshold)
+    epochs = sweep.epochs[sweep.epochs["epoch"] > 0].merge(runs[["key", "task", "model"]], on="key")
+    most = int(sweep.runs["epochs"].max())
+    width = math.ceil((most + 1) / 20)
+    edges = np.arange(0, most + width + 1, width) - 0.5
+    with plt.rc_context(STYLE):
+        fig, (top, bottom) = plt.subplots(2, len(TASKS), figsize=(TEXT_WIDTH, 4.2), sharey="row")
+        fig.subplots_adjust(left=0.085, right=0.99, top=0.94, bottom=0.17, wspace=0.08, hspace=0.38)
+        for upper, lower, task in zip(top, bottom, TASKS, strict=True):
+            here = runs[runs["task"] == task]
+            if not here.empty:
+                sns.histplot(
+                    here,
+                    x="epochs_within",
+                    hue="model",
+                    hue_order=MODELS,
+                    palette=MODEL_COLORS,
+                    bins=edges.tolist(),
+                    multiple="dodge",
+                    shrink=0.85,
+                    alpha=1,
+                    linewidth=0,
+                    legend=False,
+                    ax=upper,
+                )
+            upper.xaxis.set_major_locator(MaxNLocator(integer=True))
+            upper.set(title=task, xlabel=f"epochs finished in {seconds:.3g} s", ylabel="runs")
+            _draw_solver_steps(lower, epochs[epochs["task"] == task])
+        top[0].legend(handles=_model_patches(), frameon=False, loc="upper left")
+        bottom[0].set(ylabel="solver steps per solve", ylim=(0, None))
+        bottom[0].legend(frameon=False, loc="upper left", handlelength=2.6)
+        note(fig, sweep_budget(sweep))
+    return fig
+
+
+def _draw_solver_steps(axes: Axes, epochs: pd.DataFrame) -> None:
+    """Median over the runs, and the middle half of them, of the mean steps of a solve in each epoch."""
+    for model in MODELS:
+        steps = epochs[epochs["model"] == model].groupby("epoch")
+        for direction, line, marker in (("forward", "-", "o"), ("backward", ":", "s")):
+            low, median, high = (steps[f"{direction}_steps"].quantile(q) for q in (0.25, 0.5, 0.75))
+            style: Any = {"color": MODEL_COLORS[model]}
+            axes.fill_between(median.index, low, high, alpha=0.15, linewidth=0, **style)
+            axes.plot(
+                median.index,
+                median,
+                line,
+                marker=marker,
+                markersize=2.5,
+                linewidth=1.2,
+                label=f"{MODEL_NAMES[model]}, {direction}",
+                **style,
+            )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.set_xlabel("epoch")

@@ -1,0 +1,153 @@
+"""What all figures share: style, the line that says what made them, and their files with provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure, SubFigure
+
+from lib.experiments.config import FacesConfig
+from lib.experiments.problem import (
+    image_shape,
+)
+from lib.experiments.runs import Run, code_version, data_digests, default_device, environment
+from lib.experiments.store import RESULTS, write_atomic
+from lib.experiments.sweep import NOT_RUN, Sweep
+from lib.figures.comparison import Claim
+
+MODEL_NAMES = {"bilevel": "bilevel", "deq": "DEQ"}
+
+DATA_NAMES = {"mnist": "MNIST", "faces": "AT&T faces", "celeba": "CelebA"}
+
+MODEL_COLORS = {"bilevel": "#0072b2", "deq": "#e69f00"}
+
+MODEL_LINES = {"bilevel": "-", "deq": "--"}
+"""Blue and orange differ for every kind of colour vision, and in grey one is dark and one is light."""
+
+STYLE: Any = {
+    "font.family": "STIXGeneral",
+    "mathtext.fontset": "stix",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 300,
+}
+"""Fonts that fit a column, and text that stays text in the PDF."""
+
+TEXT_WIDTH = 6.9
+"""Width in inches of a page of two columns."""
+
+
+def budget(run: Run, profile: str, experts: str = "") -> str:
+    """One line that says which data, parameters, profile and budget a run was made with.
+
+    Args:
+        run: the run, or one of several that share all this.
+        profile: name of the profile.
+        experts: what to say of them; the run's own when empty.
+    """
+    c = run.config
+    height, width = image_shape(c)
+    name = DATA_NAMES.get(c.dataset, Path(c.dataset).name)
+    own = f"{c.filters} kernels {c.filter_size}x{c.filter_size}" if isinstance(c, FacesConfig) else c.sigma
+    return (
+        f"{name} {height}x{width}, {c.task}, noise {c.noise:g}, "
+        rf"$\tau$ = {c.tau:g}, $\gamma$ = {c.gamma:g}, {experts or own}; profile {profile}: "
+        f"{c.train_images:,} training images, {c.epochs} epochs; {c.test_images:,} test images"
+    )
+
+
+def sweep_budget(sweep: Sweep) -> str:
+    """One line that says which data, profile and budget a sweep was made with, and what is missing."""
+    common, axes = sweep.provenance["shared"], sweep.provenance["axes"]
+
+    def value(name: str) -> str:
+        values = [common[name]] if name in common else axes[name]
+        return " or ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in values)
+
+    missing = sweep.provenance["statuses"].get(NOT_RUN, 0)
+    return (
+        f"{DATA_NAMES[value('dataset')]} {value('size')}x{value('size')}; profile {sweep.profile}: "
+        f"{len(sweep.runs):,} configurations, {value('train_images')} training images, "
+        f"{value('epochs')} epochs; {value('test_images')} test images"
+        + (f"; {missing:,} configurations not run" if missing else "")
+    )
+
+
+def note(fig: Figure | SubFigure, text: str) -> None:
+    """A line at the bottom of a figure, or two where it is narrow."""
+    width, height = (side / fig.dpi for side in fig.bbox.size)
+    text = textwrap.fill(text, int(24 * width), break_on_hyphens=False)
+    fig.text(0.5, 0.08 / height, text, ha="center", va="bottom", size=7)
+
+
+def save(
+    name: str,
+    fig: Figure,
+    table: pd.DataFrame,
+    source: Sequence[Run] | Sweep,
+    profile: str,
+    results: Path | str | None = None,
+    claims: Sequence[Claim] = (),
+) -> Path:
+    """Write `results/<profile>/<name>/` with the figure, its numbers and where they come from.
+
+    Args:
+        name: of the figure, such as `fig02`.
+        fig: written as PNG (300 dpi) and PDF.
+        table: the numbers behind the figure, written as CSV.
+        source: the runs, or the sweep, that it was made from.
+        profile: name of the profile.
+        results: folder of the results; the repository's when None.
+        claims: what the figure decides, written as `claims.json` if there are any.
+
+    Returns:
+        The figure's folder.
+    """
+    folder = Path(results or RESULTS) / profile / name
+    files = {f"{name}.csv": table.to_csv().encode()}
+    if claims:
+        files["claims.json"] = json.dumps([asdict(claim) for claim in claims], indent=1).encode()
+    # Without dates and versions in them the files are the same whenever they are made.
+    silent = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
+    for suffix, metadata in silent.items():
+        buffer = io.BytesIO()
+        with plt.rc_context(STYLE):
+            fig.savefig(buffer, format=suffix, metadata=metadata)
+        files[f"{name}.{suffix}"] = buffer.getvalue()
+    provenance = {
+        "figure": name,
+        "profile": profile,
+        **(source.provenance if isinstance(source, Sweep) else _provenance(source)),
+        "environment": environment(default_device()),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "sha256": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
+    }
+    files["provenance.json"] = json.dumps(provenance, indent=1, default=float).encode()
+    for file, content in files.items():
+        write_atomic(folder / file, content)
+    return folder
+
+
+def _provenance(runs: Sequence[Run]) -> dict[str, Any]:
+    return {
+        "runs": {run.key: run.config.model_dump() | {"status": run.status} for run in runs},
+        "data": {run.config.dataset: data_digests(run.config) for run in runs},
+        "code": code_version(),
+        "training_seconds": sum(run.provenance["seconds"] for run in runs),
+        "trained_on": {run.key: run.provenance["environment"] for run in runs},
+    }

@@ -1,0 +1,1 @@
+"""What is looked at: executed notebooks, the report and the explorer."""
