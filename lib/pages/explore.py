@@ -249,8 +249,8 @@ def load(profile: str = "quick", results: Path | str | None = None) -> Table:
             contents[name] = io.BytesIO(content)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
-            f"{error.filename} is missing; `python -m lib.pages.explore collect --profile {profile}` makes it "
-            "from a trained sweep"
+            f"{error.filename} is missing; `python -m lib.pages.explore collect --profile {profile}` makes "
+            "it from a trained sweep"
         ) from None
     except (ValueError, KeyError, TypeError):
         raise DamagedFile(f"{folder / 'provenance.json'}: it does not list the table's checksums") from None
