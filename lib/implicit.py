@@ -1,4 +1,4 @@
-"""Implicit differentiation of a fixed point, for any step map and either solver.
+"""Implicit differentiation of a fixed point, for any problem and either solver.
 
 For `u* = T(u*; theta)` and a loss `L(u*)`, the implicit function theorem gives `dL/dtheta = w^T dT/dtheta`
 where `w` solves `w = J^T w + dL/du*` with `J = dT/du` at `u*` (Bai, Kolter and Koltun, NeurIPS 2019). Only
@@ -9,47 +9,78 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lib.solvers import Solution, Solver, StepMap, fixed_point
+from lib.solvers import FixedPointProblem, Solution, Solver, StepMap, fixed_point
+
+
+class _Once(torch.autograd.Function):
+    """`w`, which depends on all that `step` does, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, step: Tensor) -> Tensor:
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        raise RuntimeError("implicit_fixed_point: got a second derivative, allowed: first derivatives")
+
+
+class _Implicit(torch.autograd.Function):
+    """`u*`, whose derivative is that of `T(u*)` with the adjoint's solution as cotangent.
+
+    The derivatives of that solution are not known: with `create_graph` it is marked as what cannot be
+    differentiated again. Derivatives in forward mode autograd refuses by itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, step: Tensor, u: Tensor, solve_adjoint: StepMap) -> Tensor:
+        ctx.solve_adjoint = solve_adjoint
+        ctx.save_for_backward(step)
+        return u.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
+        w: Tensor = ctx.solve_adjoint(cotangents[0].detach())
+        if torch.is_grad_enabled():
+            w = cast(Tensor, _Once.apply(w, *ctx.saved_tensors))
+        return w, None, None
 
 
 def implicit_fixed_point(
-    step_map: StepMap,
+    problem: FixedPointProblem | StepMap,
     u0: Tensor,
     solver: Solver,
     adjoint_solver: Solver | None = None,
     on_adjoint: Callable[[Solution], None] | None = None,
-    vjp: Callable[[Tensor], StepMap] | None = None,
-    w0: Callable[[Tensor], Tensor] | None = None,
-    restrict: Callable[[Tensor], StepMap] | None = None,
-    precondition: StepMap | None = None,
 ) -> Solution:
     """Solve `u = T(u)` and attach the implicit gradient to the solution's value.
 
     Args:
-        step_map: `T`; whatever it depends on and requires a gradient receives one.
+        problem: a `FixedPointProblem`, or `T` alone; whatever `T` depends on and requires a gradient
+            receives one.
         u0: `(..., C, H, W)`, first iterate.
         solver: solver of the fixed point.
         adjoint_solver: solver of `w = J^T w + dL/du*`; the same solver when None.
         on_adjoint: called in the backward pass with the adjoint `Solution` (residual, steps, status).
-        vjp: takes `u*` and returns `w -> J^T w`; when None, autograd goes back through one recorded step.
-        w0: takes `dL/du*` and returns the first iterate of the adjoint equation; when None `dL/du*` itself.
-        restrict: see `fixed_point`; with `vjp`, samples that have stopped cost nothing in either solve.
-        precondition: see `fixed_point`; symmetric, for it serves both solves.
 
     Returns:
-        The `Solution` of the fixed point; gradients flow through `value`.
+        The `Solution` of the fixed point; gradients flow through `value`, first ones alone: to differentiate
+        them again raises a RuntimeError.
+
+    Raises:
+        ValueError: see `fixed_point`.
     """
-    solution = fixed_point(step_map, u0, solver, restrict, precondition)
+    problem = problem if isinstance(problem, FixedPointProblem) else FixedPointProblem(problem)
+    solution = fixed_point(problem, u0, solver)
     if not torch.is_grad_enabled():
         return solution
+    vjp, restrict = problem.vjp, problem.restrict
     u = solution.value.detach().requires_grad_(vjp is None)
-    step = step_map(u)
-    # Forward value u*, derivative that of T: the residual at `value` is the one reported.
-    value = u.detach() + (step - step.detach())
+    step = problem.step_map(u)
 
     def recorded(w: Tensor) -> Tensor:
         return torch.autograd.grad(step, u, w, retain_graph=True)[0]
@@ -60,17 +91,15 @@ def implicit_fixed_point(
             transposed_jacobian = recorded if vjp is None else vjp(at)
             return lambda w: transposed_jacobian(w) + g
 
-        adjoint = fixed_point(
+        adjoint = FixedPointProblem(
             adjoint_map(),
-            cotangent if w0 is None else w0(cotangent),
-            adjoint_solver or solver,
-            None if vjp is None or restrict is None else adjoint_map,
-            precondition,
+            restrict=None if vjp is None or restrict is None else adjoint_map,
+            precondition=problem.precondition,
         )
+        w0 = cotangent if problem.first_adjoint is None else problem.first_adjoint(cotangent)
+        solution = fixed_point(adjoint, w0, adjoint_solver or solver)
         if on_adjoint is not None:
-            on_adjoint(adjoint)
-        return adjoint.value
+            on_adjoint(solution)
+        return solution.value
 
-    if value.requires_grad:
-        value.register_hook(solve_adjoint)
-    return replace(solution, value=value)
+    return replace(solution, value=cast(Tensor, _Implicit.apply(step, u, solve_adjoint)))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lib.operators import Mask, Operator
+from lib.operators import Identity, Mask, Operator
 from lib.products import product
 from lib.regularizer import Activation, ConvFieldsOfExperts, DenseFieldsOfExperts, FieldsOfExperts, broadcast
-from lib.solvers import StepMap
+from lib.solvers import FixedPointProblem, StepMap
 
 MODELS = ("bilevel", "deq")
 
@@ -49,8 +49,44 @@ class FixedPointModel(nn.Module):
         for name, value in (("tau", tau), ("lam", lam), ("gamma", gamma)):
             self.register_buffer(name, torch.as_tensor(value, dtype=A.dtype, device=A.device))
 
+    def problem(self, f: Tensor, P: Tensor | None = None) -> FixedPointProblem:
+        """`u = T(u)` for the data `f`, with all that is known of it.
+
+        Only kernels go from image to image: a matrix multiplies the whole batch at once, and fewer images are
+        not much cheaper, nor the same to the bit. In denoising the adjoint equation starts from the solution
+        of `w = (1 - tau lambda) w + dL/du*`, that of the data term alone.
+
+        Args:
+            f: `(*stack, batch, C, H, W)`.
+            P: what `preconditioner` returned, for solves that are preconditioned.
+
+        Raises:
+            ValueError: the images are not of the size or the number of channels that the weights are for.
+        """
+        conv = isinstance(self.regularizer, ConvFieldsOfExperts)
+
+        def precondition(r: Tensor) -> Tensor:
+            return r if P is None else self.precondition(r, P)
+
+        def solved_without_experts(g: Tensor) -> Tensor:
+            return g / broadcast(self.tau * self.lam, g)
+
+        start = solved_without_experts if isinstance(self.operator, Identity) else None
+        return FixedPointProblem(
+            self.step_map(f),
+            self.vjp,
+            restrict=(lambda images: self.step_map(f.index_select(-4, images))) if conv else None,
+            precondition=None if P is None else precondition,
+            first_adjoint=start if P is None else precondition,
+        )
+
     def step_map(self, f: Tensor) -> StepMap:
-        """`T` for the data `f`, `(*stack, batch, C, H, W)`."""
+        """`T` for the data `f`, `(*stack, batch, C, H, W)`.
+
+        Raises:
+            ValueError: as `problem`.
+        """
+        self.regularizer.require(f)
         K, Ktf = self.operator, self.operator.adjoint(f)
         tau, lam = broadcast(self.tau, f), broadcast(self.lam, f)
 
@@ -111,7 +147,7 @@ class FixedPointModel(nn.Module):
         usable = (info == 0)[..., None, None] & P.isfinite().all(-1).all(-1)[..., None, None]
         return torch.where(usable, P, identity)
 
-    def preconditioned(self, r: Tensor, P: Tensor) -> Tensor:
+    def precondition(self, r: Tensor, P: Tensor) -> Tensor:
         """`P r` for residuals `r` `(*stack, batch, C, H, W)` and what `preconditioner` returned."""
         if isinstance(self.regularizer, ConvFieldsOfExperts):
             filtered: Tensor = torch.fft.irfft2(P[..., None, None, :, :] * torch.fft.rfft2(r), s=r.shape[-2:])

@@ -50,6 +50,9 @@ class Mask:
         self.mask = mask
 
     def forward(self, u: Tensor) -> Tensor:
+        if u.shape[-2:] != self.mask.shape:
+            got, size = ("x".join(map(str, shape)) for shape in (u.shape[-2:], self.mask.shape))
+            raise ValueError(f"images: got {got} pixels, allowed: the mask's {size}")
         return self.mask.to(u) * u
 
     def adjoint(self, v: Tensor) -> Tensor:

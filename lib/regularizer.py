@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -99,8 +100,10 @@ class FieldsOfExperts(nn.Module, ABC):
         A: analysis weights.
         C: synthesis weights, or None where they are tied, `C = A`, which makes the field a gradient.
         activation: `sigma`, its slope and its potential.
+        weight_dims: dimensions of `A` behind those of a stack.
     """
 
+    weight_dims: ClassVar[int]
     A: nn.Parameter
     C: nn.Parameter | None
     activation: Activation
@@ -132,6 +135,23 @@ class FieldsOfExperts(nn.Module, ABC):
 
     def refresh(self) -> None:
         """Called whenever the parameters have changed."""
+
+    def require(self, f: Tensor) -> None:
+        """Refuse data that the weights cannot act on.
+
+        Raises:
+            ValueError: says what was expected.
+        """
+        stack = tuple(self.A.shape[: -self.weight_dims])
+        pixels = self.A.shape[-1] if self.weight_dims == 2 else None
+        fits = f.dim() == len(stack) + 4 and f.shape[: len(stack)] == stack
+        if pixels is None:
+            fits, size = fits and f.shape[-3] == 1, "C = 1"
+        else:
+            fits, size = fits and f.shape[-3:].numel() == pixels, f"C H W = {pixels}, as the weights have it"
+        if not fits:
+            layout = ", ".join([*map(str, stack), "N", "C", "H", "W"])
+            raise ValueError(f"images: got {tuple(f.shape)}, allowed: ({layout}) with {size}")
 
     def field(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
         """`gamma C^T sigma(A u + b)`, which is `grad R(u)` when `C = A`.
@@ -175,6 +195,8 @@ class DenseFieldsOfExperts(FieldsOfExperts):
         C: `(*stack, m, n)`, or None to tie `C = A`, which makes the field a gradient.
         activation: a name in `ACTIVATIONS`.
     """
+
+    weight_dims = 2
 
     def __init__(self, A: Tensor, b: Tensor, C: Tensor | None, activation: str) -> None:
         super().__init__()
@@ -228,6 +250,7 @@ class ConvFieldsOfExperts(FieldsOfExperts):
             kernels as they are.
     """
 
+    weight_dims = 3
     scales: Tensor
     directions: Tensor
 

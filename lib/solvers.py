@@ -17,6 +17,29 @@ from torch import Tensor
 StepMap = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class FixedPointProblem:
+    """A fixed-point problem `u = T(u)`, and what is known of it beyond `T`.
+
+    Attributes:
+        step_map: `T`, maps `(..., C, H, W)` to the same shape and each sample independently.
+        vjp: takes `u` and returns `w -> J^T w` with `J = dT/du` there; None leaves it to autograd.
+        restrict: takes indices along the batch, the last dimension before `(C, H, W)`, and returns `T` of
+            those samples alone: samples that have stopped then cost nothing. When None all are evaluated
+            until the last one stops.
+        precondition: `r -> P r`, `P` symmetric: a solver then sees the map `u + P (T(u) - u)`, which has the
+            same fixed points, while the residuals that are reported and stop it stay those of `T`.
+        first_adjoint: takes `dL/du*` and returns the first iterate of `w = J^T w + dL/du*`; None starts from
+            `dL/du*` itself.
+    """
+
+    step_map: StepMap
+    vjp: Callable[[Tensor], StepMap] | None = None
+    restrict: Callable[[Tensor], StepMap] | None = None
+    precondition: StepMap | None = None
+    first_adjoint: StepMap | None = None
+
+
 class Status(IntEnum):
     """How the iteration of one sample ended."""
 
@@ -144,15 +167,18 @@ Solver = PlainIteration | Anderson
 class _OnRunning:
     """A step map that is evaluated on images only while they run; the others keep their last value."""
 
-    def __init__(self, step_map: StepMap, restrict: Callable[[Tensor], StepMap] | None, u0: Tensor) -> None:
-        self.step_map, self.restrict, self.shape = step_map, restrict, u0.shape
-        self.images = torch.arange(u0.shape[-4] if restrict else 0, device=u0.device)
+    def __init__(self, problem: FixedPointProblem, u0: Tensor) -> None:
+        self.step_map, self.restrict, self.shape = problem.step_map, problem.restrict, u0.shape
+        self.images = torch.arange(u0.shape[-4] if self.restrict else 0, device=u0.device)
         self.last = u0.flatten(-3)
 
     def __call__(self, u: Tensor, running: Tensor) -> Tensor:
         """`T(u)`, `(n, d)`, of iterates `u` `(n, d)` of which `running` `(n,)` still run."""
         if self.restrict is None or running.all():
-            self.last = self.step_map(u.view(self.shape)).flatten(-3)
+            step = self.step_map(u.view(self.shape))
+            if step.shape != self.shape:
+                raise ValueError(f"T: got values of {tuple(step.shape)}, allowed: u0's {tuple(self.shape)}")
+            self.last = step.flatten(-3)
         else:
             still = running.view(-1, self.shape[-4]).any(0).nonzero().squeeze(1)
             if len(still) < len(self.images):
@@ -176,31 +202,29 @@ residual then more than this share of the one now."""
 
 
 @torch.no_grad()
-def fixed_point(
-    step_map: StepMap,
-    u0: Tensor,
-    solver: Solver,
-    restrict: Callable[[Tensor], StepMap] | None = None,
-    precondition: StepMap | None = None,
-) -> Solution:
+def fixed_point(problem: FixedPointProblem | StepMap, u0: Tensor, solver: Solver) -> Solution:
     """Iterate `u <- T(u)` from `u0` with a solver.
 
     Args:
-        step_map: `T`, maps `(..., C, H, W)` to the same shape and each sample independently.
+        problem: a `FixedPointProblem`, or `T` alone.
         u0: `(..., C, H, W)`, first iterate.
         solver: `PlainIteration` or `Anderson`.
-        restrict: takes indices along the batch, the last dimension before `(C, H, W)`, and returns `T` of
-            those samples alone: samples that have stopped then cost nothing. When None all are evaluated
-            until the last one stops.
-        precondition: `P`: the solver then sees the map `u + P (T(u) - u)`, which has the same fixed points,
-            while the residuals that are reported and stop it stay those of `T`.
 
     Returns:
         The `Solution`; it carries no gradient (see `lib.implicit`).
+
+    Raises:
+        ValueError: `u0` is no such tensor of real numbers, or `T` changes its shape.
     """
+    problem = problem if isinstance(problem, FixedPointProblem) else FixedPointProblem(problem)
+    least = 4 if problem.restrict else 3
+    if u0.dim() < least or not u0.is_floating_point():
+        layout = "(..., N, C, H, W)" if problem.restrict else "(..., C, H, W)"
+        got = f"{tuple(u0.shape)} of {u0.dtype}".replace("torch.", "")
+        raise ValueError(f"u0: got {got}, allowed: {layout} of floating point numbers")
     batch, d = u0.shape[:-3], u0.shape[-3:].numel()
     u = u0.reshape(-1, d).clone()
-    accelerate, evaluate = solver.start(u), _OnRunning(step_map, restrict, u0)
+    accelerate, evaluate = solver.start(u), _OnRunning(problem, u0)
     n = u.shape[0]
     status = torch.full((n,), Status.MAX_STEPS, dtype=torch.int8, device=u.device)
     steps = torch.zeros(n, dtype=torch.int32, device=u.device)
@@ -238,8 +262,8 @@ def fixed_point(
             running = running & ~stagnated
         if k + 1 == solver.max_steps or not running.any():
             break
-        if precondition is not None:
-            residual = precondition(residual.view(u0.shape)).reshape(n, d)
+        if problem.precondition is not None:
+            residual = problem.precondition(residual.view(u0.shape)).reshape(n, d)
             step = u + residual
         u = _chosen(running, accelerate(u, step, residual), u)
     return Solution(

@@ -22,8 +22,6 @@ from lib.experiments.problem import (
     make_solver,
     observe,
     one_thread,
-    preconditioning,
-    restriction,
 )
 from lib.experiments.runs import Run, trained_kernels
 from lib.implicit import implicit_fixed_point
@@ -42,15 +40,9 @@ def measure(
     model = run.model().to(truth.dtype)
     P = model.preconditioner(f.shape[-3:]) if preconditioned else None
     adjoint: list[Solution] = []
-    solution = implicit_fixed_point(
-        model.step_map(f),
-        f,
-        solver,
-        on_adjoint=adjoint.append,
-        vjp=model.vjp,
-        restrict=restriction(model, f),
-        precondition=preconditioning(model, P),
-    )
+    # Both solves start as everywhere else, where nothing is known.
+    problem = replace(model.problem(f, P), first_adjoint=None)
+    solution = implicit_fixed_point(problem, f, solver, on_adjoint=adjoint.append)
     loss = (solution.value - truth).square().mean()
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.regularizer.parameters()])

@@ -33,6 +33,7 @@ from itertools import product as pairs
 from statistics import median
 from typing import Any
 
+import cpu_torchvision  # noqa: F401  # or deepinv cannot be imported
 import pandas as pd
 import torch
 from benches import save
@@ -44,18 +45,15 @@ from tqdm import tqdm
 from lib.experiments.config import FacesConfig, RunConfig
 from lib.experiments.problem import (
     Config,
-    first_adjoint,
     first_iterate,
     generator,
+    is_preconditioned,
     load_images,
     make_adjoint_solver,
     make_model,
     make_solver,
     observe,
     one_thread,
-    preconditioned,
-    preconditioning,
-    restriction,
 )
 from lib.experiments.profiles import faces_config
 from lib.experiments.trainer import PRECONDITIONER_AGE, Trainer
@@ -142,17 +140,12 @@ def ours(problem: Problem, solver: Solver | None = None, adjoint_solver: Solver 
     if isinstance(problem.config, FacesConfig):
         # Made anew in every step, also in a training.
         P = problem.model.preconditioner(problem.truth.shape[1:])
-    precondition = preconditioning(problem.model, P if preconditioned(problem.config) else None)
     solution = implicit_fixed_point(
-        problem.model.step_map(problem.f),
+        problem.model.problem(problem.f, P if is_preconditioned(problem.config) else None),
         first_iterate(problem.f, problem.config),
         solver or make_solver(problem.config),
         adjoint_solver or make_adjoint_solver(problem.config),
         on_adjoint=adjoint.append,
-        vjp=problem.model.vjp,
-        w0=lambda g: first_adjoint(g, problem.model, problem.config, precondition),
-        restrict=restriction(problem.model, problem.f),
-        precondition=precondition,
     )
     steps = float(solution.steps.max())
     step = finish(problem, solution.value, steps, lambda: float(adjoint[0].steps.max()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -30,7 +30,16 @@ from lib.regularizer import (
     FieldsOfExperts,
     smoothed_sign,
 )
-from lib.solvers import Anderson, PlainIteration, Solution, Solver, Status, StepMap, fixed_point
+from lib.solvers import (
+    Anderson,
+    FixedPointProblem,
+    PlainIteration,
+    Solution,
+    Solver,
+    Status,
+    StepMap,
+    fixed_point,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,9 +112,8 @@ class Problem:
     def implicit_gradients(self, solver: Solver = ANDERSON, exact_vjp: bool = True) -> Gradients:
         model, f = self.build()
         adjoints: list[Solution] = []
-        vjp = model.vjp if exact_vjp else None
-        T = model.step_map(f)
-        solution = implicit_fixed_point(T, f.detach(), solver, on_adjoint=adjoints.append, vjp=vjp)
+        T = FixedPointProblem(model.step_map(f), model.vjp if exact_vjp else None)
+        solution = implicit_fixed_point(T, f.detach(), solver, on_adjoint=adjoints.append)
         gradients = self.gradients(model, f, self.loss(solution.value))
         assert len(adjoints) == 1
         for solve in (solution, *adjoints):
@@ -379,10 +387,8 @@ def test_adjoint_may_start_anywhere(model: str) -> None:
     adjoints: list[Solution] = []
 
     def gradients(w0: Callable[[Tensor], Tensor] | None) -> Gradients:
-        u0 = f.detach()
-        solution = implicit_fixed_point(
-            built.step_map(f), u0, ANDERSON, on_adjoint=adjoints.append, vjp=built.vjp, w0=w0
-        )
+        T = FixedPointProblem(built.step_map(f), built.vjp, first_adjoint=w0)
+        solution = implicit_fixed_point(T, f.detach(), ANDERSON, on_adjoint=adjoints.append)
         return problem.gradients(built, f, problem.loss(solution.value))
 
     assert_same_gradients(gradients(None), expected, rtol=1e-12)
@@ -414,9 +420,8 @@ def test_images_that_have_stopped_are_left_out_of_both_solves(model: str, task: 
     def solved(restrict: Callable[[Tensor], StepMap] | None = None) -> tuple[list[Solution], list[Tensor]]:
         built.zero_grad()
         found: list[Solution] = []
-        solution = implicit_fixed_point(
-            built.step_map(f), start, ANDERSON, on_adjoint=found.append, vjp=vjp, restrict=restrict
-        )
+        T = FixedPointProblem(built.step_map(f), vjp, restrict)
+        solution = implicit_fixed_point(T, start, ANDERSON, on_adjoint=found.append)
         # The first image's adjoint is zero.
         solution.value[1].square().sum().backward()
         return [solution, *found], [p.grad.clone() for p in built.parameters() if p.grad is not None]
@@ -458,7 +463,7 @@ def test_the_preconditioner_inverts_the_mean_curvature_of_periodic_images(
     curvature = TAU * (LAM * data + GAMMA * SHARPNESS / 2 * modulus)
     P = built.preconditioner(units.shape[1:])
     assert P.shape == (HEIGHT, WIDTH // 2 + 1)
-    inverted = built.preconditioned(curvature.view(n, 1, HEIGHT, WIDTH), P).flatten(1)
+    inverted = built.precondition(curvature.view(n, 1, HEIGHT, WIDTH), P).flatten(1)
     torch.testing.assert_close(inverted, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
@@ -471,12 +476,10 @@ def test_preconditioned_solves_have_the_same_gradients_in_fewer_steps(model: str
     P = built.preconditioner(f.shape[-3:])
     steps: list[int] = []
 
-    def gradients(precondition: StepMap | None) -> Gradients:
+    def gradients(P: Tensor | None) -> Gradients:
         adjoint: list[Solution] = []
-        T, u0 = built.step_map(f), f.detach()
-        solution = implicit_fixed_point(
-            T, u0, ANDERSON, on_adjoint=adjoint.append, vjp=built.vjp, precondition=precondition
-        )
+        T = replace(built.problem(f, P), first_adjoint=None)
+        solution = implicit_fixed_point(T, f.detach(), ANDERSON, on_adjoint=adjoint.append)
         found = problem.gradients(built, f, problem.loss(solution.value))
         for solve in (solution, *adjoint):
             assert solve.status.eq(Status.CONVERGED).all()
@@ -484,7 +487,7 @@ def test_preconditioned_solves_have_the_same_gradients_in_fewer_steps(model: str
         return found
 
     expected = gradients(None)
-    assert_same_gradients(gradients(lambda r: built.preconditioned(r, P)), expected, rtol=1e-9)
+    assert_same_gradients(gradients(P), expected, rtol=1e-9)
     forward, backward, fewer_forward, fewer_backward = steps
     assert fewer_forward < 0.8 * forward
     assert fewer_backward < 0.8 * backward
@@ -621,7 +624,7 @@ def test_the_scale_is_a_constant_for_the_gradient(model: str) -> None:
     numbers = {"tau": TAU, "lam": LAM, "gamma": GAMMA}
     built = build_conv_model(model, operator, (A, C), smoothed_sign(SHARPNESS), start, **numbers)
     f = problem.leaves["f"].clone().requires_grad_()
-    solution = implicit_fixed_point(built.step_map(f), f.detach(), ANDERSON, vjp=built.vjp)
+    solution = implicit_fixed_point(built.problem(f), f.detach(), ANDERSON)
     found = problem.gradients(built, f, problem.loss(solution.value))
     regularizer = built.regularizer
     assert isinstance(regularizer, ConvFieldsOfExperts)

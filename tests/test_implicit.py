@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
 from torchdeq import get_deq
 
@@ -18,7 +19,16 @@ from lib.implicit import implicit_fixed_point
 from lib.models import MODELS, FixedPointModel, build_model
 from lib.operators import TASKS, forward_operator
 from lib.regularizer import ACTIVATIONS
-from lib.solvers import Anderson, PlainIteration, Solution, Solver, Status, StepMap, fixed_point
+from lib.solvers import (
+    Anderson,
+    FixedPointProblem,
+    PlainIteration,
+    Solution,
+    Solver,
+    Status,
+    StepMap,
+    fixed_point,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -185,7 +195,9 @@ def test_adjoint_solve_is_the_transposed_linear_system(
 
         return recorded
 
-    solution = implicit_fixed_point(T, torch.zeros_like(f), PLAIN, ANDERSON, adjoints.append, vjp)
+    solution = implicit_fixed_point(
+        FixedPointProblem(T, vjp), torch.zeros_like(f), PLAIN, ANDERSON, adjoints.append
+    )
     assert not adjoints
     problem.loss(solution.value).backward()
     (adjoint,) = adjoints
@@ -326,6 +338,29 @@ def test_graph_is_freed_without_the_garbage_collector(make_problem: Callable[...
         assert evaluations[-1]() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")  # of torch itself, where forward mode begins
+def test_what_cannot_be_differentiated_is_refused() -> None:
+    """Derivatives of derivatives, in forward mode and through torch.func: never a number that is wrong."""
+
+    def solved(t: Tensor) -> Tensor:
+        u0 = torch.zeros(1, 1, 1, dtype=torch.float64)
+        return implicit_fixed_point(lambda u: 0.5 * u.tanh() + t.square(), u0, ANDERSON).value.sum()
+
+    t = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(solved(t), t, create_graph=True)
+    h = 1e-6
+    assert first.item() == pytest.approx(((solved(t + h) - solved(t - h)) / (2 * h)).item(), rel=1e-8)
+    with pytest.raises(RuntimeError, match="got a second derivative"):
+        torch.autograd.grad(first, t)
+    with pytest.raises(RuntimeError, match="got a second derivative"):
+        torch.autograd.functional.hessian(solved, t.detach())
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        solved(forward_ad.make_dual(t.detach(), torch.ones_like(t.detach())))
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(RuntimeError):
+            transform(solved)(t.detach().expand(2) if transform is torch.func.vmap else t.detach())
 
 
 @pytest.mark.parametrize(("solver", "hook"), [("fixed_point_iter", True), ("anderson", False)])

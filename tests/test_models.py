@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -13,9 +14,9 @@ from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
 
 from lib.implicit import implicit_fixed_point
-from lib.models import MODELS, PRECONDITIONER_RIDGE, FixedPointModel, build_model
-from lib.operators import TASKS, Operator, forward_operator
-from lib.regularizer import ACTIVATIONS
+from lib.models import MODELS, PRECONDITIONER_RIDGE, FixedPointModel, build_conv_model, build_model
+from lib.operators import TASKS, Identity, Operator, forward_operator
+from lib.regularizer import ACTIVATIONS, smoothed_sign
 from lib.solvers import Anderson, PlainIteration, Solution, Status, fixed_point
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -284,13 +285,9 @@ def test_a_preconditioned_solve_has_the_same_fixed_point(
     # The threshold of softshrink is the step, and another threshold another problem.
     for built in (model,) if activation == "softshrink" else (model, long):
         P = built.preconditioner(f.shape[-3:])
-
-        def precondition(r: Tensor, built: FixedPointModel = built, P: Tensor = P) -> Tensor:
-            return built.preconditioned(r, P)
-
         T = built.step_map(f)
         for solver in (SOLVER, PLAIN):
-            solution = fixed_point(T, torch.zeros_like(f), solver, precondition=precondition)
+            solution = fixed_point(built.problem(f, P), torch.zeros_like(f), solver)
             assert solution.status.eq(Status.CONVERGED).all()
             u = solution.value
             residual = (T(u) - u).flatten(1).norm(dim=1) / T(u).flatten(1).norm(dim=1)
@@ -311,3 +308,25 @@ def test_weights_without_a_usable_preconditioner_have_the_identity(weights: Weig
     free = build_model("deq", operator, weights, "relu", **NUMBERS)
     with pytest.raises(ValueError, match="preconditioner: allowed for tied"):
         free.preconditioner(shape)
+
+
+@given(st.sampled_from(TASKS), st.lists(st.integers(1, 5), min_size=2, max_size=5))
+def test_data_of_another_size_are_refused(task: str, shape: list[int]) -> None:
+    """In one line, by dense weights of 5x5, by kernels and by masks; all that fits is solved."""
+    A, k = normal((25, 25), 0), normal((2, 3, 3), 0)
+    matrices = build_model("deq", Identity(), (A, A[0], A), "relu", **NUMBERS)
+    kernels = build_conv_model("deq", Identity(), (k, k), smoothed_sign(1.0), **NUMBERS)
+    f = normal(tuple(shape), 1)
+    for model, fits in (
+        (matrices, len(shape) == 4 and math.prod(shape[1:]) == 25),
+        (kernels, len(shape) == 4 and shape[1] == 1),
+    ):
+        if fits:
+            assert model.step_map(f)(f).shape == f.shape
+        else:
+            with pytest.raises(ValueError, match=r"^images: got .*, allowed: \(N, C, H, W\) with "):
+                model.problem(f)
+    mask = forward_operator("inpainting", 5, 5)
+    if shape[-2:] != [5, 5]:
+        with pytest.raises(ValueError, match=r"^images: got .* pixels, allowed: the mask's 5x5$"):
+            mask.forward(f)

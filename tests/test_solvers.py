@@ -17,6 +17,7 @@ from torchdeq.solver import get_solver
 from lib.solvers import (
     DIVERGENCE_FACTOR,
     Anderson,
+    FixedPointProblem,
     PlainIteration,
     Solution,
     Solver,
@@ -139,7 +140,7 @@ def test_a_restricted_map_changes_nothing_but_the_work(solver: Solver, stack: tu
     expected = fixed_point(whole, u0, solver)
     assert len(evaluated) == 40
     evaluated.clear()
-    solution = fixed_point(whole, u0, solver, of)
+    solution = fixed_point(FixedPointProblem(whole, restrict=of), u0, solver)
     for name, value in vars(expected).items():
         torch.testing.assert_close(getattr(solution, name), value, rtol=1e-9, atol=1e-12)
     last = solution.steps.view(-1, 5).amax(0)
@@ -440,3 +441,21 @@ def test_a_solve_changes_no_input_and_records_no_graph(solver: Solver) -> None:
     solution = fixed_point(lambda u: u / 2 + c, u0, solver)
     assert torch.equal(u0, kept)
     assert not solution.value.requires_grad
+
+
+@given(
+    st.lists(st.integers(1, 3), max_size=2), st.sampled_from([torch.float64, torch.int64, torch.complex64])
+)
+def test_what_is_no_batch_of_images_is_refused(shape: list[int], dtype: torch.dtype) -> None:
+    """In one line that names the shape that was expected, and so is a map to another shape."""
+    u0 = torch.zeros(shape, dtype=dtype)
+    with pytest.raises(ValueError, match=r"^u0: got .*, allowed: \(\.\.\., C, H, W\) of floating"):
+        fixed_point(lambda u: u, u0, PlainIteration())
+    images = u0.real.double().expand(4, 1, 2, *shape)
+    assert images.dim() >= 3
+    fixed_point(lambda u: u, images, PlainIteration())
+    one = FixedPointProblem(lambda u: u, restrict=lambda indices: lambda u: u)
+    with pytest.raises(ValueError, match=r"allowed: \(\.\.\., N, C, H, W\)"):
+        fixed_point(one, torch.zeros(1, 2, 2), PlainIteration())
+    with pytest.raises(ValueError, match=r"^T: got values of .*, allowed: u0's"):
+        fixed_point(lambda u: u[..., :1, :], images.new_zeros(1, 2, 2), PlainIteration())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,8 +15,8 @@ from lib.experiments.config import ConfigError, FacesConfig, RunConfig, Training
 from lib.kernels import initial_kernels
 from lib.models import FixedPointModel, build_conv_model, build_model, is_free
 from lib.operators import Operator, forward_operator
-from lib.regularizer import DenseFieldsOfExperts, broadcast, initial_weights, smoothed_sign
-from lib.solvers import Anderson, PlainIteration, Solution, Solver, StepMap, fixed_point
+from lib.regularizer import initial_weights, smoothed_sign
+from lib.solvers import Anderson, PlainIteration, Solution, Solver, fixed_point
 
 TEST_BATCH = 100
 """Images in a batch of the evaluation."""
@@ -47,12 +47,12 @@ def make_adjoint_solver(config: TrainingConfig) -> Solver:
     """The solver of the adjoint equation; plain iteration from its right-hand side is a Neumann series."""
     if config.task == "denoising" or config.neumann_steps == 0:
         return make_solver(config)
-    if preconditioned(config):
+    if is_preconditioned(config):
         return replace(make_solver(config), max_steps=PRECONDITIONED_STEPS)
     return PlainIteration(config.tol, config.neumann_steps)
 
 
-def preconditioned(config: TrainingConfig) -> bool:
+def is_preconditioned(config: TrainingConfig) -> bool:
     """Whether both solves of a configuration are preconditioned."""
     able = isinstance(config, FacesConfig) or not is_free(config.model)
     return config.precondition and able
@@ -172,32 +172,6 @@ def first_iterate(f: Tensor, config: TrainingConfig) -> Tensor:
     return f if config.start == "data" else torch.zeros_like(f)
 
 
-def first_adjoint(
-    cotangent: Tensor, model: FixedPointModel, config: TrainingConfig, precondition: StepMap | None = None
-) -> Tensor:
-    """`w^0` for `dL/du*`: `P dL/du*`, or in denoising the solution of `w = (1 - tau lambda) w + dL/du*`."""
-    if precondition is not None:
-        return precondition(cotangent)
-    if config.task != "denoising":
-        return cotangent
-    return cotangent / broadcast(model.tau * model.lam, cotangent)
-
-
-def restriction(model: FixedPointModel, f: Tensor) -> Callable[[Tensor], StepMap] | None:
-    """The step map of some of the images alone, for kernels, which go from image to image.
-
-    A matrix multiplies the whole batch at once: fewer images are not much cheaper, nor the same to the bit.
-    """
-    if isinstance(model.regularizer, DenseFieldsOfExperts):
-        return None
-    return lambda images: model.step_map(f.index_select(-4, images))
-
-
-def preconditioning(model: FixedPointModel, P: Tensor | None) -> StepMap | None:
-    """`r -> P r` for a model's preconditioner, if there is one."""
-    return None if P is None else lambda r: model.preconditioned(r, P)
-
-
 def solve(model: FixedPointModel, f: Tensor, config: TrainingConfig, P: Tensor | None = None) -> Solution:
     """Reconstruct the data `f`, `(*stack, N, C, H, W)`, with a model and its configuration's solver.
 
@@ -207,10 +181,9 @@ def solve(model: FixedPointModel, f: Tensor, config: TrainingConfig, P: Tensor |
         config: of the training.
         P: the model's preconditioner, for a configuration that has one; made when None.
     """
-    if P is None and preconditioned(config):
+    if P is None and is_preconditioned(config):
         P = model.preconditioner(f.shape[-3:])
-    start, solver = first_iterate(f, config), make_solver(config)
-    return fixed_point(model.step_map(f), start, solver, restriction(model, f), preconditioning(model, P))
+    return fixed_point(model.problem(f, P), first_iterate(f, config), make_solver(config))
 
 
 def test_noise(config: Config) -> Tensor:

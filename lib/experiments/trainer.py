@@ -10,7 +10,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -21,19 +21,16 @@ from lib.experiments.problem import (
     TEST_BATCH,
     Config,
     Weights,
-    first_adjoint,
     first_iterate,
     generator,
+    is_preconditioned,
     load_images,
     make_adjoint_solver,
     make_model,
     make_solver,
     observe,
     one_thread,
-    preconditioned,
-    preconditioning,
     psnr,
-    restriction,
     solve,
     test_noise,
 )
@@ -231,22 +228,13 @@ class Trainer:
         f = observe(self.model.operator, images, self.noise, n)
         adjoint: list[Solution] = []
         step = self.step - self.epoch * steps_per_epoch(self.config)
-        if preconditioned(self.config) and step % PRECONDITIONER_AGE == 0:
+        if is_preconditioned(self.config) and step % PRECONDITIONER_AGE == 0:
             self.P = self.model.preconditioner(f.shape[-3:])
-        precondition = preconditioning(self.model, self.P)
-        solution = implicit_fixed_point(
-            self.model.step_map(f),
-            self.solutions.get("forward", first_iterate(f, self.config)),
-            self.solver,
-            self.adjoint_solver,
-            on_adjoint=adjoint.append,
-            vjp=self.model.vjp,
-            w0=lambda g: self.solutions.get(
-                "backward", first_adjoint(g, self.model, self.config, precondition)
-            ),
-            restrict=restriction(self.model, f),
-            precondition=precondition,
-        )
+        problem, u0 = self.model.problem(f, self.P), first_iterate(f, self.config)
+        if self.solutions:
+            last = self.solutions
+            problem, u0 = replace(problem, first_adjoint=lambda g: last["backward"]), last["forward"]
+        solution = implicit_fixed_point(problem, u0, self.solver, self.adjoint_solver, adjoint.append)
         loss = (solution.value - images).square().mean((-4, -3, -2, -1))
         sane = loss.detach() <= LOSS_LIMIT
         self.optimizer.zero_grad()
@@ -293,7 +281,7 @@ class Trainer:
         n = test_noise(self.config).to(self.device)
         meter = _Meter()
         steps: Tensor | float = 0.0
-        P = self.model.preconditioner(images.shape[-3:]) if preconditioned(self.config) else None
+        P = self.model.preconditioner(images.shape[-3:]) if is_preconditioned(self.config) else None
         for batch, batch_n in zip(images.split(TEST_BATCH), n.split(TEST_BATCH), strict=True):
             f = observe(self.model.operator, batch, self.noise, batch_n)
             solution = solve(self.model, f, self.config, P)

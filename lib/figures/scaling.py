@@ -100,7 +100,7 @@ def training_step(size: Size) -> Callable[[], object]:
 
     def step() -> None:
         model.zero_grad()
-        solution = implicit_fixed_point(model.step_map(f), f, solver, vjp=model.vjp)
+        solution = implicit_fixed_point(model.problem(f), f, solver)
         (solution.value - truth).square().mean().backward()
 
     return step
@@ -162,7 +162,7 @@ def memory_table(size: Size, solver_steps: Sequence[int]) -> pd.DataFrame:
             return u
 
         def implicit(solver: PlainIteration = solver) -> object:
-            return implicit_fixed_point(T, f, solver, vjp=model.vjp)
+            return implicit_fixed_point(model.problem(f), f, solver)
 
         rows[steps] = {"implicit": _kept_megabytes(implicit), "unrolled": _kept_megabytes(unrolled)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("solver steps")

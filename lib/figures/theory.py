@@ -118,7 +118,7 @@ def equilibrium_gradients(
         `u*` and a gradient per set of weights, `A` and for free weights `C`.
     """
     model.zero_grad()
-    solution = implicit_fixed_point(model.step_map(f), f, solver, vjp=model.vjp)
+    solution = implicit_fixed_point(model.problem(f), f, solver)
     (solution.value - truth).square().mean().backward()
     named = model.regularizer.named_parameters()
     return solution.value.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}
@@ -194,6 +194,21 @@ def skew_figure(shares: pd.DataFrame, trained: Mapping[str, float]) -> Figure:
         right.tick_params(axis="x", labelsize=7)
         right.set(ylabel="share of the skew part, trained")
     return fig
+
+
+def check_same(distances: Mapping[str, float], allowed: float) -> None:
+    """Print what is the same but for rounding.
+
+    Args:
+        distances: between two ways to compute something, by what it is.
+        allowed: the largest distance that is rounding.
+
+    Raises:
+        AssertionError: one is larger.
+    """
+    for name, distance in distances.items():
+        assert distance <= allowed, f"{name}: distance {distance}"
+        print(f"{name}: the same to rounding")
 
 
 def check_shares(shares: pd.DataFrame, trained: Mapping[str, float]) -> None:
