@@ -7,22 +7,17 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
-import multiprocessing.connection
 import os
 import platform
-import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import zip_longest
-from multiprocessing.queues import SimpleQueue
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +39,7 @@ from lib.experiments.problem import (
     make_operator,
     trained_model,
 )
+from lib.experiments.processes import in_processes
 from lib.experiments.store import (
     REPOSITORY,
     RESULTS,
@@ -94,25 +90,37 @@ POLL_SECONDS = 2.0
 """Between two looks at the runs that another process is training."""
 
 
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
+"""Nodes of a syntax tree that may start with a docstring."""
+
+
 @cache
 def code_version() -> str:
-    """Digest of the code that can change a run's result: its syntax trees, without docstrings."""
+    """Digest of the code that can change a run's result, without docstrings and comments."""
     digest = hashlib.sha256(f"torch {version('torch').partition('+')[0]}".encode())
     for file in RESULT_FILES:
-        tree = ast.parse((REPOSITORY / "lib" / file).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                node.body = [part for part in node.body if not _is_docstring(part)]
-        digest.update(ast.dump(tree).encode())
+        digest.update(syntax((REPOSITORY / "lib" / file).read_text(encoding="utf-8")).encode())
     return digest.hexdigest()[:16]
 
 
-def _is_docstring(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+def syntax(source: str) -> str:
+    """The syntax tree of a source without docstrings; it is the same for each version of Python."""
+
+    def told(node: object) -> object:
+        if isinstance(node, list):
+            return [told(part) for part in node]
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+        if isinstance(node, ast.JoinedStr):
+            # Python 3.12 ends some with an empty text.
+            node.values = [part for part in node.values if getattr(part, "value", None) != ""]
+        # New versions have new fields, which are empty for the old syntax.
+        fields = [(name, told(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return type(node).__name__, fields
+
+    return str(told(ast.parse(source)))
 
 
 def run_key(config: Config) -> str:
@@ -414,85 +422,28 @@ def train_runs(configs: Sequence[Config], results: Path | str | None = None) -> 
 
 def _train_in_processes(todo: Sequence[list[Config]], results: Path | str | None, report: Report) -> None:
     """Train stacks in as many processes as the device takes, each with the next stack when it is free."""
-    context = multiprocessing.get_context("spawn")
-    reports = context.SimpleQueue()
-    taken = context.Value("i", 0)
-    arguments = (todo, taken, results, reports, code_version())
-    processes = [
-        context.Process(target=_work, args=arguments, daemon=True)
-        for _ in range(min(workers(default_device()), len(todo)))
-    ]
 
-    def look() -> None:
-        # A process that has ended has reported all it will, so that its reason comes before its exit status.
-        ended = [process.exitcode for process in processes]
-        while not reports.empty():
-            message = reports.get()
-            if isinstance(message, str):
-                raise RuntimeError(message)
-            report(message)
-        if any(ended):
-            raise RuntimeError(
-                "a training process was killed; run again to resume it (a script that trains "
-                'needs `if __name__ == "__main__":`)'
-            )
+    def hear(told: Progress | str) -> None:
+        if isinstance(told, str):
+            raise RuntimeError(told)
+        report(told)
 
-    try:
-        with interrupts_ignored():
-            for process in processes:
-                process.start()
-        while any(process.is_alive() for process in processes):
-            multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], timeout=0.2)
-            look()
-        look()
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()
-                process.join()
-
-
-@contextmanager
-def interrupts_ignored() -> Iterator[None]:
-    """Processes started in here leave Ctrl-C to the one that asked for them, which gets it afterwards."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    jobs = [partial(_work, stack, results or RESULTS, code_version()) for stack in todo]
+    in_processes(jobs, workers(default_device()), hear)
 
 
 def _work(
-    todo: Sequence[list[Config]],
-    taken: Synchronized[int],
-    results: Path | str | None,
-    reports: SimpleQueue[Progress | str],
-    version: str,
+    stack: list[Config], results: Path | str, version: str, tell: Callable[[Progress | str], object]
 ) -> None:
-    """Body of a training process: takes the next stack until there is none."""
-    if code_version() != version:
-        reports.put("the code of lib was changed while it ran; run again")
-        return
-    parent = multiprocessing.parent_process()
-
-    def report(progress: Progress) -> None:
-        if parent is not None and not parent.is_alive():
-            sys.exit("the process that asked for this training is gone")
-        reports.put(progress)
-
-    while True:
-        with taken.get_lock():
-            position = taken.value
-            taken.value += 1
-        if position >= len(todo):
-            return
-        stack = todo[position]
-        try:
-            train_stack(stack, results, report)
-        except Exception as error:
-            said = " ".join(str(error).split())
-            reports.put(f"{stack[0].model} {stack[0].task}: {type(error).__name__}: {said}")
-            return
+    """What a training process does with a stack; that it failed, and why, is told as a text."""
+    try:
+        if code_version() == version:
+            train_stack(stack, results, tell)
+        else:
+            tell("the code of lib was changed while it ran; run again")
+    except Exception as error:
+        said = " ".join(str(error).split())
+        tell(f"{stack[0].model} {stack[0].task}: {type(error).__name__}: {said}")
 
 
 def is_locked(config: Config, results: Path | str | None) -> bool:

@@ -1,0 +1,103 @@
+"""Processes that work for this one, and end without a word when it goes, whatever the moment."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.connection import Connection, Pipe, wait
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from lib.experiments.store import REPOSITORY
+
+Job = Callable[[Callable[[Any], None]], object]
+
+
+def in_processes(jobs: Sequence[Job], count: int, hear: Callable[[Any], object]) -> None:
+    """Do jobs in other processes, each of which gets the next one when it is free.
+
+    Args:
+        jobs: called with a function whose argument is told to this process; both can be pickled.
+        count: of processes, at most.
+        hear: called here with what the jobs tell; what it raises ends all processes.
+
+    Raises:
+        RuntimeError: a process was killed.
+    """
+    left = iter(jobs)
+    with ExitStack() as stack:
+        with interrupts_ignored():
+            busy = [stack.enter_context(_process()) for _ in range(min(count, len(jobs)))]
+        while busy:
+            for connection in wait(busy):
+                assert isinstance(connection, Connection)
+                try:
+                    told = connection.recv()
+                    if told is None and (job := next(left, None)):
+                        connection.send(job)
+                    elif told is None:
+                        connection.close()
+                        busy.remove(connection)
+                except (EOFError, OSError):
+                    raise RuntimeError("a training process was killed; run again to resume it") from None
+                if told is not None:
+                    hear(told)
+
+
+@contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Processes started in here leave Ctrl-C to the one that asked for them, which gets it afterwards."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def _process() -> Iterator[Connection]:
+    """The connection to a new process."""
+    ours, theirs = Pipe()
+    with ours, theirs, start(theirs.fileno()) as process:
+        theirs.close()
+        try:
+            yield ours
+        finally:
+            process.kill()
+
+
+def start(descriptor: int) -> subprocess.Popen[bytes]:
+    """A process that does what it is told on a connection, with the modules of this one and nobody else's."""
+    path = [str(REPOSITORY), *map(str, sys.path)]
+    code = (
+        f"import sys; sys.path[:] = {path}; from lib.experiments import processes as p; p.serve({descriptor})"
+    )
+    command = [sys.executable, "-I", "-c", code]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[descriptor])
+
+
+def serve(descriptor: int) -> None:
+    """Body of such a process. It ends when the connection does, even while it imports what a job needs."""
+    connection, jobs = Connection(descriptor), SimpleQueue[bytes]()
+
+    def listen() -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                jobs.put(connection.recv_bytes())
+        os._exit(1)
+
+    def tell(what: Any) -> None:
+        # It fails when nobody listens any more, and then the other thread ends the process.
+        with suppress(OSError):
+            connection.send(what)
+
+    Thread(target=listen, daemon=True).start()
+    while True:
+        tell(None)
+        pickle.loads(jobs.get())(tell)
