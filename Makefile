@@ -6,19 +6,37 @@ ARGS ?=
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-PYTHON ?= $(firstword $(foreach p,python3.11 python3 python,$(shell command -v $(p) 2>/dev/null)))
+PYTHON ?=
+PYTHONS := python3.11 python3.12 python3.13
+BASE := import sys; print(sys._base_executable); sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 INSTALLED := $(VENV)/installed
 FIGURES := $(sort $(foreach nb,$(wildcard nbs/fig*.ipynb),$(firstword $(subst _, ,$(notdir $(nb))))))
 
-# Only the packages of the environment are seen, and its programs come first.
+# What a user's shell says to these tools stays out, and so do the files in his home: the same packages, kernel and
+# styles everywhere. Where pip finds packages, and how, is his.
+SOURCES := CONFIG_FILE INDEX_URL EXTRA_INDEX_URL NO_INDEX FIND_LINKS CERT CLIENT_CERT PROXY TRUSTED_HOST TIMEOUT \
+  DEFAULT_TIMEOUT RETRIES CACHE_DIR KEYRING_PROVIDER
+TOOLS := PYTHON% PIP_% PYTEST% HYPOTHESIS% COVERAGE_% RUFF_% MYPY% JUPYTER% JPY_% IPYTHON% PYDEVD_% NBVAL% PAPERMILL% \
+  MPL% MATPLOTLIB% PANDAS_% PYDANTIC_% TQDM_%
+unexport $(filter-out $(addprefix PIP_,$(SOURCES)),$(filter $(TOOLS),$(.VARIABLES)))
+OWN := $(CURDIR)/$(VENV)/own
 export PYTHONNOUSERSITE := 1
+export JUPYTER_CONFIG_DIR := $(OWN)/jupyter
+export JUPYTER_DATA_DIR := $(OWN)/jupyter/data
+export IPYTHONDIR := $(OWN)/ipython
+export MPLCONFIGDIR := $(OWN)/matplotlib
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+# Kernels talk to their client in encrypted messages; without, each of them prints a warning.
+PYTEST := $(BIN)/python -m pytest -c pyproject.toml
+
+LAB := $(BIN)/python -m jupyterlab --KernelManager.transport_encryption=auto
 
 .DEFAULT_GOAL := help
 PAGES := theory reconstruct explore scaling
 
 .PHONY: help figures $(FIGURES) report theory reconstruct scaling explore sweep sweep-status sweep-plan test validate \
-  bench lab data refresh lock clean
+  bench lab data refresh lock clean delete-runs
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z$$(][^:]*:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,27 +57,32 @@ scaling: $(INSTALLED) ## what a training step costs, by image, kernels, batch an
 $(FIGURES) theory reconstruct scaling: $(INSTALLED)
 	@$(BIN)/python -m lib.pages.notebooks run $@ --profile $(PROFILE) $(ARGS)
 
-explore: $(INSTALLED) ## the grid, one selection at a time, with controls, in JupyterLab
-	$(BIN)/jupyter lab nbs/explore.ipynb
+explore: $(INSTALLED) ## the grid, one selection at a time, with controls, in JupyterLab (ARGS: its options)
+	$(LAB) nbs/explore.ipynb $(ARGS)
 
 sweep: $(INSTALLED) ## train the grid of figures 1, 5 and 6, or what is left of it (CLUSTER=local, slurm: as jobs)
-	@$(BIN)/python -m lib.experiments.sweep run --profile $(PROFILE) --cluster $(CLUSTER) $(ARGS)
+	@$(BIN)/python -m lib.experiments run --profile $(PROFILE) --cluster $(CLUSTER) $(ARGS)
 
 sweep-status: $(INSTALLED) ## what of the grid is done
-	@$(BIN)/python -m lib.experiments.sweep status --profile $(PROFILE) $(ARGS)
+	@$(BIN)/python -m lib.experiments status --profile $(PROFILE) $(ARGS)
 
 sweep-plan: $(INSTALLED) ## what of the grid is left, and how long it will take on this machine
-	@$(BIN)/python -m lib.experiments.sweep plan --profile $(PROFILE) $(ARGS)
+	@$(BIN)/python -m lib.experiments plan --profile $(PROFILE) $(ARGS)
 
-test: $(INSTALLED) ## lint, types, tests, and the notebooks against their stored output
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/pytest -n $(JOBS) --dist worksteal tests $(ARGS)
-	$(BIN)/pytest --nbval nbs
+test: $(INSTALLED) ## lint, types, tests (ARGS: pytest's options), and the notebooks against their stored output
+	@status=0; summary=; trap 'exit 130' INT; \
+	  part() { name=$$1; shift; echo "== $$name"; outcome=passed; "$$@" || { outcome=FAILED; status=1; }; \
+	    summary="$$summary$$name: $$outcome\n"; }; \
+	  part lint $(BIN)/ruff check .; \
+	  part format $(BIN)/ruff format --check .; \
+	  part imports $(BIN)/lint-imports --no-cache --no-logo; \
+	  part types $(BIN)/mypy; \
+	  part tests $(PYTEST) -n $(JOBS) --dist worksteal tests $(ARGS); \
+	  part notebooks $(PYTEST) --nbval nbs; \
+	  printf "\n$$summary"; exit $$status
 
 validate: $(INSTALLED) ## every notebook executed again, against its stored output
-	$(BIN)/pytest --nbval nbs $(ARGS)
+	$(PYTEST) --nbval nbs $(ARGS)
 
 bench: $(INSTALLED) ## times beside other implementations and of stacks, errors, digits that hold: results/bench/
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_training.py
@@ -68,8 +91,8 @@ bench: $(INSTALLED) ## times beside other implementations and of stacks, errors,
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_tolerances.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_reproducibility.py
 
-lab: $(INSTALLED) ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab nbs
+lab: $(INSTALLED) ## JupyterLab on the notebooks (ARGS: its options)
+	$(LAB) nbs $(ARGS)
 
 data: $(INSTALLED) ## fetch and verify the data (the figures do so by themselves)
 	@$(BIN)/python -c "from lib.experiments.data import faces, mnist; print(len(mnist('train', 60_000)), len(faces('train', 300)))"
@@ -77,27 +100,32 @@ data: $(INSTALLED) ## fetch and verify the data (the figures do so by themselves
 refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to be committed
 	@$(BIN)/python -m lib.pages.notebooks refresh $(FIGURES) $(PAGES)
 
-lock: ## resolve environment.yml anew into requirements.lock
-	@$(PYTHON) -m venv --clear $(VENV)-lock
-	@sed -n 's/^ *- \([A-Za-z0-9_-]*==.*\)/\1/p' environment.yml > $(VENV)-lock/direct.txt
-	@$(VENV)-lock/bin/pip install --quiet --disable-pip-version-check -r $(VENV)-lock/direct.txt
-	@{ echo "# The whole resolved set, made by \`make lock\` from environment.yml."; \
-	   $(VENV)-lock/bin/pip freeze --exclude pip --exclude setuptools | sed 's/+cpu$$//'; } > requirements.lock
-	@rm -rf $(VENV)-lock
+lock: ## resolve environment.yml anew into requirements.lock, for all versions of Python (PYTHONS: where they are)
+	@$(firstword $(PYTHONS)) .ci/lock.py $(PYTHONS)
 
-clean: ## remove the environment and the results, but neither data nor reference figures
-	rm -rf $(VENV) results/runs results/jobs results/smoke results/quick results/paper
+clean: ## remove the environment and the figures that were made, but no trained run
+	rm -rf $(VENV) results/smoke results/quick results/paper results/reconstruct
 
-$(INSTALLED): requirements.lock pyproject.toml
-	@test -n "$(PYTHON)" || { echo "Python is missing: install Python 3.11 (python3.11 on the PATH)"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-	  { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1): install Python 3.11 or name it, make PYTHON=/path/to/python3.11"; exit 1; }
-	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
-	  { echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian: python3.11-venv)"; exit 1; }
-	@echo "setting up $(VENV) (once, some minutes)"
-	@$(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock || \
-	  { echo "the packages could not be installed: check the network and run make again"; exit 1; }
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable . || \
-	  { echo "the repository could not be installed: check the network and run make again"; exit 1; }
-	@touch $@
+delete-runs: ## remove all trained runs
+	rm -rf results/runs results/jobs
+
+# The environment knows the folder and the packages that it was made for; for others it is made anew, as for a Python
+# that was asked for by name.
+GIVEN := $(findstring command,$(origin PYTHON))
+ifneq ($(shell \
+  test "$$(pwd -P; cat requirements.lock)" = "$$(cat $(INSTALLED) 2>&1)" && test -x $(BIN)/python || echo other; \
+  $(if $(GIVEN),test "$$("$(PYTHON)" -V 2>&1)" = "$$($(BIN)/python -V 2>&1)" || echo other)),)
+.PHONY: $(INSTALLED)
+endif
+
+$(INSTALLED):
+	@for python in "$(PYTHON)" $(if $(GIVEN),,$(PYTHONS) python3 python); do \
+	    base=$$("$$python" -c "$(BASE)" 2>/dev/null) && break; base=; done; \
+	  test -n "$$base" || { echo "$(or $(PYTHON),the PATH) has no Python 3.11, 3.12 or 3.13 that runs:" \
+	    "install Python 3.11, 3.12 or 3.13, or name it: make PYTHON=/path/to/python3.13"; exit 1; }; \
+	  if test -f $@; then made=$$(head -n 1 $@); \
+	    test "$$made" = "$$(pwd -P)" && made="other packages or another Python" || made="the folder $${made:-of an earlier version}"; \
+	    echo "$(VENV) was made for $$made: setting it up anew (some minutes)"; \
+	  else echo "setting up $(VENV) (once, some minutes)"; fi; \
+	  "$$base" .ci/environment.py $(VENV)
+	@{ pwd -P; cat requirements.lock; } > $@
