@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
@@ -35,6 +36,7 @@ MODEL_LINES = {"bilevel": "-", "deq": "--"}
 """Blue and orange differ for every kind of colour vision, and in grey one is dark and one is light."""
 
 STYLE: Any = {
+    **{name: value for name, value in mpl.rcParamsDefault.items() if not name.startswith("backend")},
     "font.family": "STIXGeneral",
     "mathtext.fontset": "stix",
     "font.size": 9,
@@ -46,7 +48,7 @@ STYLE: Any = {
     "pdf.fonttype": 42,
     "savefig.dpi": 300,
 }
-"""Fonts that fit a column, and text that stays text in the PDF."""
+"""matplotlib's defaults, whatever the user's are; fonts that fit a column; text stays text in the PDF."""
 
 TEXT_WIDTH = 6.9
 """Width in inches of a page of two columns."""
