@@ -7,10 +7,20 @@ from torch import Tensor, nn
 
 from lib.operators import Identity, Mask, Operator
 from lib.products import product
-from lib.regularizer import Activation, ConvFieldsOfExperts, DenseFieldsOfExperts, FieldsOfExperts, broadcast
+from lib.regularizer import (
+    GRADIENT_NORM,
+    Activation,
+    ConvFieldsOfExperts,
+    DenseFieldsOfExperts,
+    FieldsOfExperts,
+    broadcast,
+)
 from lib.solvers import FixedPointProblem, StepMap
 
 MODELS = ("bilevel", "deq")
+
+WEIGHT_PACE = 8.0
+"""`lambda = exp(WEIGHT_PACE t)`: steps in `t` as long as those in the kernels are then as fast."""
 
 PRECONDITIONER_RIDGE = 1e-2
 """Relative to `lambda`, for where neither `K` nor the experts see much."""
@@ -28,6 +38,8 @@ class FixedPointModel(nn.Module):
         tau: step size, a number or `(*stack)`.
         lam: weight `lambda` of the data term, a number or `(*stack)`.
         gamma: weight of the regularizer, a number or `(*stack)`.
+        learn_weight: whether `lambda` is a parameter too, `exp(WEIGHT_PACE t)`, which starts at `lam`; the
+            step then follows it (`refresh`) and needs kernels that are normalized.
     """
 
     tau: Tensor
@@ -41,6 +53,7 @@ class FixedPointModel(nn.Module):
         tau: float | Tensor,
         lam: float | Tensor,
         gamma: float | Tensor,
+        learn_weight: bool = False,
     ) -> None:
         super().__init__()
         self.operator = operator
@@ -48,6 +61,25 @@ class FixedPointModel(nn.Module):
         A = regularizer.A
         for name, value in (("tau", tau), ("lam", lam), ("gamma", gamma)):
             self.register_buffer(name, torch.as_tensor(value, dtype=A.dtype, device=A.device))
+        self.weight = nn.Parameter(self.lam.log() / WEIGHT_PACE) if learn_weight else None
+        self._follow_weight()
+
+    def refresh(self) -> None:
+        """Called whenever the parameters have changed: measures the kernels' norms, and sets `lambda` and the
+        step `1 / (lambda + gamma max(sigma') N^2)`, with which `T` contracts where `K` loses nothing."""
+        self.regularizer.refresh()
+        self._follow_weight()
+
+    @torch.no_grad()
+    def _follow_weight(self) -> None:
+        if self.weight is not None:
+            self.lam = torch.exp(WEIGHT_PACE * self.weight)
+            self.tau = 1 / (self.lam + self.gamma * self.regularizer.activation.steepest * GRADIENT_NORM**2)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All that was learned, by name: those of the regularizer and, where it is learned, `lam`."""
+        learned = {} if self.weight is None else {"lam": self.lam}
+        return self.regularizer.weights() | learned
 
     def problem(self, f: Tensor, P: Tensor | None = None) -> FixedPointProblem:
         """`u = T(u)` for the data `f`, with all that is known of it.
@@ -88,7 +120,8 @@ class FixedPointModel(nn.Module):
         """
         self.regularizer.require(f)
         K, Ktf = self.operator, self.operator.adjoint(f)
-        tau, lam = broadcast(self.tau, f), broadcast(self.lam, f)
+        lam = self.lam if self.weight is None else torch.exp(WEIGHT_PACE * self.weight)
+        tau, lam = broadcast(self.tau, f), broadcast(lam, f)
 
         def T(u: Tensor) -> Tensor:
             data_gradient = lam * (K.normal(u) - Ktf)
@@ -190,6 +223,8 @@ def build_conv_model(
     tau: float | Tensor,
     lam: float | Tensor,
     gamma: float | Tensor,
+    learn_weight: bool = False,
+    differentiate_norm: bool = False,
 ) -> FixedPointModel:
     """The same two models from kernels `A, C`, normalized in training (see `ConvFieldsOfExperts`).
 
@@ -197,8 +232,9 @@ def build_conv_model(
         ValueError: the model is unknown.
     """
     A, C = kernels
-    regularizer = ConvFieldsOfExperts(A, C if is_free(model) else None, activation, direction)
-    return FixedPointModel(operator, regularizer, tau, lam, gamma)
+    free = C if is_free(model) else None
+    regularizer = ConvFieldsOfExperts(A, free, activation, direction, differentiate_norm)
+    return FixedPointModel(operator, regularizer, tau, lam, gamma, learn_weight)
 
 
 def is_free(model: str) -> bool:

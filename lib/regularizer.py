@@ -240,7 +240,8 @@ class ConvFieldsOfExperts(FieldsOfExperts):
 
     In training each of `A` and `C` acts as `GRADIENT_NORM A / ||A||`. The norm is that of the operator on
     images of the training's size. It is refreshed after every optimizer step, by a search that goes on from
-    the last direction, and is a constant for the gradient, as in the paper.
+    the last direction. For the gradient it is a constant, as in the paper, or, where it is differentiated,
+    `||A v||` at the image `v` that attains it: `d||A|| = <A v, dA v> / ||A||`.
 
     Args:
         A: `(*stack, F, k, k)`, analysis kernels, `k` odd.
@@ -248,6 +249,7 @@ class ConvFieldsOfExperts(FieldsOfExperts):
         activation: such as `smoothed_sign(100)`.
         direction: `(*stack, 1, 1, H, W)`, image from which the search for the norm starts; None takes the
             kernels as they are.
+        differentiate_norm: whether the gradient goes through the norm.
     """
 
     weight_dims = 3
@@ -255,7 +257,12 @@ class ConvFieldsOfExperts(FieldsOfExperts):
     directions: Tensor
 
     def __init__(
-        self, A: Tensor, C: Tensor | None, activation: Activation, direction: Tensor | None = None
+        self,
+        A: Tensor,
+        C: Tensor | None,
+        activation: Activation,
+        direction: Tensor | None = None,
+        differentiate_norm: bool = False,
     ) -> None:
         super().__init__()
         self.A = nn.Parameter(A)
@@ -264,6 +271,7 @@ class ConvFieldsOfExperts(FieldsOfExperts):
         self.activation = activation
         sets = 1 if C is None else 2
         self.normalized = direction is not None
+        self.differentiate_norm = differentiate_norm and self.normalized
         self.register_buffer("scales", A.new_ones(*A.shape[:-3], sets))
         if direction is not None:
             self.register_buffer("directions", torch.stack([direction] * sets, dim=-5))
@@ -277,9 +285,12 @@ class ConvFieldsOfExperts(FieldsOfExperts):
             self.scales = GRADIENT_NORM / norms
 
     def _kernels(self, name: str) -> Tensor:
-        if name == "C" and self.C is not None:
-            return self.scales[..., 1, None, None, None] * self.C
-        return self.scales[..., 0, None, None, None] * self.A
+        kernels, index = (self.A, 0) if name == "A" or self.C is None else (self.C, 1)
+        scale = self.scales[..., index]
+        if self.differentiate_norm and torch.is_grad_enabled():
+            worst = correlate(kernels, self.directions.select(-5, index))
+            scale = GRADIENT_NORM / torch.linalg.vector_norm(worst, dim=(-3, -2, -1))
+        return scale[..., None, None, None] * kernels
 
     def _parts(self, u: Tensor) -> tuple[Tensor, ...]:
         """The images in groups whose experts stay in the cache; on a GPU all at once."""

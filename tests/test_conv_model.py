@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor, nn
@@ -20,8 +20,15 @@ from torch.nn import functional
 from lib import regularizer
 from lib.implicit import implicit_fixed_point
 from lib.kernels import difference_kernels
-from lib.models import MODELS, PRECONDITIONER_RIDGE, FixedPointModel, build_conv_model, build_model
-from lib.operators import TASKS, forward_operator
+from lib.models import (
+    MODELS,
+    PRECONDITIONER_RIDGE,
+    WEIGHT_PACE,
+    FixedPointModel,
+    build_conv_model,
+    build_model,
+)
+from lib.operators import TASKS, CircularBlur, Identity, Mask, Operator, forward_operator
 from lib.regularizer import (
     ACTIVATIONS,
     GRADIENT_NORM,
@@ -666,3 +673,78 @@ def test_an_unknown_model_is_refused() -> None:
     operator = forward_operator("denoising", HEIGHT, WIDTH)
     with pytest.raises(ValueError, match=r"^model: got 'unet', allowed: bilevel, deq$"):
         build_conv_model("unet", operator, (A, A), smoothed_sign(5.0), tau=TAU, lam=LAM, gamma=GAMMA)
+
+
+@given(
+    st.sampled_from(MODELS),
+    st.sampled_from(TASKS),
+    st.floats(0.5, 50.0),
+    st.integers(0, 2**32 - 1),
+)
+def test_the_whole_hypergradient_is_that_of_finite_differences(
+    model: str, task: str, lam: float, seed: int
+) -> None:
+    """Through normalization and weight, of kernels `A` and `C` and of `lambda`, for any mask and blur.
+
+    The models of all directions and both signs are one stack. Fixed points do not depend on the step, which
+    follows the weight.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    A, other = torch.randn(2, FILTERS, 3, 3, generator=draws, dtype=torch.float64)
+    C = A + 0.3 * other
+    direction = torch.randn(1, 1, HEIGHT, WIDTH, generator=draws, dtype=torch.float64)
+    truth, noise = torch.randn(2, BATCH, 1, HEIGHT, WIDTH, generator=draws, dtype=torch.float64)
+    mask = (torch.rand(HEIGHT, WIDTH, generator=draws) > 0.3).double()
+    blur = torch.rand(3, 3, generator=draws, dtype=torch.float64)
+    operators: dict[str, Operator] = {
+        "denoising": Identity(),
+        "inpainting": Mask(mask),
+        "deblurring": CircularBlur(blur / blur.sum()),
+    }
+    operator = operators[task]
+    f = operator.forward(truth) + 0.1 * noise
+
+    def built(A: Tensor, C: Tensor, lam: Tensor, stack: tuple[int, ...] = ()) -> FixedPointModel:
+        start = direction.expand(*stack, *direction.shape)
+        learned = {"learn_weight": True, "differentiate_norm": True}
+        numbers = {"tau": torch.ones(stack), "lam": lam, "gamma": torch.ones(stack)}
+        return build_conv_model(
+            model, operator, (A, C), smoothed_sign(SHARPNESS), start, **numbers, **learned
+        )
+
+    alone = built(A, C, torch.tensor(lam, dtype=torch.float64))
+    solver = Anderson(tol=1e-13, max_steps=5000, memory=10, regularization=1e-8)
+    solution = implicit_fixed_point(alone.problem(f), f, solver)
+    assume(solution.status.eq(Status.CONVERGED).all())
+    (solution.value - truth).square().mean().backward()
+    gradients = {name: p.grad for name, p in alone.named_parameters()}
+    names = ["regularizer.A", "weight", *["regularizer.C"] * (model == "deq")]
+    assert set(gradients) == set(names)
+    h, parameters = 1e-5, dict(alone.named_parameters())
+    moved = {
+        name: parameters[name].detach().expand(2 * len(names), *parameters[name].shape).clone()
+        for name in names
+    }
+    directions = {}
+    for i, name in enumerate(names):
+        d = torch.randn(parameters[name].shape, generator=draws, dtype=torch.float64)
+        directions[name] = d / d.norm()
+        moved[name][2 * i] += h * directions[name]
+        moved[name][2 * i + 1] -= h * directions[name]
+    lams = torch.exp(WEIGHT_PACE * moved["weight"])
+    kernels = moved["regularizer.A"], moved.get("regularizer.C", moved["regularizer.A"])
+    stacked = built(*kernels, lams, (2 * len(names),))
+    data = f.expand(2 * len(names), *f.shape)
+    solutions = fixed_point(stacked.problem(data), data, solver)
+    assume(solutions.status.eq(Status.CONVERGED).all())
+    losses = (solutions.value - truth).square().mean((-4, -3, -2, -1)).tolist()
+    for i, name in enumerate(names):
+        gradient = gradients[name]
+        assert gradient is not None
+        expected = (losses[2 * i] - losses[2 * i + 1]) / (2 * h)
+        derivative = (gradient * directions[name]).sum().item()
+        assert derivative == pytest.approx(expected, rel=1e-3, abs=1e-3 * gradient.norm().item()), name
+    if model == "bilevel":
+        # The size of kernels that are normalized changes nothing.
+        radial = (gradients["regularizer.A"] * A).sum()
+        assert radial.abs() <= 1e-7 * gradients["regularizer.A"].norm() * A.norm()

@@ -147,12 +147,24 @@ def _model(
         )
         for name in ("tau", "lam", "gamma")
     }
+    numbers |= {"lam": weights["lam"]} if "lam" in weights else {}
     C = weights.get("C", weights["A"])
     if isinstance(first, RunConfig):
         matrices = (weights["A"], weights["b"], C)
         return build_model(first.model, operator, matrices, first.sigma, **numbers)
     activation = smoothed_sign(first.sharpness)
-    return build_conv_model(first.model, operator, (weights["A"], C), activation, direction, **numbers)
+    return build_conv_model(
+        first.model,
+        operator,
+        (weights["A"], C),
+        activation,
+        direction,
+        tau=numbers["tau"],
+        lam=numbers["lam"],
+        gamma=numbers["gamma"],
+        learn_weight=first.learn_weight,
+        differentiate_norm=first.differentiate_norm,
+    )
 
 
 def observe(operator: Operator, images: Tensor, noise: Tensor, n: Tensor) -> Tensor:

@@ -48,12 +48,19 @@ STACKED = ("noise", "tau", "gamma", "lam")
 PRECONDITIONER_AGE = 10
 """Optimizer steps after which a preconditioner is made anew; it costs about as much as 20 products."""
 
+SEARCH, LBFGS_MEMORY = 20, 20
+"""Evaluations of a line search at most, and pairs of steps and gradients that L-BFGS keeps."""
+
+FARTHEST = 10.0
+"""Largest entry of kernels, which are normalized, and of `log(lambda) / 8`, that such a search looks at."""
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state, which a checkpoint holds behind each parameter."""
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 Metrics = dict[str, float]
+Evaluation = tuple[Tensor, Solution, Solution]
 
 
 def learning_rate(config: TrainingConfig, step: int, total: int) -> float:
@@ -165,15 +172,21 @@ class Trainer:
         with one_thread():
             self.model = make_model(configs, start).to(self.device)
         self.noise = torch.tensor([c.noise for c in configs], device=self.device)
-        # Not fused: that kernel rounds a tensor's last numbers otherwise, and members would not be equal.
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=self.config.learning_rate, foreach=True, fused=False
-        )
+        self.optimizer = self._make_optimizer()
         self.warm = isinstance(self.config, FacesConfig) and self.config.warm_start
         self.solutions: dict[str, Tensor] = {}
         self.P: Tensor | None = None
         if checkpoints is not None:
             self._restore(checkpoints)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        c, parameters = self.config, self.model.parameters()
+        if isinstance(c, FacesConfig) and c.optimizer == "lbfgs":
+            if len(self.members) > 1:
+                raise ValueError(f"configs: got {len(self.members)}, allowed: one at a time for L-BFGS")
+            return torch.optim.LBFGS(parameters, 1.0, 1, SEARCH, 0.0, 0.0, LBFGS_MEMORY, "strong_wolfe")
+        # Not fused: that kernel rounds a tensor's last numbers otherwise, and members would not be equal.
+        return torch.optim.Adam(parameters, lr=c.learning_rate, foreach=True, fused=False)
 
     @one_thread()
     def train(
@@ -226,36 +239,25 @@ class Trainer:
     def _train_step(self, images: Tensor, n: Tensor, meter: _Meter) -> None:
         start = time.perf_counter()
         f = observe(self.model.operator, images, self.noise, n)
-        adjoint: list[Solution] = []
         step = self.step - self.epoch * steps_per_epoch(self.config)
         if is_preconditioned(self.config) and step % PRECONDITIONER_AGE == 0:
             self.P = self.model.preconditioner(f.shape[-3:])
-        problem, u0 = self.model.problem(f, self.P), first_iterate(f, self.config)
-        if self.solutions:
-            last = self.solutions
-            problem, u0 = replace(problem, first_adjoint=lambda g: last["backward"]), last["forward"]
-        solution = implicit_fixed_point(problem, u0, self.solver, self.adjoint_solver, adjoint.append)
-        loss = (solution.value - images).square().mean((-4, -3, -2, -1))
-        sane = loss.detach() <= LOSS_LIMIT
-        self.optimizer.zero_grad()
-        # A member that diverged takes no part in the sum: its NaN stays in its own slice.
-        loss[sane].sum().backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step, total_steps(self.config))
-        self.optimizer.step()
-        self.model.regularizer.refresh()
-        if self.warm:
-            self.solutions = {
-                "forward": _usable(solution, first_iterate(f, self.config)),
-                "backward": _usable(adjoint[0], torch.zeros_like(f)),
-            }
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            evaluation = self._search(images, f)
+        else:
+            evaluation = self._evaluate_gradient(images, f)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, self.step, total_steps(self.config))
+            self.optimizer.step()
+        self.model.refresh()
         self.step += 1
-        self._charge(start, solution.steps.double().mean(-1) + adjoint[0].steps.double().mean(-1))
+        loss, solution, adjoint = evaluation
+        self._charge(start, solution.steps.double().mean(-1) + adjoint.steps.double().mean(-1))
         meter.add(
             len(images),
-            train_loss=loss.detach(),
+            train_loss=loss,
             **_solver_metrics("forward", solution),
-            **_solver_metrics("backward", adjoint[0], series=self.adjoint_solver != self.solver),
+            **_solver_metrics("backward", adjoint, series=self.adjoint_solver != self.solver),
         )
         where = f"above {LOSS_LIMIT:g} in epoch {self.epoch + 1}, step {step + 1}"
         lost = {
@@ -265,6 +267,43 @@ class Trainer:
         }
         self._end(DIVERGED, lost)
         meter.keep([position for position in range(len(loss)) if position not in lost])
+
+    def _evaluate_gradient(self, images: Tensor, f: Tensor) -> Evaluation:
+        """Losses `(stack,)` and both solutions with the present weights, whose gradient is left in them."""
+        problem, u0 = self.model.problem(f, self.P), first_iterate(f, self.config)
+        if self.solutions:
+            last = self.solutions
+            problem, u0 = replace(problem, first_adjoint=lambda g: last["backward"]), last["forward"]
+        adjoint: list[Solution] = []
+        solution = implicit_fixed_point(problem, u0, self.solver, self.adjoint_solver, adjoint.append)
+        loss = (solution.value - images).square().mean((-4, -3, -2, -1))
+        self.optimizer.zero_grad()
+        # A member that diverged takes no part in the sum: its NaN stays in its own slice.
+        loss[loss.detach() <= LOSS_LIMIT].sum().backward()
+        if self.warm:
+            self.solutions = {
+                "forward": _usable(solution, first_iterate(f, self.config)),
+                "backward": _usable(adjoint[0], torch.zeros_like(f)),
+            }
+        return loss.detach(), solution, adjoint[0]
+
+    def _search(self, images: Tensor, f: Tensor) -> Evaluation:
+        """One step of L-BFGS, whose line search evaluates as often as it needs; the first evaluation."""
+        evaluations: list[Evaluation] = []
+
+        def closure() -> float:
+            # A search may look too far ahead, where nothing can be computed.
+            if not all(parameter.abs().max() <= FARTHEST for parameter in self.model.parameters()):
+                self.optimizer.zero_grad()
+                return math.inf
+            self.model.refresh()
+            if is_preconditioned(self.config):
+                self.P = self.model.preconditioner(f.shape[-3:])
+            evaluations.append(self._evaluate_gradient(images, f))
+            return evaluations[-1][0].sum().item()
+
+        self.optimizer.step(closure)
+        return evaluations[0]
 
     def _stop_late(self, meter: _Meter) -> None:
         """End the members whose time budget is spent."""
@@ -322,7 +361,7 @@ class Trainer:
         """Take the members at these positions out of the stack; from then on they cost nothing."""
         if not reasons:
             return
-        weights = self.model.regularizer.weights()
+        weights = self.model.weights()
         for position, reason in reasons.items():
             member = self.members[self.alive[position]]
             member.status, member.reason = status, reason
@@ -335,7 +374,7 @@ class Trainer:
             parameter.data = parameter.data[index]
             parameter.grad = None
             for name, value in self.optimizer.state[parameter].items():
-                if value.dim():
+                if isinstance(value, Tensor) and value.dim() == parameter.dim():
                     self.optimizer.state[parameter][name] = value[index]
         for module in self.model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
@@ -352,14 +391,16 @@ class Trainer:
             index: of a living member, in the order of the configurations.
         """
         position, member = self.alive.index(index), self.members[index]
-        weights = {}
-        for name, parameter in self.model.regularizer.named_parameters():
+        adam, weights = isinstance(self.optimizer, torch.optim.Adam), {}
+        for name, parameter in self.model.named_parameters():
             state = self.optimizer.state[parameter]
-            tensors = (parameter.data, *(state[moment] for moment in MOMENTS))
+            tensors = (parameter.data, *(state[moment] for moment in MOMENTS if adam))
             weights[name] = [tensor[position].cpu().clone() for tensor in tensors]
-        named = dict(self.model.regularizer.named_buffers()) | self.solutions
+        named = dict(self.model.named_buffers()) | self.solutions
         buffers = {name: tensor[position].cpu().clone() for name, tensor in named.items()}
         content = {"epoch": self.epoch, "seconds": member.seconds, "history": member.history}
+        # L-BFGS has one state for all parameters, and one member.
+        content |= {} if adam else {"search": self.optimizer.state_dict()["state"][0]}
         buffer = io.BytesIO()
         torch.save(content | {"weights": weights, "buffers": buffers}, buffer)
         return buffer.getvalue()
@@ -370,17 +411,22 @@ class Trainer:
         if any(state["epoch"] != self.epoch for state in states):
             raise ValueError(f"checkpoints of a stack are of one epoch, got {[s['epoch'] for s in states]}")
         self.step = self.epoch * steps_per_epoch(self.config)
-        for name, parameter in self.model.regularizer.named_parameters():
+        for name, parameter in self.model.named_parameters():
             tensors = zip(*(state["weights"][name] for state in states), strict=True)
             parameter.data, *moments = (torch.stack(slices).to(self.device) for slices in tensors)
-            step = torch.tensor(float(self.step))
-            self.optimizer.state[parameter] = {"step": step} | dict(zip(MOMENTS, moments, strict=True))
+            if moments:
+                step = torch.tensor(float(self.step))
+                self.optimizer.state[parameter] = {"step": step} | dict(zip(MOMENTS, moments, strict=True))
+        if "search" in states[0]:
+            search = {"state": {0: states[0]["search"]}}
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | search)
         for name in states[0]["buffers"]:
             buffer = torch.stack([state["buffers"][name] for state in states]).to(self.device)
             if name in ("forward", "backward"):
                 self.solutions[name] = buffer
             else:
-                setattr(self.model.regularizer, name, buffer)
+                module, _, attribute = name.rpartition(".")
+                setattr(self.model.get_submodule(module), attribute, buffer)
         for member, state in zip(self.members, states, strict=True):
             member.history, member.seconds = state["history"], state["seconds"]
 
