@@ -33,10 +33,10 @@ PYTEST := $(BIN)/python -m pytest -c pyproject.toml
 LAB := $(BIN)/python -m jupyterlab --KernelManager.transport_encryption=auto
 
 .DEFAULT_GOAL := help
-PAGES := theory reconstruct explore scaling
+PAGES := first_steps theory reconstruct explore scaling
 
-.PHONY: help figures $(FIGURES) report theory reconstruct scaling explore sweep sweep-status sweep-plan test validate \
-  bench lab data refresh lock clean delete-runs
+.PHONY: help figures $(FIGURES) report $(PAGES) sweep sweep-status sweep-plan test validate bench lab data refresh \
+  lock clean delete-runs
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z$$(][^:]*:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -50,11 +50,12 @@ figures: $(INSTALLED) ## all figures, into results/$(PROFILE)/, and the page tha
 report: $(INSTALLED) ## the page of the figures that are there: results/$(PROFILE)/index.html
 	@$(BIN)/python -m lib.pages.report --profile $(PROFILE)
 
+first_steps: $(INSTALLED) ## the mathematics alone, from an operator to a training, in 60 lines and some seconds
 theory: $(INSTALLED) ## bilevel learning as a deep equilibrium model with tied weights, in numbers
 reconstruct: $(INSTALLED) ## a photograph of your own with the committed kernels: ARGS="-p image photo.jpg"
 scaling: $(INSTALLED) ## what a training step costs, by image, kernels, batch and stack
 
-$(FIGURES) theory reconstruct scaling: $(INSTALLED)
+$(FIGURES) first_steps theory reconstruct scaling: $(INSTALLED)
 	@$(BIN)/python -m lib.pages.notebooks run $@ --profile $(PROFILE) $(ARGS)
 
 explore: $(INSTALLED) ## the grid, one selection at a time, with controls, in JupyterLab (ARGS: its options)
@@ -104,7 +105,7 @@ lock: ## resolve environment.yml anew into requirements.lock, for all versions o
 	@$(firstword $(PYTHONS)) .ci/lock.py $(PYTHONS)
 
 clean: ## remove the environment and the figures that were made, but no trained run
-	rm -rf $(VENV) results/smoke results/quick results/paper results/reconstruct
+	rm -rf $(VENV) results/smoke results/quick results/paper $(addprefix results/,$(PAGES))
 
 delete-runs: ## remove all trained runs
 	rm -rf results/runs results/jobs
