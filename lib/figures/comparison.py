@@ -251,13 +251,12 @@ def claims_of_best_runs(best: pd.DataFrame, level: float = 0.05) -> list[Claim]:
     ]
 
 
-def print_claims(claims: Sequence[Claim], numbers: bool = False) -> None:
-    """Print each verdict with its statement, and with numbers and rules behind it if they are asked for."""
+def print_claims(claims: Sequence[Claim]) -> None:
+    """Print each verdict with its statement and numbers, and each rule behind what it decides."""
     for rule, decided in groupby(claims, lambda claim: claim.rule):
         for claim in decided:
-            print(f"{claim}: {claim.numbers}" if numbers else claim)
-        if numbers:
-            print(textwrap.fill(f"Rule: {rule}", 95))
+            print(f"{claim}: {claim.numbers}")
+        print(textwrap.fill(f"Rule: {rule}", 95))
 
 
 def has_converged(rows: pd.DataFrame) -> bool:
@@ -269,53 +268,6 @@ def has_converged(rows: pd.DataFrame) -> bool:
     machines (`tests/bench_reproducibility.py`).
     """
     return bool((rows.filter(like="_unconverged").mean().fillna(0) < 0.05).all())
-
-
-def print_outcomes(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> None:
-    """Print how many runs of each task and model are kept, as exactly as it holds on other machines.
-
-    That is the number where the kept runs' solves converged (see `has_converged`), else whether it is at
-    least half.
-    """
-    for (task, model), group in runs.groupby(["task", "model"]):
-        kept = kept_runs(group, threshold)
-        many = "at least half" if 2 * len(kept) >= len(group) else "fewer than half"
-        count = f"{len(kept)}" if has_converged(kept) else many
-        print(f"{task}, {model}: {count} of {len(group)} runs are kept")
-
-
-def print_panels(best: pd.DataFrame, margin: float = 0.5, rough: float = 2.0) -> None:
-    """Print which model's best run is ahead in each task, noise level by noise level.
-
-    Args:
-        best: of `best_runs`.
-        margin: dB of PSNR from which a model is ahead of the other one; below it they are `alike`.
-        rough: the same where solves did not converge (see `has_converged`).
-    """
-    for task, runs in best.groupby("task"):
-        panels = []
-        for noise, pair in runs.groupby("noise"):
-            psnr = pair.set_index("model")["test_psnr"]
-            if {"bilevel", "deq"} <= set(psnr.index):
-                enough = margin if has_converged(pair) else rough
-                alike = abs(psnr["deq"] - psnr["bilevel"]) < enough
-                panels.append(f"{noise:g} {'alike' if alike else psnr.idxmax()}")
-        if panels:
-            print(f"{task}, ahead at noise: {', '.join(panels)}")
-
-
-def print_steps(runs: pd.DataFrame) -> None:
-    """Print the median steps of a forward and a backward solve of each task and model.
-
-    They are whole numbers where the solves converged (see `has_converged`), else rounded to fives.
-
-    Args:
-        runs: such as `kept_runs`.
-    """
-    for (task, model), group in runs.groupby(["task", "model"]):
-        unit = 1 if has_converged(group) else 5
-        medians = (unit * round(group[f"{solve}_steps"].median() / unit) for solve in ("forward", "backward"))
-        print("{}, {}: {} steps forward, {} backward".format(task, model, *medians))
 
 
 def check_sweep(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> None:

@@ -151,21 +151,6 @@ def quality(images: Mapping[str, Tensor], truth: Tensor, lost: Tensor) -> pd.Dat
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("image")
 
 
-def print_findings(table: pd.DataFrame, reference: str, margin: float = 0.5) -> None:
-    """Print how each method of a `quality` table compares with one of them inside the mask.
-
-    Args:
-        table: what `quality` returned.
-        reference: the method to compare with.
-        margin: dB from which a difference counts.
-    """
-    inside = table["psnr inside"]
-    for name in inside.index.drop(reference):
-        difference = inside[name] - inside[reference]
-        verdict = "better than" if difference >= margin else "worse than" if difference <= -margin else "like"
-        print(f"inside the mask: {name} is {verdict} {reference} (by {margin} dB or more of PSNR)")
-
-
 def inpainting_figure(
     images: Mapping[str, Tensor],
     truth: Tensor,
