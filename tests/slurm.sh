@@ -88,11 +88,11 @@ for copy in plain jobs; do
 done
 
 say "an ordinary sweep"
-(cd "$work/plain" && PYTHONPATH=$PWD nice -n 19 python -m lib.experiments.sweep run --profile smoke $sweep)
+(cd "$work/plain" && PYTHONPATH=$PWD nice -n 19 python -m lib.experiments run --profile smoke $sweep)
 
 cd "$work/jobs"
 export PYTHONPATH=$PWD
-run="python -m lib.experiments.sweep run --profile smoke $sweep --cluster slurm --job jobs 2 --job partition short"
+run="python -m lib.experiments run --profile smoke $sweep --cluster slurm --job jobs 2 --job partition short"
 
 say "a partition that does not exist is one line"
 if $run --job partition nowhere; then exit 1; fi
@@ -131,7 +131,7 @@ scontrol update "JobId=${job}_1" StartTime=now
 say "the first command ends with the failure of element 0"
 wait "$waiting" && exit 1 || say "exit status $?"
 tr '\r' '\n' <first.err | tail -1
-python -m lib.experiments.sweep status --profile smoke $sweep
+python -m lib.experiments status --profile smoke $sweep
 grep -h -E "preempted|timed|Requeued" results/jobs/*/*_log.* || true
 
 say "the same command resumes it; Slurm itself queues the job again, as when it preempts one"

@@ -60,7 +60,7 @@ def small_problem(
     Args:
         height, width: of the piece in pixels.
         filters, filter_size: number and side of the kernels.
-        sharpness, lam, noise: as in `lib.config.FacesConfig`.
+        sharpness, lam, noise: as in `lib.experiments.config.FacesConfig`.
         seed: of the kernels and the noise.
     """
     draws = generator(seed, "small problem")
