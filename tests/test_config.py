@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lib.experiments.config import ConfigError, RunConfig, parse_parameters, require_positive, seed_list
+from lib.experiments.config import ConfigError, RunConfig, parse_parameters
 from lib.experiments.profiles import GRID, PROFILES, SWEEPS, grid, profile_config
 from lib.models import MODELS
 from lib.operators import TASKS
@@ -513,27 +513,58 @@ def test_any_axis_is_valid_or_refused_by_name(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
+    ("name", "text", "value"),
     [
-        ("0.5", 0.5),
-        ("1e-3", 1e-3),
-        ("3", 3),
-        ("relu", "relu"),
-        ("[0.1, 1e-2]", [0.1, 0.01]),
-        ("[relu, identity]", ["relu", "identity"]),
-        ("null", None),
-        ("True", True),
+        ("tau", "0.5", 0.5),
+        ("tau", "1e-3", 1e-3),
+        ("tau", "3", 3),
+        ("tau", "[0.1, 1e-2]", [0.1, 0.01]),
+        ("tau", "null", None),
+        ("tau", "~", None),
+        ("tau", "None", None),
+        ("seed", "007", 7),
+        ("sigma", "relu", "relu"),
+        ("sigma", "[relu, 'identity']", ["relu", "identity"]),
+        ("sigma", "None", None),
+        ("sigma", "no", "no"),
+        ("precondition", "True", True),
+        ("precondition", "false", False),
+        ("precondition", "[yes, no]", [True, False]),
     ],
 )
-def test_parameters_are_parsed(text: str, value: object) -> None:
-    """Numbers in every notation, names, lists of them, and None."""
-    parsed = parse_parameters([["tau", text]])
-    assert parsed == {"tau": value}
-    assert type(parsed["tau"]) is type(value)
+def test_parameters_are_parsed(name: str, text: str, value: object) -> None:
+    """Numbers in every notation, names, booleans, lists of them, and None: whatever the parameter can be."""
+    parsed = parse_parameters([[name, text]])
+    assert parsed == {name: value}
+    assert type(parsed[name]) is type(value)
 
 
-@pytest.mark.parametrize("text", ["[0.1", "{", "2020-13-45", "1" * 5000])
-def test_parameters_that_cannot_be_parsed_are_refused(text: str) -> None:
+@given(st.one_of(st.floats(allow_nan=False), st.integers(), st.booleans(), st.none()))
+def test_what_python_prints_is_read_again(value: float | bool | None) -> None:
+    """Alone and in a list, where the parameter can be one."""
+    annotation = type(value) | None
+    assert parse_parameters([["x", str(value)]], {"x": annotation}) == {"x": value}
+    assert parse_parameters([["x", str([value, value])]], {"x": list[annotation]}) == {"x": [value, value]}
+
+
+TEXTS = st.one_of(
+    st.text().filter(lambda text: text.strip() != "~"),
+    st.sampled_from(["scans #2", "2024-05-01", "a: b.jpg", "007", "1e3", "yes", "[a]", "{a}", " a"]),
+)
+
+
+@given(TEXTS)
+def test_a_text_is_a_text(text: str) -> None:
+    """Whatever it looks like; only None is one, and only where it is allowed."""
+    assert parse_parameters([["x", text]], {"x": str}) == {"x": text}
+    assert parse_parameters([["x", text]], {"x": str | None}) == {"x": text}
+    for none in ("None", "null", "~"):
+        assert parse_parameters([["x", none]], {"x": str | None}) == {"x": None}
+        assert parse_parameters([["x", none]], {"x": str}) == {"x": none}
+
+
+@pytest.mark.parametrize("text", ["[0.1", "[", "[&a [*b]]", "[" * 3000, "[a]: b", '["\\UFFFFFFFF"]'])
+def test_lists_that_cannot_be_parsed_are_refused(text: str) -> None:
     """In one line that names the parameter."""
     with pytest.raises(ConfigError, match=r"^tau: got ") as refusal:
         parse_parameters([["tau", text]])
@@ -544,36 +575,3 @@ def test_a_parameter_cannot_replace_the_profile() -> None:
     """`profile` is no parameter of a run."""
     with pytest.raises(ConfigError, match="profile: no such parameter"):
         grid("smoke", profile="quick")
-
-
-@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, True, "1", [1.0]])
-def test_what_is_not_positive_is_refused(value: object) -> None:
-    """In one line that names the parameter; positive numbers and None pass."""
-    require_positive(threshold=0.5, seconds=None, digits=3)
-    with pytest.raises(ConfigError, match=r"^seconds: got .*, allowed: a positive number$"):
-        require_positive(threshold=0.5, seconds=value)
-
-
-@given(st.integers(0, 1000), st.integers(1, 20))
-def test_seeds_follow_each_other(seed: int, seeds: int) -> None:
-    found = seed_list(seed, seeds)
-    assert found[0] == seed
-    assert len(found) == seeds
-    assert found == sorted(set(found))
-
-
-@pytest.mark.parametrize(
-    ("seed", "seeds", "name"),
-    [
-        (0, 0, "seeds"),
-        (0, True, "seeds"),
-        (0, 1.5, "seeds"),
-        (-1, 1, "seed"),
-        ("a", 1, "seed"),
-        (0, 10**9, "seeds"),
-    ],
-)
-def test_a_number_of_seeds_that_makes_no_sense_is_refused(seed: Any, seeds: Any, name: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{name}: got ") as caught:
-        seed_list(seed, seeds)
-    assert len(str(caught.value).splitlines()) == 1

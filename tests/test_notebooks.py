@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pandas as pd
+import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
 from lib.experiments.config import ConfigError
-from lib.pages import notebooks
+from lib.experiments.profiles import PROFILES
+from lib.pages import notebooks, parameters
 
-NAMES = sorted(path.stem.partition("_")[0] for path in notebooks.NOTEBOOKS.glob("fig*.ipynb"))
+EVERY = sorted(notebooks.names())
 
+NAMES = [name for name in EVERY if name.startswith("fig")]
 
 SMOKED = [name for name in NAMES if name not in ("fig10", "fig11", "fig12", "fig14", "fig15", "fig16")]
 """The notebooks of kernels differ from each other in a task, a model and a size."""
@@ -75,47 +81,186 @@ def test_sweep_notebook_takes_other_axes(tmp_path: Path) -> None:
     assert (len(runs), set(runs["task"]), set(runs["tau"])) == (4, {"denoising"}, {0.5})
 
 
-def test_a_photograph_of_ones_own_is_reconstructed(tmp_path: Path) -> None:
-    """From a path, with the committed kernels, into a picture of its size."""
-    Image.new("RGB", (30, 40), (90, 120, 60)).save(tmp_path / "photo.png")
-    notebooks.run("reconstruct", "smoke", {"image": str(tmp_path / "photo.png")}, tmp_path)
-    with Image.open(tmp_path / "reconstruct" / "reconstruction.png") as picture:
+def test_a_photograph_of_ones_own_is_reconstructed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a path that looks like anything but one, into a picture of its size where the command says."""
+    photograph = tmp_path / "a: 'b' #2.png"
+    Image.new("RGB", (30, 40), (90, 120, 60)).save(photograph)
+    asked = ["-p", "image", str(photograph), "-p", "noise", "None", "-p", "results", str(tmp_path / "007")]
+    assert notebooks.main(["run", "reconstruct", *asked]) == 0
+    folder = Path(capsys.readouterr().out.splitlines()[-1].rpartition("  (")[0])
+    assert folder == tmp_path / "007" / "reconstruct" / photograph.stem / "denoising-deq-30-noise-0.1"
+    assert {path.name for path in folder.iterdir()} == {
+        "figure.png",
+        "reconstruct.ipynb",
+        "reconstruction.png",
+    }
+    with Image.open(folder / "reconstruction.png") as picture:
         assert (picture.mode, picture.size) == ("L", (30, 40))
 
 
-def test_failure_leaves_the_old_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Takes the place of figure 2's notebook: its parameters, a given cell, and a kernel not there."""
+    book = nbformat.read(notebooks.notebook_path("fig02"), as_version=4)
+    parameters = next(cell for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
+    book.metadata["kernelspec"]["name"] = "conda-env-imaging"
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path / "nbs")
+    (tmp_path / "nbs").mkdir()
+
+    def write(source: str) -> None:
+        book.cells = [parameters, nbformat.v4.new_code_cell(source)]
+        nbformat.write(book, tmp_path / "nbs" / "fig02.ipynb")
+
+    return write
+
+
+def test_failure_leaves_the_old_result(small: Callable[[str], None], tmp_path: Path) -> None:
     """A notebook that fails changes nothing in its folder; the failed copy stays until it succeeds."""
+    small("print(digits)")
     folder = notebooks.run("fig02", "smoke", {}, tmp_path)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    small("digits / 0")
     with pytest.raises(PapermillExecutionError):
-        notebooks.run("fig02", "smoke", {"digits": "eight"}, tmp_path)
+        notebooks.run("fig02", "smoke", {}, tmp_path)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert (folder.parent / "fig02.failed.ipynb").exists()
+    small("print(digits)")
     notebooks.run("fig02", "smoke", {}, tmp_path)
     assert not (folder.parent / "fig02.failed.ipynb").exists()
 
 
+def test_the_kernel_is_this_python(
+    small: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever the notebook names and a user has installed; no warning, and texts arrive as they are."""
+    theirs = tmp_path / "jupyter" / "kernels" / "python3"
+    theirs.mkdir(parents=True)
+    (theirs / "kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "", "language": ""}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    small("import sys; print(sys.executable, sys.argv[0], results)")
+    results = tmp_path / "{a} 'b' \"c\" \\d #é"
+    notebooks.run("fig02", "smoke", {}, results)
+    out, err = capfd.readouterr()
+    assert out.startswith(f"{sys.executable} ")
+    assert out.endswith(f"ipykernel_launcher.py {results}\n")
+    assert err == ""
+
+
+PARAMETERS = [
+    (name, parameter) for name in EVERY for parameter in notebooks.defaults(notebooks.notebook_path(name))
+]
+
+NONSENSE: list[Any] = [-1, -0.5, math.nan, math.inf, 1j, 10**400, "", "\n", "no such\x07", b"x", [], [[]], {}]
+"""What no parameter can be."""
+
+
+@pytest.fixture
+def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*arguments: object, **options: object) -> None:
+        raise AssertionError("a kernel is started")
+
+    monkeypatch.setattr(papermill, "execute_notebook", started)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_parameter_is_declared(name: str, no_kernel: None, tmp_path: Path) -> None:
+    """By the names of the notebook's own cell; its values pass in each profile, its next cell checks them,
+    but for the one of the mathematics alone."""
+    known = notebooks.defaults(notebooks.notebook_path(name))
+    assert known.keys() == parameters.types(name).keys()
+    for profile in PROFILES:
+        notebooks.require(name, profile, {})
+    if known and name != "first_steps":
+        code = [cell.source for cell in cells(name) if cell.cell_type == "code"]
+        assert f'check("{name}", globals())' in code[1]
+    with pytest.raises(AssertionError, match="a kernel is started"):
+        notebooks.run(name, "smoke", {}, tmp_path)
+
+
+def test_only_notebooks_are_declared() -> None:
+    assert parameters.NOTEBOOKS.keys() <= set(EVERY)
+
+
+@pytest.mark.parametrize(("name", "parameter"), PARAMETERS)
+def test_nonsense_is_refused(name: str, parameter: str, tmp_path: Path, no_kernel: None) -> None:
+    """In one line that names the parameter, before a kernel starts; in a notebook opened by hand as well."""
+    path = notebooks.notebook_path(name)
+    for value in NONSENSE:
+        with pytest.raises(ConfigError) as refusal:
+            notebooks.run(name, "smoke", {parameter: value}, tmp_path)
+        message = str(refusal.value)
+        assert message.startswith(f"{parameter}: got "), message
+        assert message.isprintable()
+        with pytest.raises(ConfigError) as again:
+            parameters.check(
+                name, notebooks.defaults(path) | {"profile": "smoke", "In": []} | {parameter: value}
+            )
+        assert str(again.value) == message
+    others = notebooks.defaults(path)
+    del others[parameter]
+    with pytest.raises(ConfigError, match=f"^{parameter}: it is missing$"):
+        parameters.check(name, others)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
-    ("name", "parameters", "said"),
+    ("name", "arguments", "said"),
     [
-        ("fig02", {"gama": 1.0}, "gama: no such parameter"),
-        ("fig02", {"gamma": -1.0}, "gamma: got -1.0"),
-        ("fig01", {"threshold": "half"}, "threshold: got 'half'"),
-        ("fig05", {"train": "no"}, "train: got 'no'"),
-        ("fig06", {"seconds": 0}, "seconds: got 0"),
-        ("fig06", {"tau": [0.1, -1]}, "tau: got -1"),
-        ("fig07", {"filters": 0}, "filters: got 0"),
-        ("fig08", {"dataset": "nowhere"}, "dataset: got 'nowhere'"),
-        ("fig13", {"initial": "third"}, "initial: got 'third'"),
-        ("reconstruct", {"task": "inpainting"}, "task, model, filters: got inpainting"),
-        ("reconstruct", {"image": "nowhere.png"}, "nowhere.png cannot be read"),
-        ("fig99", {}, "notebook: got 'fig99'"),
+        ("fig02", ["gama", "1.0"], "gama: no such parameter, allowed: profile, noise, "),
+        ("fig02", ["digits", "101"], "digits: got 101, allowed: at most the 100 test images"),
+        ("fig02", ["digits", "eight"], "digits: got 'eight', allowed: a valid integer"),
+        ("fig02", ["seed", "None"], "seed: got 'None', allowed: a valid integer"),
+        ("fig02", ["sigma", "yes"], "sigma: got 'yes', allowed: 'relu', "),
+        ("fig02", ["noise", "1e9"], "noise: got 1000000000.0, allowed: at most 10"),
+        ("fig05", ["train", "1"], "train: got '1', allowed: a valid boolean"),
+        ("fig06", ["tau", "[0.1, -1]"], "tau: got -1.0, allowed: greater than 0"),
+        ("fig07", ["image", "2"], "image: got 2, allowed: 0 to 1"),
+        ("fig07", ["iterations", "[]"], "iterations: got an empty list, allowed: one value or more"),
+        ("fig07", ["filters", "0"], "filters: got 0, "),
+        ("fig08", ["initial", "denoising"], "initial: got 'denoising', allowed: 'first', "),
+        ("fig09", ["shown", "[0, 2]"], "shown: got 2, allowed: 0 to 1"),
+        ("fig13", ["initial", "third"], "initial: got 'third', allowed: 'first', "),
+        ("fig17", ["shown", "[30]"], "shown: got 30, allowed: 0 to 29"),
+        ("reconstruct", ["task", "inpainting"], "task: got 'inpainting', allowed: 'denoising' or "),
+        ("reconstruct", ["clean", "maybe"], "clean: got 'maybe', allowed: a valid boolean"),
+        (
+            "scaling",
+            ["sides", "[4, 2]"],
+            "sides: got [4, 2], allowed: each number larger than the one before",
+        ),
+        ("theory", ["filter_size", "4"], "filter_size: got 4, allowed: an odd number"),
+        ("fig99", [], "notebook: got 'fig99', allowed: "),
     ],
 )
-def test_bad_parameters_are_refused(name: str, parameters: dict[str, Any], said: str, tmp_path: Path) -> None:
-    """A parameter that does not exist or makes no sense gets one line, and nothing is trained."""
+def test_the_command_refuses_before_any_work(
+    name: str, arguments: list[str], said: str, no_kernel: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a notebook before this one would take a while; the line says what is allowed."""
+    given = ["-p", *arguments] if arguments else []
+    assert notebooks.main(["run", name, "--profile", "smoke", *given]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"{name}: {said}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("fig08", {"dataset": "nowhere"}, "dataset: got 'nowhere'"),
+        ("reconstruct", {"image": "nowhere.png"}, "nowhere.png cannot be read"),
+    ],
+)
+def test_files_that_are_not_there_are_refused(
+    name: str, given: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """By the first cell, in one line, and nothing is trained."""
     with pytest.raises(ConfigError, match=said) as refusal:
-        notebooks.run(name, "smoke", parameters, tmp_path)
+        notebooks.run(name, "smoke", given, tmp_path)
     assert "\n" not in str(refusal.value)
     assert not list(tmp_path.glob("runs/*"))
 

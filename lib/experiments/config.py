@@ -1,17 +1,14 @@
-"""What a run is: one validated, immutable configuration, and the profiles that choose its size."""
+"""What a run is: one validated, immutable configuration."""
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Collection, Sequence
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Collection, Mapping, Sequence
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from lib.kernels import difference_count
 
 MNIST_SIDE, MNIST_TRAIN, MNIST_TEST, BLUR_SIDE = 28, 60_000, 10_000, 5
 
@@ -39,15 +36,31 @@ LIMITS = {
 is about as long as the learning rate, larger factors overflow in single precision, and a history has to fit
 into the memory."""
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-"""Control characters, which are in no name of a folder that one means."""
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and bytes that are no text, which are in no name of a folder that one means."""
 
 
 class ConfigError(ValueError):
     """A value that makes no sense, in one line: the parameter, what it was and what is allowed."""
 
 
-class TrainingConfig(BaseModel):
+class Checked(BaseModel):
+    """Immutable values of declared types; nothing is converted.
+
+    Raises:
+        ConfigError: a value is of the wrong type, outside its range, or at odds with another one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_one_line(error, type(self))) from None
+
+
+class TrainingConfig(Checked):
     """What every training run has: model, task, step map, optimizer and solver.
 
     Attributes:
@@ -80,8 +93,6 @@ class TrainingConfig(BaseModel):
         ConfigError: a value is of the wrong type, outside its range, or at odds with another one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
     model: Literal["bilevel", "deq"] = "bilevel"
     task: Literal["denoising", "inpainting", "deblurring"] = "denoising"
     noise: NonNegative = 0.1
@@ -105,12 +116,6 @@ class TrainingConfig(BaseModel):
     patience: Count | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     time_budget: Positive
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_one_line(error, type(self))) from None
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
@@ -211,6 +216,12 @@ class FacesConfig(TrainingConfig):
         initial: the kernels to start from: `first` or `second` order differences, `random`, or those that
             the run of another configuration ended with.
         sharpness: `s` of `sigma(z) = tanh(s z)`.
+        learn_weight: whether `lambda` is learned with the kernels, from `lam` on; the step then follows it,
+            and `tau` is not used.
+        differentiate_norm: whether the gradient goes through the kernels' norm, which it otherwise takes for
+            a constant, as the paper does.
+        optimizer: `adam`, or `lbfgs` with a line search, whose iterations are the epochs; it has no learning
+            rate, and wants all images with their noise to stay (`warm_start`).
         precondition: for convolutions, which `K` is in denoising and deblurring.
         warm_start: every training image keeps its noise, and its solves start from the solutions of the last
             epoch; otherwise the noise is drawn anew in each epoch, and they start as the first ones do.
@@ -231,6 +242,9 @@ class FacesConfig(TrainingConfig):
     filter_size: Annotated[int, Field(ge=3, le=31)] = 11
     initial: Literal["first", "second", "random"] | FacesConfig = "random"
     sharpness: Positive = 100.0
+    learn_weight: bool = False
+    differentiate_norm: bool = False
+    optimizer: Literal["adam", "lbfgs"] = "adam"
     warm_start: bool = True
     epochs: Count = 500
     learning_rate: Positive = 1e-2
@@ -252,6 +266,8 @@ class FacesConfig(TrainingConfig):
     def _consistent(self) -> Self:
         if self.precondition and self.task == "inpainting":
             raise ValueError("precondition: got True, allowed: False in inpainting: a mask is no convolution")
+        if self.optimizer == "lbfgs" and not self.warm_start:
+            raise ValueError("optimizer: got 'lbfgs', allowed: with warm_start = True, for one fixed loss")
         if self.filter_size % 2 == 0:
             raise ValueError(f"filter_size: got {self.filter_size}, allowed: an odd number")
         if self.dataset == "mnist" or not self.dataset or CONTROL.search(self.dataset):
@@ -259,6 +275,9 @@ class FacesConfig(TrainingConfig):
                 f"dataset: got {shown(self.dataset)}, allowed: faces, celeba or a folder of images"
             )
         if isinstance(self.initial, str) and self.initial != "random":
+            # Imported here because a value should be refused at once, and torch takes seconds to come.
+            from lib.kernels import difference_count
+
             most = difference_count(1 if self.initial == "first" else 2, self.filter_size)
             if self.filters > most:
                 raise ValueError(
@@ -273,21 +292,25 @@ class FacesConfig(TrainingConfig):
         return self
 
 
-def _one_line(error: ValidationError, kind: type[TrainingConfig]) -> str:
+def _one_line(error: ValidationError, kind: type[Checked]) -> str:
     problems: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         if problem["type"] == "default_factory_not_called":
             # A default that follows from the value of another problem.
             continue
-        if problem["type"] == "value_error":
+        if problem["type"] == "value_error" and not problem["loc"]:
             problems.setdefault("", str(problem["ctx"]["error"]))
             continue
         part = problem["loc"][0]
         name = named(part)
         if problem["type"] == "extra_forbidden":
-            said = f"{name}: no such parameter, allowed: {', '.join(kind.model_fields)}"
+            said = f"{name}: no such parameter, allowed: {', '.join(kind.model_fields) or 'none'}"
+        elif problem["type"] == "missing":
+            said = f"{name}: it is missing"
+        elif problem["type"] == "too_short":
+            said = f"{name}: got an empty list, allowed: one value or more"
         else:
-            message = problem["msg"].removeprefix("Input should be ")
+            message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
             said = f"{name}: got {shown(problem['input'])}, allowed: {message}"
         # Of the alternatives of a union the first is named.
         problems.setdefault(name, said)
@@ -319,53 +342,58 @@ def require_name(name: str, value: object, known: Collection[str]) -> None:
         raise ConfigError(f"{name}: got {shown(value)}, allowed: {', '.join(known)}")
 
 
-def parse_parameters(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Names and values from a command line; a value is YAML, with numbers such as 1e-3 as well.
+def parse_parameters(
+    pairs: Sequence[Sequence[str]], types: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Names and values from a command line, each read as what its parameter can be.
+
+    A text stays what it is; only numbers, booleans and None are read from it, as Python and as YAML spell
+    them, where the parameter can be one, and a list in brackets where it can be a list.
+
+    Args:
+        pairs: names and texts.
+        types: annotations by name, those of a grid's axes when None. Of other names texts are returned.
 
     Raises:
-        ConfigError: a value cannot be parsed.
+        ConfigError: a list cannot be parsed.
     """
-    parsed = {}
-    for name, text in pairs:
-        try:
-            value = yaml.safe_load(text)
-            # A value that contains itself, or has keys that are no names, is no parameter of anything.
-            json.dumps(value, default=str)
-        except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            # YAML has errors of its own, and lets those of Python through, as for `!!bool x`.
-            said = f"{named(name)}: got {shown(text)}, allowed: a value or a list of values"
-            raise ConfigError(said) from None
-        parsed[name] = [_number(v) for v in value] if isinstance(value, list) else _number(value)
-    return parsed
+    if types is None:
+        types = {name: field.annotation | list[Any] | None for name, field in RunConfig.model_fields.items()}
+    return {name: _value(name, text, _kinds(types.get(name, str))) for name, text in pairs}
 
 
-def _number(value: object) -> object:
-    """YAML takes 1e-3 for a text."""
+def _kinds(annotation: Any) -> set[Any]:
+    """The Python types that values of an annotated type have."""
+    parts = get_args(annotation)
+    if not parts:
+        return {annotation if isinstance(annotation, type) else type(annotation)}
+    return {get_origin(annotation)}.union(*map(_kinds, parts))
+
+
+def _value(name: str, text: str, kinds: set[Any]) -> object:
+    if list not in kinds or not text.strip().startswith("["):
+        return _scalar(text, kinds)
     try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+        # Of this loader's scalars all are texts.
+        return [_scalar(part, kinds) for part in yaml.load(text, yaml.BaseLoader)]
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
+        said = f"{named(name)}: got {shown(text)}, allowed: a value or a list of values"
+        raise ConfigError(said) from None
 
 
-def require_positive(**values: object) -> None:
-    """Refuse values that are not positive finite numbers; None stands for a default and passes.
-
-    Raises:
-        ConfigError: names the value.
-    """
-    for name, value in values.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < float(value) < math.inf):  # type: ignore[arg-type]
-            raise ConfigError(f"{name}: got {shown(value)}, allowed: a positive number")
-
-
-def seed_list(seed: int, seeds: int) -> list[int]:
-    """`seeds` seeds, the first one being `seed`.
-
-    Raises:
-        ConfigError: one of them is no whole number, or `seeds` is not positive.
-    """
-    for name, value, least in (("seed", seed, 0), ("seeds", seeds, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 1_000_000:
-            raise ConfigError(f"{name}: got {shown(value)}, allowed: a whole number from {least} to 1000000")
-    return list(range(seed, seed + seeds))
+def _scalar(text: object, kinds: set[Any]) -> object:
+    if not isinstance(text, str):
+        return text
+    word = text.strip().lower()
+    if NoneType in kinds and word in ("none", "null", "~"):
+        return None
+    if bool in kinds and word in ("true", "yes", "on"):
+        return True
+    if bool in kinds and word in ("false", "no", "off"):
+        return False
+    for number in (int, float) if kinds & {int, float} else ():
+        try:
+            return number(word)
+        except ValueError:
+            continue
+    return text

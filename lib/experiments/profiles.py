@@ -73,6 +73,9 @@ FACES_TASKS: dict[str, dict[str, Any]] = {
 """The paper's values for one task on photographs, naive ones for inpainting; `patience` and `precondition`
 are ours."""
 
+FILTERS = {"11x11": (2, 11), "3x3": (30, 3)}
+"""How many kernels of which side the paper's figures have."""
+
 FILLING: dict[str, Any] = {
     "sharpness": 20.0,
     "tau": 1 / 167,

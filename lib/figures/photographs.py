@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from lib.experiments.config import ConfigError, FacesConfig, shown
+from lib.experiments.config import FacesConfig
 from lib.experiments.data import photograph
 from lib.experiments.problem import (
     Weights,
@@ -31,9 +31,9 @@ from lib.experiments.problem import (
     psnr,
     solve,
 )
-from lib.experiments.profiles import faces_config
+from lib.experiments.profiles import FILTERS, faces_config
 from lib.experiments.runs import Run, get_run, get_runs
-from lib.experiments.store import RESULTS, write_atomic
+from lib.experiments.store import REPOSITORY, RESULTS, write_atomic
 from lib.figures.baselines import best_weight, chambolle, tv_reconstruction
 from lib.figures.reconstructions import Reconstructions, reconstruct
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
@@ -42,8 +42,8 @@ from lib.models import MODELS
 from lib.regularizer import GRADIENT_NORM
 from lib.solvers import Solution, Status
 
-FILTERS = {"11x11": (2, 11), "3x3": (30, 3)}
-"""How many kernels of which side the paper's figures have."""
+PHOTOGRAPH = "photograph.txt"
+"""The file that says whose reconstructions a folder holds."""
 
 
 def get_face_runs(
@@ -262,10 +262,11 @@ def check_kernels(run: Run, table: pd.DataFrame) -> None:
     if run.config.model == "bilevel":
         assert before == after == 0, f"tied kernels differ: {before}, {after}"
         print("C is tied to A: the distance is 0 before and after")
+    elif isinstance(run.config, FacesConfig) and isinstance(run.config.initial, FacesConfig):
+        print("A and C start where another training ended")
     else:
-        started = isinstance(run.config, FacesConfig) and isinstance(run.config.initial, FacesConfig)
-        assert started or before == 0, f"before training C differs from A: {before}"
-        print(f"the distance of C from A is {before:.2f} before and {after:.2f} after training")
+        assert before == 0, f"before training C differs from A: {before}"
+        print("C starts as A: the distance is 0 before")
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,7 @@ class Photograph:
         f: the data.
         solution: the fixed point.
         noise: standard deviation of the noise that was added, 0 where none was.
+        image: path of the photograph, or None for a test image of the faces.
     """
 
     run: Run
@@ -285,6 +287,7 @@ class Photograph:
     f: Tensor
     solution: Solution
     noise: float
+    image: str | None = None
 
 
 @torch.no_grad()
@@ -302,22 +305,20 @@ def reconstruct_photograph(
         seed: of the noise.
 
     Raises:
-        ConfigError: the noise is no non-negative number.
         DataError: the photograph cannot be read.
     """
     config = run.config
     noise = config.noise if noise is None else noise
-    if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
-        raise ConfigError(f"noise: got {shown(noise)}, allowed: a non-negative number")
     u = load_images(config)["test"][:1] if image is None else photograph(Path(image))
     height, width = u.shape[-2:]
     model = run.model(shape=(height, width))
     n = torch.randn(u.shape, generator=generator(seed, "photograph"))
     f = observe(model.operator, u, torch.tensor(noise), n) if clean else u
-    return Photograph(run, u if clean else None, f, solve(model, f, config), noise if clean else 0.0)
+    solution = solve(model, f, config)
+    return Photograph(run, u if clean else None, f, solution, noise if clean else 0.0, image)
 
 
-def reconstruction_figure(result: Photograph) -> Figure:
+def photograph_reconstruction_figure(result: Photograph) -> Figure:
     """The photograph where it is known, the data and the reconstruction, with their quality."""
     pictures = {"truth": result.truth} if result.truth is not None else {}
     pictures |= {"data": result.f, "reconstruction": result.solution.value}
@@ -339,29 +340,56 @@ def reconstruction_figure(result: Photograph) -> Figure:
 
 
 def check_reconstruction(result: Photograph) -> None:
-    """Print how the solve ended and whether the reconstruction is better than the data.
+    """Print what must hold of every reconstruction.
 
     Raises:
-        AssertionError: the reconstruction is not an image of the data's size, or not finite.
+        AssertionError: it is not an image of the data's size, or not finite.
     """
     u = result.solution.value
     assert u.shape == result.f.shape, f"shape: {tuple(u.shape)}"
     assert u.isfinite().all(), "the reconstruction is not finite"
+    print("the reconstruction is a finite image of the data's size")
+
+
+def print_reconstruction(result: Photograph) -> None:
+    """Print how the solve ended and, where the truth is known, the PSNR of data and reconstruction."""
     print(f"the solve ended as {Status(int(result.solution.status.item())).name.lower().replace('_', ' ')}")
     if result.truth is not None:
-        before, after = ((v - result.truth).square().mean().item() for v in (result.f, u))
-        print(f"the reconstruction is {'better' if after < before else 'not better'} than the data in PSNR")
+        for name, image in (("data", result.f), ("reconstruction", result.solution.value)):
+            print(f"{name}: {psnr((image - result.truth).square().mean()).item():.2f} dB")
+
+
+def reconstruction_folder(
+    run: Run, image: str | None, noise: float, clean: bool, results: Path | str | None = None
+) -> Path:
+    """Where a reconstruction is kept: a folder for each photograph, and in it one for what was asked.
+
+    Args:
+        run, image, noise, clean: as in `reconstruct_photograph`.
+        results: folder of the results; the repository's when None.
+    """
+    path = _path(image)
+    folder = Path(results or RESULTS) / "reconstruct" / Path(path).stem[:100]
+    if (folder / PHOTOGRAPH).exists() and (folder / PHOTOGRAPH).read_text(encoding="utf-8") != path:
+        # Another photograph of the same name.
+        folder = folder.with_name(f"{folder.name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}")
+    added = f"-noise-{noise:g}" if clean else "-as-it-is"
+    return folder / f"{run.config.task}-{run.config.model}-{len(run.weights['A'])}{added}"
+
+
+def _path(image: str | None) -> str:
+    return "face" if image is None else str((REPOSITORY / Path(image).expanduser()).resolve())
 
 
 def save_reconstruction(fig: Figure, result: Photograph, results: Path | str | None = None) -> Path:
-    """Write the figure and the reconstruction as PNG, `results/reconstruct/`, and return the folder."""
-    folder = Path(results or RESULTS) / "reconstruct"
-    buffer = io.BytesIO()
+    """Write the figure and the reconstruction as PNG to `reconstruction_folder`, and return the folder."""
+    folder = reconstruction_folder(result.run, result.image, result.noise, result.truth is not None, results)
+    files = {"figure.png": io.BytesIO(), "reconstruction.png": io.BytesIO()}
     with plt.rc_context(STYLE):
-        fig.savefig(buffer, format="png", metadata={"Software": None})
-    write_atomic(folder / "figure.png", buffer.getvalue())
+        fig.savefig(files["figure.png"], format="png", metadata={"Software": None})
     pixels = ((result.solution.value[0, 0].clamp(-1, 1) + 1) * 127.5).round().byte()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, format="png")
-    write_atomic(folder / "reconstruction.png", buffer.getvalue())
+    Image.fromarray(pixels.numpy()).save(files["reconstruction.png"], format="png")
+    write_atomic(folder.parent / PHOTOGRAPH, _path(result.image).encode())
+    for name, buffer in files.items():
+        write_atomic(folder / name, buffer.getvalue())
     return folder

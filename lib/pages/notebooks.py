@@ -7,78 +7,107 @@ notebook that fails leaves the figure's folder as it was.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import nbclient
-import nbformat
-import papermill
-from nbclient.exceptions import CellExecutionError, DeadKernelError
-from papermill.exceptions import PapermillExecutionError
-
 from lib.experiments.config import ConfigError, named, parse_parameters, require_name
-from lib.experiments.data import DataError
 from lib.experiments.profiles import PROFILES
-from lib.experiments.runs import KERNELS, REFERENCE
 from lib.experiments.store import REPOSITORY, RESULTS, write_atomic
+from lib.pages import parameters as declared
 
 NOTEBOOKS = REPOSITORY / "nbs"
 
 
+def names() -> dict[str, Path]:
+    """All notebooks by name: the file's if that is declared (`first_steps`), else up to the first `_`."""
+    paths = sorted(NOTEBOOKS.glob("*.ipynb"))
+    return {p.stem if p.stem in declared.NOTEBOOKS else p.stem.partition("_")[0]: p for p in paths}
+
+
 def notebook_path(name: str) -> Path:
-    """The notebook of a name, its file's up to the first `_`, such as `fig02`.
+    """The notebook of a name, such as `fig02`.
 
     Raises:
         ConfigError: there is none.
     """
-    known = {path.stem.partition("_")[0]: path for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    known = names()
     require_name("notebook", name, known)
     return known[name]
 
 
+def defaults(path: Path) -> dict[str, Any]:
+    """The parameters of a notebook with the values that its own cell gives them."""
+    values: dict[str, Any] = {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            exec("".join(cell["source"]), {}, values)
+    return values
+
+
+def require(
+    name: str, profile: str, parameters: dict[str, Any], results: Path = RESULTS
+) -> tuple[dict[str, Any], declared.Parameters]:
+    """What a notebook's parameters are set to, and all of them with its defaults.
+
+    Raises:
+        ConfigError: a name is unknown, or a value makes no sense.
+    """
+    require_name("profile", profile, PROFILES)
+    known = defaults(notebook_path(name))
+    common = {"profile": profile, "results": str(results)}
+    given = {key: value for key, value in common.items() if key in known} | parameters
+    checked = declared.require(name, known | given)
+    if given.get("results"):
+        given["results"] = str(REPOSITORY / given["results"])
+    return given, checked
+
+
 def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RESULTS) -> Path:
-    """Execute a figure's notebook with papermill.
+    """Execute a notebook with papermill.
 
     Args:
-        name: of the figure.
+        name: of the notebook, such as `fig02`.
         profile: name of the profile.
         parameters: values for the notebook's `parameters` cell.
         results: folder of the results.
 
     Returns:
-        The figure's folder, with the executed notebook in it.
+        The folder with what the notebook made and its executed copy.
 
     Raises:
-        ConfigError: a name is unknown, the notebook refused a value, or its data cannot be had.
+        ConfigError: a name is unknown, a value makes no sense, or its data cannot be had.
         OSError: the results cannot be written.
         PapermillExecutionError: the notebook failed.
         DeadKernelError: its process was killed.
     """
-    source = notebook_path(name)
-    require_name("profile", profile, PROFILES)
-    known = papermill.inspect_notebook(str(source))
-    common = {"profile": profile, "results": str(results)}
-    for parameter in parameters:
-        if parameter not in known:
-            raise ConfigError(
-                f"{named(parameter)}: no such parameter of {source.name}, allowed: {', '.join(known)}"
-            )
-    folder = results / profile / name
+    given, checked = require(name, profile, parameters, results)
+    # Imported here because a value should be refused at once, and these take seconds to come.
+    import nbformat
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    from lib.experiments.data import DataError
+    from lib.pages.kernel import OwnKernel
+
+    results = Path(given.get("results") or results)
     results.mkdir(parents=True, exist_ok=True)
     # Results that cannot be written are told now, not after minutes; such a file leaves nothing, ever.
     with tempfile.TemporaryFile(dir=results):
         pass
+    kept = results / given.get("profile", "") / f"{name}.failed.ipynb"
     with tempfile.TemporaryDirectory(prefix=f"{name}-") as staging:
         executed = Path(staging) / f"{name}.ipynb"
         try:
             papermill.execute_notebook(
-                source,
+                nbformat.read(notebook_path(name), as_version=4),
                 executed,
-                parameters={key: value for key, value in common.items() if key in known} | parameters,
+                parameters=given,
                 kernel_name="python3",
+                kernel_manager_class=OwnKernel,
                 cwd=NOTEBOOKS,
                 progress_bar=False,
                 stdout_file=sys.stdout,
@@ -87,12 +116,12 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
         except PapermillExecutionError as error:
             if error.ename in (ConfigError.__name__, DataError.__name__):
                 raise ConfigError(error.evalue) from None
-            kept = results / profile / f"{name}.failed.ipynb"
             write_atomic(kept, executed.read_bytes())
             print(f"the notebook with its error: {kept}", file=sys.stderr)
             raise
+        folder = checked.folder(name, results)
         write_atomic(folder / executed.name, executed.read_bytes())
-    (results / profile / f"{name}.failed.ipynb").unlink(missing_ok=True)
+    kept.unlink(missing_ok=True)
     return folder
 
 
@@ -102,11 +131,18 @@ def refresh(name: str) -> Path:
     Returns:
         The path of the notebook.
     """
+    import nbclient
+    import nbformat
+
+    from lib.experiments.runs import KERNELS, REFERENCE
+    from lib.pages.kernel import OwnKernel
+
     path = notebook_path(name)
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(
         notebook,
         kernel_name="python3",
+        kernel_manager_class=OwnKernel,
         record_timing=False,
         resources={"metadata": {"path": NOTEBOOKS}},
     ).execute()
@@ -128,13 +164,23 @@ def main(arguments: list[str] | None = None) -> int:
     refresher = commands.add_parser("refresh", help="execute notebooks in place, to be committed")
     refresher.add_argument("names", nargs="+", metavar="figNN")
     options = parser.parse_args(arguments)
+    given = {}
+    for name in options.names if options.command == "run" else ():
+        try:
+            given[name] = parse_parameters(options.p, declared.types(name))
+            require(name, options.profile, given[name])
+        except ConfigError as error:
+            print(f"{named(name)}: {error}", file=sys.stderr)
+            return 2
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    from lib.experiments.data import DataError
+
     for name in options.names:
         start = time.perf_counter()
         try:
-            if options.command == "run":
-                made = run(name, options.profile, parse_parameters(options.p))
-            else:
-                made = refresh(name)
+            made = refresh(name) if options.command == "refresh" else run(name, options.profile, given[name])
         except ConfigError as error:
             print(f"{named(name)}: {error}", file=sys.stderr)
             return 2

@@ -1,0 +1,331 @@
+"""What the notebooks' parameters can be: one class for each kind of notebook.
+
+A notebook's first cell says `check("fig02", globals())`, and the command that runs it checks the same
+before it starts a kernel. What a configuration refuses is left to the configurations, made for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from lib.experiments.config import (
+    CONTROL,
+    Checked,
+    ConfigError,
+    Count,
+    FacesConfig,
+    Positive,
+    RunConfig,
+    TrainingConfig,
+    require_name,
+    shown,
+)
+from lib.experiments.profiles import FILLING, FILTERS, PROFILES, faces_config, grid, profile_config
+
+T = TypeVar("T")
+
+Axis = Annotated[list[T], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
+"""One value or a list of them."""
+
+Listed = Annotated[list[T], Field(min_length=1)]
+
+Index = Annotated[int, Field(ge=0)]
+
+Seed = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+def _path(text: str) -> str:
+    if not text or CONTROL.search(text):
+        raise ValueError("the path of a file or a folder")
+    return text
+
+
+def _growing(values: list[int]) -> list[int]:
+    if values != sorted(set(values)):
+        raise ValueError("each number larger than the one before")
+    return values
+
+
+PathName = Annotated[str, AfterValidator(_path)]
+
+Growing = Annotated[list[T], Field(min_length=1), AfterValidator(_growing)]
+
+Size = Annotated[int, Field(ge=1, le=1_024)]
+
+
+def _require_index(name: str, value: int, count: int) -> None:
+    if value >= count:
+        raise ConfigError(f"{name}: got {shown(value)}, allowed: 0 to {count - 1}")
+
+
+class Parameters(Checked):
+    """Of a notebook that has none."""
+
+    def agree(self, **fixed: Any) -> None:
+        """Refuse what the configurations refuse, and indices of what there is not.
+
+        Args:
+            fixed: what the notebook itself fixes, such as its task.
+
+        Raises:
+            ConfigError: names the parameter.
+        """
+
+    def folder(self, name: str, results: Path) -> Path:
+        """Where the results of the notebook of a name are, once it has been executed."""
+        return results / getattr(self, "profile", "") / name
+
+    def of(self, config: type[TrainingConfig]) -> dict[str, Any]:
+        """Those that are a configuration's as well."""
+        names = [name for name in type(self).model_fields if name in config.model_fields]
+        return {name: getattr(self, name) for name in names}
+
+
+class Digits(Parameters):
+    """Figures 2 to 4."""
+
+    profile: str
+    noise: float | None
+    tau: float | None
+    gamma: float | None
+    sigma: str | None
+    epochs: int | None
+    seed: int
+    digits: Count
+    results: PathName | None
+
+    def agree(self, **fixed: Any) -> None:
+        most = profile_config(self.profile, **fixed, **self.of(RunConfig)).test_images
+        if self.digits > most:
+            raise ConfigError(f"digits: got {self.digits}, allowed: at most the {most} test images")
+
+
+class Grid(Parameters):
+    """Figure 5, and what figures 1 and 6 have in common with it."""
+
+    profile: str
+    task: Axis[str] | None
+    noise: Axis[float] | None
+    tau: Axis[float] | None
+    gamma: Axis[float] | None
+    sigma: Axis[str] | None
+    epochs: Axis[int] | None
+    seed: Seed
+    train: bool
+    results: PathName | None
+
+    def agree(self, **fixed: Any) -> None:
+        grid(self.profile, **self.of(RunConfig))
+
+
+class SeededGrid(Grid):
+    seeds: Annotated[int, Field(ge=1, le=1_000)]
+
+
+class Losses(SeededGrid):
+    """Figure 1."""
+
+    threshold: Positive
+
+
+class Epochs(Grid):
+    """Figure 6."""
+
+    threshold: Positive
+    seconds: Positive | None
+
+
+class Faces(Parameters):
+    """What the figures of photographs have in common."""
+
+    profile: str
+    dataset: str
+    noise: float | None
+    initial: str | None
+    epochs: int | None
+    train_images: int | None
+    test_images: int | None
+    seed: Seed
+    results: PathName | None
+
+    def config(self, task: str, **own: Any) -> FacesConfig:
+        if self.initial == task == "denoising":
+            raise ConfigError("initial: got 'denoising', allowed: 'first', 'second' or 'random'")
+        return faces_config(self.profile, task, **self.of(FacesConfig), **own)
+
+
+class Inpainting(Faces):
+    """Figure 7."""
+
+    filters: int
+    filter_size: int
+    image: Index
+    iterations: Listed[Count]
+
+    def agree(self, **fixed: Any) -> None:
+        for own in ({}, FILLING):
+            _require_index("image", self.image, self.config("inpainting", **own).test_images)
+
+
+class Photographs(Faces):
+    """Figures 8 and 13."""
+
+    image: Index
+    seeds: Annotated[int, Field(ge=1, le=1_000)]
+
+    def agree(self, **fixed: Any) -> None:
+        for filters, side in FILTERS.values():
+            config = self.config(**fixed, filters=filters, filter_size=side)
+            _require_index("image", self.image, config.test_images)
+
+
+class Kernels(Faces):
+    """Figures 9 to 12 and 14 to 17."""
+
+    shown: Listed[Index] | None
+
+    def agree(self, **fixed: Any) -> None:
+        filters, side = FILTERS[fixed.pop("size")]
+        self.config(**fixed, filters=filters, filter_size=side)
+        for index in self.shown or ():
+            _require_index("shown", index, filters)
+
+
+class Theory(Parameters):
+    """The special case of tied kernels, on a corner of a photograph."""
+
+    height: Annotated[int, Field(ge=1, le=72)]
+    width: Annotated[int, Field(ge=1, le=62)]
+    filters: int
+    filter_size: int
+    sharpness: float
+    lam: float
+    noise: float
+    seed: int
+
+    def agree(self, **fixed: Any) -> None:
+        FacesConfig(**self.of(FacesConfig))
+
+
+class Reconstruct(Parameters):
+    """A photograph with the committed kernels."""
+
+    image: PathName | None
+    task: Literal["denoising", "deblurring"]
+    noise: float | None
+    clean: bool
+    model: str
+    filters: Literal[2, 30]
+    seed: int
+    results: PathName | None
+
+    def agree(self, **fixed: Any) -> None:
+        faces_config("quick", **self.of(FacesConfig))
+
+    def folder(self, name: str, results: Path) -> Path:
+        # Imported here because a value should be refused at once, and torch takes seconds to come.
+        from lib.experiments.runs import trained_kernels
+        from lib.figures.photographs import reconstruction_folder
+
+        run = trained_kernels(self.task, self.model, self.filters)
+        noise = run.config.noise if self.noise is None else self.noise
+        return reconstruction_folder(run, self.image, noise, self.clean, results)
+
+
+class Explore(Parameters):
+    """What of a grid is looked at first."""
+
+    profile: str
+    results: PathName | None
+    task: str | None
+    noise: float | None
+    sigma: str | None
+    gamma: float | None
+    tau: float | None
+
+    def agree(self, **fixed: Any) -> None:
+        grid(self.profile, **self.of(RunConfig))
+
+
+class Scaling(Parameters):
+    """The sizes of which the cost is measured."""
+
+    profile: str
+    sides: Growing[Size]
+    filters: Growing[Size]
+    batches: Growing[Size]
+    digit_sides: Growing[Annotated[int, Field(ge=1, le=112)]]
+    stacks: Growing[Size]
+    solver_steps: Growing[Size]
+    results: PathName | None
+
+    def agree(self, **fixed: Any) -> None:
+        require_name("profile", self.profile, PROFILES)
+
+
+class FirstSteps(Parameters):
+    """Discs that are blurred or noisy."""
+
+    noise: Annotated[float, Field(ge=0, le=10)]
+    steps: Count
+    seed: Seed
+
+
+DENOISING, INPAINTING, DEBLURRING = ({"task": task} for task in ("denoising", "inpainting", "deblurring"))
+
+NOTEBOOKS: dict[str, tuple[type[Parameters], dict[str, Any]]] = {
+    "fig01": (Losses, {}),
+    "fig02": (Digits, DENOISING),
+    "fig03": (Digits, INPAINTING),
+    "fig04": (Digits, DEBLURRING),
+    "fig05": (SeededGrid, {}),
+    "fig06": (Epochs, {}),
+    "fig07": (Inpainting, {}),
+    "fig08": (Photographs, DENOISING),
+    "fig09": (Kernels, DENOISING | {"size": "11x11"}),
+    "fig10": (Kernels, DENOISING | {"size": "11x11"}),
+    "fig11": (Kernels, DENOISING | {"size": "3x3"}),
+    "fig12": (Kernels, DENOISING | {"size": "3x3"}),
+    "fig13": (Photographs, DEBLURRING),
+    "fig14": (Kernels, DEBLURRING | {"size": "11x11"}),
+    "fig15": (Kernels, DEBLURRING | {"size": "11x11"}),
+    "fig16": (Kernels, DEBLURRING | {"size": "3x3"}),
+    "fig17": (Kernels, DEBLURRING | {"size": "3x3"}),
+    "first_steps": (FirstSteps, {}),
+    "theory": (Theory, {}),
+    "reconstruct": (Reconstruct, {}),
+    "explore": (Explore, {}),
+    "scaling": (Scaling, {}),
+}
+"""What the parameters of each notebook can be, and what it fixes itself; one that has none is not here."""
+
+
+def types(notebook: str) -> dict[str, Any]:
+    """Annotations of a notebook's parameters, by name."""
+    kind, _ = NOTEBOOKS.get(notebook, (Parameters, {}))
+    return {name: field.annotation for name, field in kind.model_fields.items()}
+
+
+def require(notebook: str, values: Mapping[str, Any]) -> Parameters:
+    """The parameters of a notebook, all of which make sense.
+
+    Raises:
+        ConfigError: names the parameter, what it was and what is allowed.
+    """
+    kind, fixed = NOTEBOOKS.get(notebook, (Parameters, {}))
+    parameters = kind(**values)
+    parameters.agree(**fixed)
+    return parameters
+
+
+def check(notebook: str, variables: Mapping[str, Any]) -> None:
+    """Refuse parameters that make no sense, among all variables of a notebook.
+
+    Raises:
+        ConfigError: as `require`.
+    """
+    require(notebook, {name: variables[name] for name in types(notebook) if name in variables})
