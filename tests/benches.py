@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pandas as pd
 import torch
 
-from lib.experiments.runs import code_version, environment
-from lib.experiments.store import RESULTS, write_atomic
+from lib.experiments.provenance import write_with_provenance
+from lib.experiments.store import RESULTS
 
 
 def save(
@@ -25,7 +24,5 @@ def save(
         provenance: what to say beyond the code and the machine.
     """
     print(table.to_string(float_format=f"{{:.{digits}g}}".format))
-    folder = RESULTS / "bench"
-    write_atomic(folder / f"{name}.csv", table.to_csv(float_format=f"%.{digits}g").encode())
-    provenance |= {"code": code_version(), "environment": environment(device)}
-    write_atomic(folder / f"{name}_provenance.json", json.dumps(provenance, indent=1).encode())
+    files = {f"{name}.csv": table.to_csv(float_format=f"%.{digits}g").encode()}
+    write_with_provenance(RESULTS / "bench", files, provenance, f"{name}_provenance.json", device)

@@ -20,12 +20,13 @@ import psutil
 import pytest
 
 from lib.experiments import cluster, runs, sweep
+from lib.experiments.__main__ import main
 from lib.experiments.cluster import LocalJobs, Share, SlurmJobs, job_options, train_on_cluster
 from lib.experiments.config import ConfigError, RunConfig, parse_parameters
 from lib.experiments.profiles import grid
 from lib.experiments.runs import code_version, get_run, is_stored, run_folder, run_key
 from lib.experiments.store import REPOSITORY, read_sealed
-from lib.experiments.sweep import get_sweep, main
+from lib.experiments.sweep import get_sweep
 from lib.experiments.trainer import shared
 
 ARGUMENTS = [
@@ -49,9 +50,9 @@ CONFIGS = grid("smoke", task="denoising", train_images=200, epochs=20)
 COMMAND = """
 import sys
 from pathlib import Path
-from lib.experiments import cluster, runs, sweep
+from lib.experiments import __main__, cluster, runs, sweep
 cluster.RESULTS = runs.RESULTS = sweep.RESULTS = Path(sys.argv[1])
-sys.exit(sweep.main(sys.argv[2:]))
+sys.exit(__main__.main(sys.argv[2:]))
 """
 
 
@@ -135,8 +136,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
 
 def recorded(folder: Path) -> dict[int, set[str]]:
     """The keys of the runs of each local job of a submission, by the number of its controlling process."""
-    jobs = json.loads(read_sealed(folder / "jobs"))["jobs"]
-    return {int(id): set(job["keys"]) for id, job in jobs.items()}
+    return {int(id): set(keys) for id, keys in json.loads(read_sealed(folder / "jobs")).items()}
 
 
 def in_the_middle(config: RunConfig, results: Path) -> psutil.Process:
@@ -247,37 +247,31 @@ def test_nothing_is_submitted_for_what_is_stored(ordinary: Path, monkeypatch: py
     ("arguments", "named"),
     [
         (["--cluster", "sge"], "cluster: got 'sge', allowed: none, local, slurm"),
-        (["--job", "jobs", "2"], "'jobs': got '2', allowed: with CLUSTER=local or slurm only"),
-        (
-            ["--cluster", "local", "--job", "minutes", "9"],
-            "'minutes': no such option of local jobs, allowed: jobs",
-        ),
-        (
-            ["--cluster", "local", "--job", "jobs", "0"],
-            "'jobs': got '0', allowed: greater than or equal to 1",
-        ),
-        (["--cluster", "slurm", "--job", "jobs", "many"], "'jobs': got 'many', allowed: a valid integer"),
-        (["--cluster", "slurm", "--job", "minutes", "4"], "'minutes': got '4', allowed: greater than or"),
-        (["--cluster", "slurm", "--job", "gpus", "2"], "'gpus': got '2', allowed: less than or equal to 1"),
-        (["--cluster", "slurm", "--job", "memory", "nan"], "'memory': got 'nan', allowed: "),
+        (["--job", "jobs", "2"], "jobs: allowed with CLUSTER=local or CLUSTER=slurm only"),
+        (["--cluster", "local", "--job", "minutes", "9"], "minutes: no such parameter, allowed: jobs"),
+        (["--cluster", "local", "--job", "jobs", "0"], "jobs: got '0', allowed: greater than or equal to 1"),
+        (["--cluster", "slurm", "--job", "jobs", "many"], "jobs: got 'many', allowed: a valid integer"),
+        (["--cluster", "slurm", "--job", "minutes", "4"], "minutes: got '4', allowed: greater than or"),
+        (["--cluster", "slurm", "--job", "gpus", "2"], "gpus: got '2', allowed: less than or equal to 1"),
+        (["--cluster", "slurm", "--job", "memory", "nan"], "memory: got 'nan', allowed: "),
         (
             ["--cluster", "slurm", "--job", "partition", "a\n#SBATCH -w b"],
-            "'partition': got 'a\\n#SBATCH -w b', ",
+            "partition: got 'a\\n#SBATCH -w b', ",
         ),
-        (["--cluster", "slurm", "--job", "partition", "a\n"], "'partition': got 'a\\n', allowed: letters, "),
+        (["--cluster", "slurm", "--job", "partition", "a\n"], "partition: got 'a\\n', allowed: letters, "),
         (
             ["--cluster", "slurm", "--job", "q\nos", "a"],
-            "'q\\nos': no such option of slurm jobs, allowed: jobs, ",
+            "'q\\nos': no such parameter, allowed: jobs, ",
         ),
     ],
 )
 def test_a_bad_option_is_one_line(
-    arguments: list[str], named: str, repository: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], named: str, slurm: Path, repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is refused with exit status 2 before any work."""
     assert main(["run", *ARGUMENTS, *arguments]) == 2
     assert error_line(capsys).startswith(f"sweep: {named}")
-    assert list(repository.iterdir()) == []
+    assert list(repository.iterdir()) == [slurm]
 
 
 def test_a_machine_without_slurm_is_refused(
@@ -381,7 +375,7 @@ def test_a_silent_queue_is_no_end_of_the_jobs(
 ) -> None:
     """When Slurm does not answer, its jobs are taken for running."""
     program(slurm / "squeue", "echo 'no   contact' >&2; exit 1")
-    job = cluster.Job("7", repository, repository / "log", frozenset())
+    job = cluster.ClusterJob("7", repository, frozenset())
     assert SlurmJobs().unfinished([job]) == {"7"}
     assert error_line(capsys) == "squeue does not answer: no contact"
 
@@ -410,7 +404,7 @@ def test_a_share_is_plain_and_of_one_code(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_jobs_with_an_accelerator_get_whole_groups() -> None:
+def test_jobs_with_an_accelerator_get_whole_groups(slurm: Path) -> None:
     """On a CPU a stack is small; the machine with the accelerator divides what it gets by its own memory."""
     configs = grid("smoke", task="denoising", noise=[0.1 * k for k in range(40)], batch_size=60, size=14)
     groups = SlurmJobs(gpus=1).groups(configs)
@@ -420,7 +414,7 @@ def test_jobs_with_an_accelerator_get_whole_groups() -> None:
     assert [len(group) for group in groups] == [80, 80]
     assert len(SlurmJobs().groups(configs)) > 2
     assert job_options("slurm", [("gpus", "1")]) == SlurmJobs(gpus=1)
-    with pytest.raises(ConfigError, match=r"^'qos': got '--wrap', allowed: letters, digits and "):
+    with pytest.raises(ConfigError, match=r"^qos: got '--wrap', allowed: letters, digits and "):
         job_options("slurm", [("qos", "--wrap")])
     assert job_options("none", []) is None
     assert job_options("local", []) == LocalJobs()

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -138,7 +137,7 @@ def test_what_is_written_is_what_is_loaded(results: Path) -> None:
     table = load("quick", results)
     runs_read, epochs_read = table.sweep.runs, table.sweep.epochs
     pd.testing.assert_frame_equal(runs_read, TABLE.sweep.runs[list(runs_read)], check_dtype=False)
-    pd.testing.assert_frame_equal(epochs_read, TABLE.sweep.epochs[list(epochs_read)])
+    pd.testing.assert_frame_equal(epochs_read, TABLE.sweep.epochs.reindex(columns=epochs_read.columns))
     assert table.sweep.profile == "quick"
     assert (table.truth == TABLE.truth).all()
     for read, written in ((table.inputs, TABLE.inputs), (table.outputs, TABLE.outputs)):
@@ -221,19 +220,18 @@ def test_a_table_of_one_model_is_drawn() -> None:
 def test_each_control_changes_the_picture(name: str) -> None:
     """It starts at the given selection and draws what is chosen, and the old picture comes back."""
     first = {"task": "denoising", "noise": 0.1, "sigma": "relu", "gamma": 0.1, "tau": 0.1}
-    box, image = explorer(TABLE, **first).children
-    controls = {control.description: control for control in box.children}
+    chooser = explorer(TABLE, **first)
+    controls = {control.description: control for control in chooser.children[:-1]}
     assert {own: control.value for own, control in controls.items()} == first
-    before = image.value
+    before = chooser.result.data
     assert before == explore.picture(TABLE, **first)
     with Image.open(io.BytesIO(before)) as decoded:
         assert decoded.width > 900
     (other,) = (level for level in VALUES[name] if level != first[name])
     controls[name].value = other
-    assert image.value != before
-    assert image.value == explore.picture(TABLE, **first | {name: other})
+    assert chooser.result.data == explore.picture(TABLE, **first | {name: other}) != before
     controls[name].value = first[name]
-    assert image.value == before
+    assert chooser.result.data == before
 
 
 @pytest.mark.parametrize(
@@ -258,7 +256,7 @@ def test_a_damaged_file_is_refused(name: str, results: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DamagedFile, match=f"^{path}: its content does not match its checksum$"):
+    with pytest.raises(DamagedFile, match=f"^{path}: it is not the file that its provenance describes$"):
         load("quick", results)
 
 
@@ -353,7 +351,7 @@ def test_weights_of_another_loss_are_not_collected(store: Path, monkeypatch: pyt
 
     def altered(*args: Any) -> sweeps.Sweep:
         sweep = load_sweep(*args)
-        sweep.runs["test_loss"] *= 1.001
+        sweep.runs["test_loss"] *= 1.5
         return sweep
 
     monkeypatch.setattr(explore, "load_sweep", altered)
@@ -364,7 +362,7 @@ def test_weights_of_another_loss_are_not_collected(store: Path, monkeypatch: pyt
 
 def test_the_command_makes_the_table(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It names the folder and counts the runs."""
-    arguments = [text for name, value in TINY.items() for text in ("-p", name, yaml.safe_dump(value))]
+    arguments = [text for name, value in TINY.items() for text in ("-p", name, str(value))]
     assert main(["collect", "--profile", "smoke", *arguments]) == 0
     folder, _, counts = capsys.readouterr().out.strip().partition(": ")
     assert folder == str(store / "smoke" / "sweep")

@@ -294,7 +294,7 @@ def test_quality_inside_and_outside() -> None:
 def test_the_check_passes_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     runs = {"naive": make_run(), "free": make_run("deq")}
     _, f = inpainting.test_data(runs["naive"])
-    inpainting.check(f, LOST, runs)
+    inpainting.check_filling(f, LOST, runs)
     assert capsys.readouterr().out.splitlines() == [
         "inside the mask the input is noise alone, standard deviation 0.01",
         "naive: C is tied to A",
@@ -307,13 +307,13 @@ def test_the_check_fires_where_the_data_leak(noise: float) -> None:
     """The images inside the mask, a tenth of them, or another noise; noise alone passes."""
     run = make_run(noise=noise)
     truth, f = inpainting.test_data(run)
-    inpainting.check(f, LOST, {"run": run})
+    inpainting.check_filling(f, LOST, {"run": run})
     leaks = [f + truth * LOST, f + 3 * noise * torch.randn_like(f)]
     if noise <= 0.01:
         leaks.append(f + 0.1 * truth * LOST)
     for leak in leaks if noise else leaks[:1]:
         with pytest.raises(AssertionError, match="noise inside the mask"):
-            inpainting.check(leak, LOST, {"run": run})
+            inpainting.check_filling(leak, LOST, {"run": run})
 
 
 def test_the_check_fires_where_weights_are_not_the_models() -> None:
@@ -322,7 +322,7 @@ def test_the_check_fires_where_weights_are_not_the_models() -> None:
     tied, free = make_run(), make_run("deq")
     for wrong in (replace(tied, weights=free.weights), replace(free, weights=tied.weights)):
         with pytest.raises(AssertionError, match="ours: weights"):
-            inpainting.check(f, LOST, {"ours": wrong})
+            inpainting.check_filling(f, LOST, {"ours": wrong})
 
 
 @pytest.mark.parametrize("profile", ["smoke", "quick", "paper"])

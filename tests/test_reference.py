@@ -223,7 +223,7 @@ def check(machine: Machine) -> None:
     run = Run("key", config, machine.status(False), "", history, {"A": torch.ones(1)}, {})
     lost = torch.ones(20, 20, dtype=torch.bool)
     f = config.noise * torch.randn(1, 1, 20, 20, generator=torch.Generator().manual_seed(0))
-    inpainting.check(f, lost, {"naive": run})
+    inpainting.check_filling(f, lost, {"naive": run})
 
 
 def check_same(machine: Machine) -> None:

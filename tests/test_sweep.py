@@ -14,15 +14,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import yaml
 
+from lib.experiments import __main__ as command
 from lib.experiments import runs, sweep, trainer
+from lib.experiments.__main__ import main
 from lib.experiments.config import ConfigError, RunConfig
 from lib.experiments.data import MNIST_FILES, DataError
 from lib.experiments.profiles import grid
 from lib.experiments.runs import code_version, get_run, run_folder, run_key
-from lib.experiments.store import REPOSITORY
-from lib.experiments.sweep import Sweep, duration, get_sweep, main, plan, print_plan, status
+from lib.experiments.sweep import Sweep, duration, get_sweep, plan, status
 
 TINY: dict[str, Any] = {
     "task": ["inpainting", "denoising"],
@@ -35,7 +35,7 @@ TINY: dict[str, Any] = {
 """Of each kind some: the step 2.1 is too long for the plain iteration, and a microsecond too short."""
 
 CONFIGS = grid("smoke", **TINY)
-ARGUMENTS = [text for name, value in TINY.items() for text in ("-p", name, yaml.safe_dump(value))]
+ARGUMENTS = [text for name, value in TINY.items() for text in ("-p", name, str(value))]
 FILES = ["sweep_epochs.csv", "sweep_epochs.parquet", "sweep_provenance.json"]
 FILES += ["sweep_runs.csv", "sweep_runs.parquet"]
 
@@ -66,7 +66,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(runs, "Trainer", refuse)
     monkeypatch.setattr(sweep, "Trainer", refuse)
-    monkeypatch.setattr(runs.multiprocessing, "get_context", refuse)
+    monkeypatch.setattr(runs, "in_processes", refuse)
 
 
 @pytest.fixture
@@ -340,22 +340,22 @@ def test_the_plan_grows_with_the_epochs(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_plan_leaves_out_what_is_done(
-    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Only the missing runs are tried and counted; when none is missing the plan is empty."""
     missing = [c for c in CONFIGS if c.model == "bilevel" and c.task == "denoising" and c.time_budget > 1]
     for config in missing:
-        shutil.rmtree(run_folder(config, results))
-    before = stored_files(results)
-    assert plan(CONFIGS, results)["runs"].to_dict() == {("denoising", "bilevel"): 2}
+        shutil.rmtree(run_folder(config, repository))
+    before = stored_files(repository)
+    assert plan(CONFIGS, repository)["runs"].to_dict() == {("denoising", "bilevel"): 2}
     capsys.readouterr()
-    print_plan(CONFIGS, results)
+    command.print_plan(CONFIGS)
     assert "2 of 16 runs are left, in 1 stacks on " in capsys.readouterr().out
-    assert stored_files(results) == before
+    assert stored_files(repository) == before
     done = [config for config in CONFIGS if config not in missing]
-    assert plan(done, results).empty
+    assert plan(done, repository).empty
     monkeypatch.setattr(sweep, "Trainer", None)
-    print_plan(done, results)
+    command.print_plan(done)
     assert capsys.readouterr().out == "all 14 runs are done\n"
 
 
@@ -407,7 +407,7 @@ def test_an_interrupted_run_writes_the_tables(
         raise KeyboardInterrupt
 
     shutil.rmtree(repository / "smoke")
-    monkeypatch.setattr(sweep, "train_runs", interrupted)
+    monkeypatch.setattr(command, "train_runs", interrupted)
     assert main(["run", "--profile", "smoke", *ARGUMENTS]) == 130
     printed = capsys.readouterr()
     assert "1 not run" in printed.out
@@ -420,7 +420,7 @@ def test_an_interrupted_run_writes_the_tables(
 def test_status_and_plan_print_what_is_done(
     repository: Path, no_training: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both are of the grid that was asked for, values being YAML, and write nothing."""
+    """Both are of the grid that was asked for, values , and write nothing."""
     before = stored_files(repository)
     assert main(["status", "--profile", "smoke", *ARGUMENTS]) == 0
     printed = capsys.readouterr()
@@ -484,7 +484,7 @@ def test_a_failed_training_is_told_in_one_line(
     def failing(*args: object) -> None:
         raise error("the first line\nand the second")
 
-    monkeypatch.setattr(sweep, "train_runs", failing)
+    monkeypatch.setattr(command, "train_runs", failing)
     assert main(["run", "--profile", "smoke", *ARGUMENTS]) == 1
     assert error_line(capsys) == "sweep: the first line and the second"
 
@@ -493,9 +493,10 @@ def test_the_command_ends_with_its_exit_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As a script, too: exit status 2, one line, and nothing on standard output."""
-    script = REPOSITORY / "lib" / "sweep.py"
-    monkeypatch.setattr(sys, "argv", [str(script), "run", "--profile", "smoke", "-p", "noise", "[0.1, -1]"])
+    monkeypatch.setattr(
+        sys, "argv", [command.__file__, "run", "--profile", "smoke", "-p", "noise", "[0.1, -1]"]
+    )
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(script), run_name="__main__")
+        runpy.run_path(command.__file__, run_name="__main__")
     assert ended.value.code == 2
     assert capsys.readouterr() == ("", "sweep: noise: got -1, allowed: greater than or equal to 0\n")

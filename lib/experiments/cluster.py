@@ -15,6 +15,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -32,17 +33,18 @@ import psutil
 import submitit
 import torch
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from submitit.helpers import DelayedSubmission, clean_env
+from pydantic import AfterValidator, ConfigDict, Field
+from submitit.core.utils import JobPaths
+from submitit.helpers import Checkpointable, clean_env
 from tqdm import tqdm
 
-from lib.experiments.config import ConfigError, RunConfig, shown
+from lib.experiments.config import Checked, ConfigError, RunConfig, named, require_name, shown
 from lib.experiments.problem import Config, load_images
+from lib.experiments.processes import interrupts_ignored
 from lib.experiments.runs import (
     POLL_SECONDS,
     code_version,
     default_device,
-    interrupts_ignored,
     is_locked,
     is_stored,
     read_record,
@@ -57,54 +59,53 @@ from lib.experiments.trainer import DIVERGED, OUT_OF_TIME, shared
 REQUEUES = 20
 """How often a job that came to its time limit is queued again; one that was preempted always is."""
 
-SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
 
-# No blanks, quotes or line ends: it becomes a line of a script.
-Name = Annotated[str, Field(pattern=r"^[\w.,:&|*\[\]()][\w.,:&|*\[\]()-]*\z", max_length=200)]
+def _word(text: str) -> str:
+    """It becomes a part of a line of a script."""
+    if not re.fullmatch(r"[\w.,:&|*\[\]()][\w.,:&|*\[\]()-]{0,199}", text):
+        raise ValueError("letters, digits and .,:&|*[]()_-")
+    return text
+
+
+Word = Annotated[str, AfterValidator(_word)]
 
 
 @dataclass(frozen=True)
-class Job:
+class ClusterJob:
     """A job that was submitted.
 
     Attributes:
         id: its number in the cluster, `123_4` in an array, or that of its process.
         folder: of the submission.
-        log: where its standard error goes.
         keys: of the runs that it trains.
     """
 
     id: str
     folder: Path
-    log: Path
     keys: frozenset[str]
 
+    @property
+    def log(self) -> Path:
+        """Where its standard error goes."""
+        return Path(JobPaths(self.folder, self.id).stderr)
 
-class LocalJobs(BaseModel):
+
+class LocalJobs(Checked):
     """Jobs that are processes of this machine, and go on without the one that started them.
 
     Attributes:
-        jobs: how many share the runs at most; one per core, or one for the accelerator, when None.
+        place: where the ids of the jobs mean something.
+        jobs: how many share the runs at most; one per core, or one for the accelerator.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # The values come from a command line.
+    model_config = ConfigDict(strict=False)
     cluster: ClassVar[str] = "local"
     cancel: ClassVar[str] = "kill"
     look_seconds: ClassVar[float] = 1.0
+    place: ClassVar[str] = f"local-{platform.node()}"
 
-    jobs: Annotated[int, Field(ge=1, le=1000)] | None = None
-
-    @property
-    def place(self) -> str:
-        """Where the ids of the jobs mean something."""
-        return f"{self.cluster} {platform.node()}"
-
-    @property
-    def most(self) -> int:
-        return self.jobs or workers(default_device())
-
-    def require(self) -> None:
-        """Refuse a machine that cannot start such jobs."""
+    jobs: Annotated[int, Field(ge=1, le=1000)] = Field(default_factory=lambda: workers(default_device()))
 
     def groups(self, configs: Sequence[RunConfig]) -> list[list[Config]]:
         """Configurations that are trained in one job, the groups taking turns."""
@@ -115,7 +116,7 @@ class LocalJobs(BaseModel):
         accelerators = 1 if default_device().type == "cuda" else 0
         return {"timeout_min": 365 * 24 * 60, "gpus_per_node": accelerators}
 
-    def unfinished(self, jobs: Iterable[Job]) -> set[str]:
+    def unfinished(self, jobs: Iterable[ClusterJob]) -> set[str]:
         """The ids of those jobs that run or will run."""
         return {job.id for job in jobs if _is_process(int(job.id), job.folder)}
 
@@ -124,7 +125,7 @@ class SlurmJobs(LocalJobs):
     """Jobs of Slurm, one core or one accelerator each.
 
     Attributes:
-        jobs: how many share the runs at most, each being an element of one array; 256 when None.
+        jobs: how many share the runs at most, each being an element of one array.
         minutes: time limit of a job, after which it is queued again and goes on.
         partition, account, qos, constraint: as `sbatch` takes them.
         memory: GB of a job.
@@ -136,30 +137,16 @@ class SlurmJobs(LocalJobs):
     # Slurm does not like to be asked often, and a shared file system shows new files late: two looks in a
     # row have to miss a job until its runs are missed.
     look_seconds: ClassVar[float] = 30.0
+    place: ClassVar[str] = "slurm"
 
-    minutes: Annotated[int, Field(ge=5, le=100_000)] = 120
-    partition: Name | None = None
-    account: Name | None = None
-    qos: Name | None = None
-    constraint: Name | None = None
-    memory: Annotated[float, Field(gt=0, le=10_000)] | None = None
-    gpus: Annotated[int, Field(ge=0, le=1)] = 0
-
-    @property
-    def place(self) -> str:
-        return self.cluster
-
-    @property
-    def most(self) -> int:
-        return self.jobs or 256
-
-    def require(self) -> None:
-        missing = [command for command in SLURM_COMMANDS if shutil.which(command) is None]
-        if missing:
-            raise ConfigError(
-                f"cluster: got 'slurm', allowed: on a machine with Slurm's commands, but {missing[0]} is "
-                "missing; install slurm-client, or use CLUSTER=local"
-            )
+    jobs: Annotated[int, Field(ge=1, le=1000)] = 256
+    minutes: Annotated[int, Field(ge=5, le=100_000, serialization_alias="timeout_min")] = 120
+    partition: Word | None = Field(None, serialization_alias="slurm_partition")
+    account: Word | None = Field(None, serialization_alias="slurm_account")
+    qos: Word | None = Field(None, serialization_alias="slurm_qos")
+    constraint: Word | None = Field(None, serialization_alias="slurm_constraint")
+    memory: Annotated[float, Field(gt=0, le=10_000)] | None = Field(None, serialization_alias="mem_gb")
+    gpus: Annotated[int, Field(ge=0, le=1, serialization_alias="gpus_per_node")] = 0
 
     def groups(self, configs: Sequence[RunConfig]) -> list[list[Config]]:
         if not self.gpus:
@@ -172,24 +159,19 @@ class SlurmJobs(LocalJobs):
 
     def parameters(self, count: int) -> dict[str, Any]:
         return {
+            **self.model_dump(by_alias=True, exclude={"jobs"}),
             "name": "sweep",
-            "timeout_min": self.minutes,
             "nodes": 1,
             "tasks_per_node": 1,
             "cpus_per_task": 1,
             "gpus_per_node": self.gpus or None,
-            "mem_gb": self.memory,
-            "slurm_partition": self.partition,
-            "slurm_account": self.account,
-            "slurm_qos": self.qos,
-            "slurm_constraint": self.constraint,
             "slurm_array_parallelism": count,
             "slurm_additional_parameters": {"requeue": True},
             # A node may have accelerators that the job was not given.
             "slurm_setup": None if self.gpus else ["export CUDA_VISIBLE_DEVICES="],
         }
 
-    def unfinished(self, jobs: Iterable[Job]) -> set[str]:
+    def unfinished(self, jobs: Iterable[ClusterJob]) -> set[str]:
         # Not by submitit, which asks Slurm's accounting: not every cluster has one.
         command = ["squeue", "--me", "--all", "--array", "--noheader", "--format=%i"]
         asked = subprocess.run(command, capture_output=True, text=True)
@@ -202,37 +184,31 @@ class SlurmJobs(LocalJobs):
 CLUSTERS: dict[str, type[LocalJobs]] = {"local": LocalJobs, "slurm": SlurmJobs}
 
 
-def job_options(cluster: str, pairs: Sequence[Sequence[str]]) -> LocalJobs | None:
+def job_options(cluster: str, pairs: Sequence[tuple[str, str]]) -> LocalJobs | None:
     """Where to train and how, from a command line; None stands for this process.
 
     Raises:
         ConfigError: the cluster or the name of an option is unknown, or a value is refused.
     """
-    if cluster == "none" and pairs:
-        name, value = pairs[0]
-        raise ConfigError(f"{shown(name)}: got {shown(value)}, allowed: with CLUSTER=local or slurm only")
-    if cluster == "none":
+    if cluster == "none" and not pairs:
         return None
-    if cluster not in CLUSTERS:
-        raise ConfigError(f"cluster: got {shown(cluster)}, allowed: none, {', '.join(CLUSTERS)}")
-    kind = CLUSTERS[cluster]
-    try:
-        return kind.model_validate({pair[0]: pair[1] for pair in pairs})
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        option = shown(problem["loc"][0])
-        if problem["type"] == "extra_forbidden":
-            known = ", ".join(kind.model_fields)
-            raise ConfigError(f"{option}: no such option of {cluster} jobs, allowed: {known}") from None
-        allowed = problem["msg"].removeprefix("Input should be ")
-        if problem["type"] == "string_pattern_mismatch":
-            allowed = "letters, digits and .,:&|*[]()_-"
-        raise ConfigError(f"{option}: got {shown(problem['input'])}, allowed: {allowed}") from None
+    if cluster == "none":
+        raise ConfigError(f"{named(pairs[0][0])}: allowed with CLUSTER=local or CLUSTER=slurm only")
+    require_name("cluster", cluster, ("none", *CLUSTERS))
+    if cluster == "slurm" and shutil.which("sbatch") is None:
+        raise ConfigError(
+            "cluster: got 'slurm', allowed: on a machine with Slurm's commands, but sbatch is missing; "
+            "install slurm-client, or use CLUSTER=local"
+        )
+    options: dict[str, Any] = dict(pairs)
+    return CLUSTERS[cluster](**options)
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one job trains; started again, it goes on. submitit pickles it, so it holds plain values alone.
+class Share(Checkpointable):
+    """What one job trains; started again, when it was preempted or out of its time, it goes on.
+
+    submitit pickles it, so it holds plain values alone.
 
     Attributes:
         configs: parameters of its configurations.
@@ -253,10 +229,6 @@ class Share:
         configs = [RunConfig(**values) for values in self.configs]
         for stack in stacks(configs, default_device()):
             train_stack(stack, self.results, lambda progress: None)
-
-    def checkpoint(self) -> DelayedSubmission:
-        """What submitit queues when the job is preempted or out of time: the same; the store has the rest."""
-        return DelayedSubmission(self)
 
 
 def train_on_cluster(
@@ -281,7 +253,6 @@ def train_on_cluster(
     waiting = [config for config in configs if not is_stored(config, results)]
     if not waiting:
         return
-    options.require()
     # Here, where data that are missing are reported once; the machines of the jobs may have no network.
     load_images(waiting[0])
     # For this user alone, since a job does whatever the pickles in here say.
@@ -309,14 +280,13 @@ def train_on_cluster(
         ) from None
 
 
-def _submitted(folder: Path, options: LocalJobs) -> list[Job]:
+def _submitted(folder: Path, options: LocalJobs) -> list[ClusterJob]:
     """The unfinished jobs of earlier submissions; the files of those that are over are removed."""
-    jobs = []
-    for path in sorted(folder.glob("*/jobs")):
-        stored = json.loads(read_sealed(path))
-        if stored["place"] == options.place:
-            for id, job in stored["jobs"].items():
-                jobs.append(Job(id, path.parent, Path(job["log"]), frozenset(job["keys"])))
+    jobs = [
+        ClusterJob(id, path.parent, frozenset(keys))
+        for path in sorted(folder.glob(f"{options.place}-*/jobs"))
+        for id, keys in json.loads(read_sealed(path)).items()
+    ]
     unfinished = options.unfinished(jobs)
     alive = [job for job in jobs if job.id in unfinished]
     for over in {job.folder for job in jobs} - {job.folder for job in alive}:
@@ -325,11 +295,13 @@ def _submitted(folder: Path, options: LocalJobs) -> list[Job]:
     return alive
 
 
-def _submit(configs: Sequence[RunConfig], options: LocalJobs, results: Path, folder: Path) -> list[Job]:
+def _submit(
+    configs: Sequence[RunConfig], options: LocalJobs, results: Path, folder: Path
+) -> list[ClusterJob]:
     groups = options.groups(configs)
-    count = min(options.most, len(groups))
+    count = min(options.jobs, len(groups))
     shares = [[config for group in groups[k::count] for config in group] for k in range(count)]
-    own = Path(tempfile.mkdtemp(prefix=f"{options.cluster}-", dir=folder))
+    own = Path(tempfile.mkdtemp(prefix=f"{options.place}-", dir=folder))
     try:
         executor = submitit.AutoExecutor(own, cluster=options.cluster, slurm_max_num_timeout=REQUEUES)
         executor.update_parameters(**options.parameters(count))
@@ -341,12 +313,10 @@ def _submit(configs: Sequence[RunConfig], options: LocalJobs, results: Path, fol
                     for share in shares
                 ]
             jobs = [
-                Job(job.job_id, own, job.paths.stderr, frozenset(map(run_key, share)))
+                ClusterJob(job.job_id, own, frozenset(map(run_key, share)))
                 for job, share in zip(submitted, shares, strict=True)
             ]
-            records = {job.id: {"log": str(job.log), "keys": sorted(job.keys)} for job in jobs}
-            stored = json.dumps({"place": options.place, "jobs": records}, indent=1)
-            write_sealed(own / "jobs", stored.encode())
+            write_sealed(own / "jobs", json.dumps({job.id: sorted(job.keys) for job in jobs}).encode())
     except BaseException:
         shutil.rmtree(own)
         raise
@@ -362,7 +332,9 @@ def _no_job() -> Iterator[None]:
         yield
 
 
-def _follow(configs: Sequence[RunConfig], jobs: Sequence[Job], options: LocalJobs, results: Path) -> None:
+def _follow(
+    configs: Sequence[RunConfig], jobs: Sequence[ClusterJob], options: LocalJobs, results: Path
+) -> None:
     """Wait until all runs are stored, or no job and no other process trains those that are not."""
     ended: Counter[str] = Counter()
     left = {run_key(config): config for config in configs}
@@ -393,12 +365,12 @@ def _follow(configs: Sequence[RunConfig], jobs: Sequence[Job], options: LocalJob
                 earlier, recent, looked = recent, options.unfinished(jobs), time.monotonic()
 
 
-def _failure(jobs: Sequence[Job], left: Iterable[str]) -> str:
+def _failure(jobs: Sequence[ClusterJob], left: Iterable[str]) -> str:
     """Which jobs ended before their runs, what the first one said and what to do."""
     lost = [job for job in jobs if not job.keys.isdisjoint(left)]
     log = lost[0].log
-    said = log.read_text(errors="replace").split("\n") if log.exists() else []
-    last = next((line.strip() for line in reversed(said) if line.strip()), "nothing: it was killed")
+    said = log.read_text(errors="replace").strip() if log.exists() else ""
+    last = said.splitlines()[-1] if said else "nothing: it was killed"
     return (
         f"{len(lost)} of {len(jobs)} jobs ended before their runs; the first one, {lost[0].id}, said "
         f"{shown(last)} (its log is {log}); run again to resume them"

@@ -1,18 +1,7 @@
-"""The grid of the paper: all its configurations trained, and what came out as two tidy tables.
-
-`python -m lib.experiments.sweep run --profile quick -p tau "[0.1, 0.5]"` trains what is not stored yet;
-`status` and `plan` tell what is done and how long the rest will take. `run --cluster slurm` trains on more
-machines.
-"""
+"""The grid of the paper: all its configurations trained, and what came out as two tidy tables."""
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import io
-import json
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,22 +10,19 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from lib.experiments.cluster import LocalJobs, job_options, train_on_cluster
-from lib.experiments.config import ConfigError, RunConfig, parse_parameters, shown
-from lib.experiments.data import DataError
+from lib.experiments.config import ConfigError, RunConfig, shown
 from lib.experiments.profiles import grid
+from lib.experiments.provenance import write_with_provenance
 from lib.experiments.runs import (
     DATA_DIGESTS,
-    code_version,
     default_device,
     read_record,
     run_folder,
     run_key,
-    stacks,
     train_runs,
     workers,
 )
-from lib.experiments.store import RESULTS, write_atomic
+from lib.experiments.store import RESULTS
 from lib.experiments.trainer import (
     COMPLETED,
     DIVERGED,
@@ -63,7 +49,7 @@ class Sweep:
             trained), `reason`, `epochs_finished`, `seconds`, and the metrics of the last finished epoch
             (see `lib.experiments.runs.Run.history`).
         epochs: a row per run and epoch: `key` and metrics.
-        provenance: axes, data digests, code version, environments, counts and seconds.
+        provenance: axes, data digests, environments, counts and seconds.
     """
 
     profile: str
@@ -123,7 +109,6 @@ def load_sweep(profile: str, configs: Sequence[RunConfig], results: Path | str |
         "statuses": runs["status"].value_counts().to_dict(),
         "training_seconds": float(runs["seconds"].sum()),
         "data": {name: DATA_DIGESTS[name] for name in runs["dataset"].unique()},
-        "code": code_version(),
         "trained_on": environments,
     }
     columns = _columns(epochs)
@@ -142,17 +127,9 @@ def write_tables(sweep: Sweep, results: Path | str | None = None) -> list[Path]:
     folder = Path(results or RESULTS) / sweep.profile
     files = {}
     for name, table in (("sweep_runs", sweep.runs), ("sweep_epochs", sweep.epochs)):
-        buffer = io.BytesIO()
-        table.to_parquet(buffer, index=False)
-        files[f"{name}.parquet"] = buffer.getvalue()
+        files[f"{name}.parquet"] = table.to_parquet(index=False)
         files[f"{name}.csv"] = table.to_csv(index=False).encode()
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    provenance = sweep.provenance | {"created": created, "sha256": hashes}
-    files["sweep_provenance.json"] = json.dumps(provenance, indent=1, default=float).encode()
-    for name, content in files.items():
-        write_atomic(folder / name, content)
-    return [folder / name for name in files]
+    return write_with_provenance(folder, files, sweep.provenance, "sweep_provenance.json")
 
 
 def status(configs: Sequence[RunConfig], results: Path | str | None = None) -> pd.DataFrame:
@@ -218,70 +195,3 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def print_plan(configs: Sequence[RunConfig], results: Path | str | None = None) -> None:
-    device = default_device()
-    table = plan(configs, results)
-    if table.empty:
-        print(f"all {len(configs)} runs are done")
-        return
-    left = [config for config in configs if read_record(config, results) is None]
-    shown = table.assign(wall=table["wall"].map(duration)).rename(columns={"wall": "in all"})
-    print(shown.to_string(float_format="{:.2g}".format))
-    print(
-        f"{len(left)} of {len(configs)} runs are left, in {len(stacks(left, device))} stacks on "
-        f"{workers(device)} processes ({device.type}): about {duration(table['wall'].sum())}, and at most "
-        f"{duration(sum(config.time_budget for config in left) / workers(device))} by their time budgets"
-    )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lib.experiments.sweep", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("run", "train what is not stored yet and write the tables"),
-        ("status", "print what is done"),
-        ("plan", "print what is left and how long it will take"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("--profile", default="quick")
-        command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-        if name == "run":
-            command.add_argument("--cluster", default="none", help="where: none (here), local or slurm")
-            command.add_argument("--job", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    options = parser.parse_args(arguments)
-    try:
-        configs = grid(options.profile, **parse_parameters(options.p))
-        if options.command == "status":
-            print(status(configs).to_string())
-        elif options.command == "plan":
-            print_plan(configs)
-        else:
-            return _run(options.profile, configs, job_options(options.cluster, options.job))
-    except (ConfigError, DataError, OSError, RuntimeError) as error:
-        print(f"sweep: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0
-
-
-def _run(profile: str, configs: Sequence[RunConfig], jobs: LocalJobs | None) -> int:
-    stopped = ""
-    try:
-        if jobs is None:
-            train_runs(configs)
-        else:
-            train_on_cluster(configs, jobs)
-    except KeyboardInterrupt as stop:
-        stopped = str(stop) or "stopped; the same command goes on from here"
-    sweep = load_sweep(profile, configs)
-    for path in write_tables(sweep):
-        print(path)
-    print(", ".join(f"{count} {name}" for name, count in sweep.provenance["statuses"].items()))
-    if stopped:
-        print(stopped, file=sys.stderr)
-    return 130 if stopped else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

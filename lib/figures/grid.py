@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from lib.experiments.sweep import Sweep
 from lib.figures import comparison
 from lib.figures.comparison import LOSS_THRESHOLD
-from lib.figures.style import MODEL_COLORS, MODEL_LINES, MODEL_NAMES, STYLE, TEXT_WIDTH, note, sweep_budget
+from lib.figures.style import MODEL_COLORS, MODEL_NAMES, STYLE, TEXT_WIDTH, model_line, note, sweep_budget
 from lib.models import MODELS
 from lib.operators import TASKS
 
@@ -127,17 +127,18 @@ def best_runs_figure(sweep: Sweep) -> Figure:
                 axes.sharey(noisy[0])
             for axes, noise in zip(column, levels, strict=True):
                 here = best[(best["task"] == task) & (best["noise"] == noise)]
-                _draw_histories(axes, here, sweep.epochs)
+                draw_histories(axes, here, sweep.epochs)
         for axes, noise in zip(grid[:, 0], levels, strict=True):
             axes.set_ylabel(f"noise {noise:g}\ntest loss")
             axes.yaxis.set_label_coords(-0.2, 0.5)
-        lines = [Line2D([], [], label=MODEL_NAMES[model], **_line(model)) for model in MODELS]
+        lines = [Line2D([], [], label=MODEL_NAMES[model], **model_line(model)) for model in MODELS]
         grid[0, 0].legend(handles=lines, frameon=False, loc="upper right")
         note(fig, sweep_budget(sweep))
     return fig
 
 
-def _draw_histories(axes: Axes, runs: pd.DataFrame, epochs: pd.DataFrame) -> None:
+def draw_histories(axes: Axes, runs: pd.DataFrame, epochs: pd.DataFrame) -> None:
+    """Test loss of each model's runs after each epoch: the median, and the range of several."""
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
@@ -153,12 +154,7 @@ def _draw_histories(axes: Axes, runs: pd.DataFrame, epochs: pd.DataFrame) -> Non
         if len(group) > 1:
             spread: Any = {"color": MODEL_COLORS[str(model)], "alpha": 0.2, "linewidth": 0}
             axes.fill_between(median.index, histories.min(), histories.max(), **spread)
-        axes.plot(median.index, median, label=MODEL_NAMES[str(model)], **_line(str(model)))
-
-
-def _line(model: str) -> dict[str, Any]:
-    style = {"linestyle": MODEL_LINES[model], "color": MODEL_COLORS[model], "linewidth": 1.2}
-    return style | {"marker": "o" if model == "bilevel" else "s", "markersize": 2.5}
+        axes.plot(median.index, median, label=MODEL_NAMES[str(model)], **model_line(str(model)))
 
 
 def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOLD) -> Figure:
@@ -196,7 +192,7 @@ def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOL
                 )
             upper.xaxis.set_major_locator(MaxNLocator(integer=True))
             upper.set(title=task, xlabel=f"epochs finished in {seconds:.3g} s", ylabel="runs")
-            _draw_solver_steps(lower, epochs[epochs["task"] == task])
+            draw_solver_steps(lower, epochs[epochs["task"] == task])
         top[0].legend(handles=_model_patches(), frameon=False, loc="upper left")
         bottom[0].set(ylabel="solver steps per solve", ylim=(0, None))
         bottom[0].legend(frameon=False, loc="upper left", handlelength=2.6)
@@ -204,7 +200,7 @@ def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOL
     return fig
 
 
-def _draw_solver_steps(axes: Axes, epochs: pd.DataFrame) -> None:
+def draw_solver_steps(axes: Axes, epochs: pd.DataFrame) -> None:
     """Median over the runs, and the middle half of them, of the mean steps of a solve in each epoch."""
     for model in MODELS:
         steps = epochs[epochs["model"] == model].groupby("epoch")

@@ -204,7 +204,7 @@ def inpainting_figure(
     return fig
 
 
-def check(f: Tensor, lost: Tensor, runs: Mapping[str, Run]) -> None:
+def check_filling(f: Tensor, lost: Tensor, runs: Mapping[str, Run]) -> None:
     """Print what must hold whatever the parameters are.
 
     Raises:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from statistics import median
 from typing import Any
 
@@ -17,7 +18,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
-from lib.experiments.config import ConfigError, shown
 from lib.experiments.data import faces, mnist
 from lib.experiments.problem import generator, one_thread
 from lib.figures.style import STYLE, TEXT_WIDTH, note
@@ -51,14 +51,6 @@ class Size:
     filters: int = 2
     filter_size: int = 11
 
-    def __post_init__(self) -> None:
-        if self.kind not in ("dense", "convolution"):
-            raise ConfigError(f"kind: got {shown(self.kind)}, allowed: dense or convolution")
-        for name in ("side", "batch", "stack", "filters", "filter_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name}: got {shown(value)}, allowed: a positive whole number")
-
     @property
     def work(self) -> float:
         """Multiplications of the two products in one evaluation of the step map."""
@@ -78,19 +70,17 @@ def problem(size: Size) -> tuple[FixedPointModel, Tensor, Tensor]:
     truth = functional.interpolate(repeated, (size.side, size.side), mode="bilinear", antialias=True)
     f = (truth + 0.1 * torch.randn(truth.shape, generator=draws)).expand(size.stack, *truth.shape)
 
-    def stacked(weight: Tensor) -> Tensor:
-        return weight.expand(size.stack, *weight.shape).clone()
+    def stacked(*weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple(weight.expand(size.stack, *weight.shape).clone() for weight in weights)
 
-    numbers = {name: torch.full((size.stack,), value) for name, value in (("tau", 0.01), ("lam", 1.0))}
-    numbers["gamma"] = torch.full((size.stack,), 0.1)
+    tau, lam, gamma = (torch.full((size.stack,), value) for value in (0.01, 1.0, 0.1))
     if size.kind == "dense":
-        A, b, C = (stacked(weight) for weight in initial_weights(size.side**2, draws))
-        return build_model("deq", Identity(), (A, b, C), "relu", **numbers), f, truth
-    A, C = (
-        stacked(initial_kernels("random", size.filters, size.filter_size, draws) / size.filter_size)
-        for _ in range(2)
-    )
-    return build_conv_model("deq", Identity(), (A, C), smoothed_sign(10.0), **numbers), f, truth
+        A, b, C = stacked(*initial_weights(size.side**2, draws))
+        return build_model("deq", Identity(), (A, b, C), "relu", tau=tau, lam=lam, gamma=gamma), f, truth
+    kernels = (initial_kernels("random", size.filters, size.filter_size, draws) for _ in range(2))
+    A, C = stacked(*(kernel / size.filter_size for kernel in kernels))
+    sigma = smoothed_sign(10.0)
+    return build_conv_model("deq", Identity(), (A, C), sigma, tau=tau, lam=lam, gamma=gamma), f, truth
 
 
 def training_step(size: Size) -> Callable[[], object]:
@@ -109,13 +99,7 @@ def training_step(size: Size) -> Callable[[], object]:
 @one_thread()
 def seconds_per_step(size: Size, repeats: int = 5) -> float:
     """Median time of a training step on one thread, after one that is not counted."""
-    step, times = training_step(size), []
-    step()
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return median(times)
+    return median(timeit.repeat(training_step(size), number=1, repeat=repeats + 1)[1:])
 
 
 def cost_table(base: Size, axis: str, values: Sequence[int]) -> pd.DataFrame:
@@ -129,9 +113,6 @@ def cost_table(base: Size, axis: str, values: Sequence[int]) -> pd.DataFrame:
     Returns:
         A row per value: `ms` of a training step, `work` (millions of multiplications of one evaluation),
         `GFlop/s` of the whole step, and `exponent`, that of the growth of the time over that of the work.
-
-    Raises:
-        ConfigError: a value is no positive whole number.
     """
     changes: list[Any] = [{axis: value} for value in values]
     sizes = [replace(base, **change) for change in changes]
@@ -154,17 +135,10 @@ def memory_table(size: Size, solver_steps: Sequence[int]) -> pd.DataFrame:
     rows = {}
     for steps in solver_steps:
         solver = PlainIteration(tol=1e-30, max_steps=steps)
-
-        def unrolled(count: int = steps) -> object:
-            u = f
-            for _ in range(count):
-                u = T(u)
-            return u
-
-        def implicit(solver: PlainIteration = solver) -> object:
-            return implicit_fixed_point(model.problem(f), f, solver)
-
-        rows[steps] = {"implicit": _kept_megabytes(implicit), "unrolled": _kept_megabytes(unrolled)}
+        rows[steps] = {
+            "implicit": _kept_megabytes(partial(implicit_fixed_point, model.problem(f), f, solver)),
+            "unrolled": _kept_megabytes(partial(reduce, lambda u, _: T(u), range(steps), f)),
+        }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("solver steps")
 
 
@@ -190,24 +164,21 @@ def scaling_figure(tables: dict[str, pd.DataFrame], memory: pd.DataFrame, text: 
         memory: what `memory_table` returned.
         text: for the line below.
     """
-    markers, colors = "osDv^P", ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "0.2", "#56b4e9")
     with plt.rc_context(STYLE):
         fig, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 3.1), width_ratios=(1.5, 1))
         fig.subplots_adjust(left=0.085, right=0.99, top=0.97, bottom=0.24, wspace=0.26)
-        for (name, table), marker, color in zip(tables.items(), markers, colors, strict=False):
-            left.loglog(table["work"], table["ms"], marker=marker, markersize=4, color=color, label=name)
-        work = np.array([min(t["work"].min() for t in tables.values())] * 2)
-        work[1] = max(t["work"].max() for t in tables.values())
-        rate = max(t["GFlop/s"].max() for t in tables.values())
-        ideal = 2 * 2 * SOLVER_STEPS * work / rate
+        for (name, table), marker in zip(tables.items(), "osDv^P", strict=False):
+            left.loglog(table["work"], table["ms"], marker=marker, markersize=4, label=name)
+        every = pd.concat(tables.values())
+        work = np.array([every["work"].min(), every["work"].max()])
+        ideal = 2 * 2 * SOLVER_STEPS * work / every["GFlop/s"].max()
         left.loglog(work, ideal, ":", color="0.5", label="in proportion to the work")
         left.set(xlabel="million multiplications per evaluation", ylabel="ms per training step")
-        left.legend(frameon=False)
-        right.loglog(memory.index, memory["implicit"], "o-", color="#0072b2", markersize=4, label="implicit")
-        right.loglog(memory.index, memory["unrolled"], "s--", color="#e69f00", markersize=4, label="unrolled")
+        for name, style in (("implicit", "o-"), ("unrolled", "s--")):
+            right.loglog(memory.index, memory[name], style, markersize=4, label=name)
         right.set(xlabel="solver steps", ylabel="MB kept for the backward pass")
-        right.legend(frameon=False)
         for axis in (left, right):
             axis.grid(alpha=0.3, linewidth=0.5)
+            axis.legend(frameon=False)
         note(fig, text)
     return fig

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import textwrap
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,11 @@ from lib.experiments.config import FacesConfig
 from lib.experiments.problem import (
     image_shape,
 )
-from lib.experiments.runs import Run, code_version, data_digests, default_device, environment
-from lib.experiments.store import RESULTS, write_atomic
+from lib.experiments.provenance import write_with_provenance
+from lib.experiments.runs import Run, data_digests
+from lib.experiments.store import RESULTS
 from lib.experiments.sweep import NOT_RUN, Sweep
-from lib.figures.comparison import Claim
+from lib.figures.comparison import Claim, has_converged
 
 MODEL_NAMES = {"bilevel": "bilevel", "deq": "DEQ"}
 
@@ -34,6 +33,13 @@ MODEL_COLORS = {"bilevel": "#0072b2", "deq": "#e69f00"}
 
 MODEL_LINES = {"bilevel": "-", "deq": "--"}
 """Blue and orange differ for every kind of colour vision, and in grey one is dark and one is light."""
+
+
+def model_line(model: str) -> dict[str, Any]:
+    """How a model's curve is drawn."""
+    style = {"linestyle": MODEL_LINES[model], "color": MODEL_COLORS[model], "linewidth": 1.2}
+    return style | {"marker": "o" if model == "bilevel" else "s", "markersize": 2.5}
+
 
 STYLE: Any = {
     **{name: value for name, value in mpl.rcParamsDefault.items() if not name.startswith("backend")},
@@ -101,7 +107,7 @@ def save(
     name: str,
     fig: Figure,
     table: pd.DataFrame,
-    source: Sequence[Run] | Sweep,
+    source: Mapping[str, Run] | Sweep,
     profile: str,
     results: Path | str | None = None,
     claims: Sequence[Claim] = (),
@@ -112,7 +118,7 @@ def save(
         name: of the figure, such as `fig02`.
         fig: written as PNG (300 dpi) and PDF.
         table: the numbers behind the figure, written as CSV.
-        source: the runs, or the sweep, that it was made from.
+        source: the sweep that it was made from, or the runs by the names that they have in the table.
         profile: name of the profile.
         results: folder of the results; the repository's when None.
         claims: what the figure decides, written as `claims.json` if there are any.
@@ -131,25 +137,20 @@ def save(
         with plt.rc_context(STYLE):
             fig.savefig(buffer, format=suffix, metadata=metadata)
         files[f"{name}.{suffix}"] = buffer.getvalue()
-    provenance = {
-        "figure": name,
-        "profile": profile,
-        **(source.provenance if isinstance(source, Sweep) else _provenance(source)),
-        "environment": environment(default_device()),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "sha256": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
-    }
-    files["provenance.json"] = json.dumps(provenance, indent=1, default=float).encode()
-    for file, content in files.items():
-        write_atomic(folder / file, content)
+    came_from = source.provenance if isinstance(source, Sweep) else _provenance(source)
+    write_with_provenance(folder, files, {"figure": name, "profile": profile, **came_from})
     return folder
 
 
-def _provenance(runs: Sequence[Run]) -> dict[str, Any]:
+def _provenance(named: Mapping[str, Run]) -> dict[str, Any]:
+    runs = named.values()
     return {
-        "runs": {run.key: run.config.model_dump() | {"status": run.status} for run in runs},
+        "runs": {
+            run.key: run.config.model_dump()
+            | {"name": name, "status": run.status, "converged": has_converged(run.history)}
+            for name, run in named.items()
+        },
         "data": {run.config.dataset: data_digests(run.config) for run in runs},
-        "code": code_version(),
         "training_seconds": sum(run.provenance["seconds"] for run in runs),
         "trained_on": {run.key: run.provenance["environment"] for run in runs},
     }

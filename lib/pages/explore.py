@@ -7,12 +7,10 @@ sweep out of the store of runs; the explorer then needs neither runs nor data.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import sys
 import textwrap
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,26 +20,25 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
+from IPython.display import Image
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.experiments.config import ConfigError, RunConfig, parse_parameters, shown
+from lib.experiments.config import ConfigError, RunConfig, parse_parameters, require_name, shown
 from lib.experiments.data import DataError
 from lib.experiments.problem import load_images, make_operator, observe, test_noise
 from lib.experiments.profiles import SWEEPS, grid
-from lib.experiments.runs import Run, default_device, environment, get_run
-from lib.experiments.store import RESULTS, DamagedFile, write_atomic
+from lib.experiments.provenance import PROVENANCE, read_described, write_with_provenance
+from lib.experiments.runs import Run, get_run
+from lib.experiments.store import RESULTS, DamagedFile
 from lib.experiments.sweep import NOT_RUN, Sweep, load_sweep
 from lib.experiments.trainer import COMPLETED
 from lib.figures.comparison import PAIRED
-from lib.figures.reconstructions import reconstruct
-from lib.figures.style import MODEL_COLORS, MODEL_LINES, MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
-from lib.models import MODELS
+from lib.figures.grid import draw_histories, draw_solver_steps
+from lib.figures.reconstructions import keeps_loss, reconstruct
+from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
 
 Pixels = NDArray[np.uint8]
 
@@ -53,14 +50,12 @@ OBSERVED_BY = ("task", "noise", "seed", "test_images")
 
 DIGITS = 4
 
-FILES = ("runs.parquet", "epochs.parquet", "reconstructions.npz")
+IMAGES = "reconstructions.npz"
+FILES = ("runs.parquet", "epochs.parquet", IMAGES)
 
 HISTORY = ["key", "epoch", "seconds", "test_loss", "test_psnr", "forward_steps", "backward_steps"]
+HISTORY += ["forward_unconverged", "backward_unconverged", "test_unconverged"]
 """What is kept of each epoch."""
-
-DIRECTION_LINES: dict[str, Any] = {"forward": "-", "backward": ":"}
-LABEL = (-0.225, 0.5)
-"""Place of the vertical axes' labels, in parts of the axes."""
 
 
 @dataclass(frozen=True)
@@ -105,29 +100,15 @@ class Table:
         chosen = {name: value for name, value in values.items() if value is not None}
         return {name: chosen.get(name, levels[0]) for name, levels in axes.items()}
 
-    def pair(self, **values: Any) -> dict[str, Run]:
-        """The runs of each model with a selection, without their weights.
+    def pair(self, **values: Any) -> pd.DataFrame:
+        """The rows of both models with a selection, as far as they are there.
 
         Raises:
             ConfigError: as `select`.
         """
-        runs, epochs = self.sweep.runs, self.sweep.epochs
-        selection = self.select(**values)
+        runs, selection = self.sweep.runs, self.select(**values)
         chosen = runs[(runs[list(selection)] == pd.Series(selection)).all(axis="columns")]
-        rows = {row["model"]: row for row in chosen.to_dict("records")}
-        return {
-            model: Run(
-                key=rows[model]["key"],
-                config=RunConfig(**{name: rows[model][name] for name in RunConfig.model_fields}),
-                status=rows[model]["status"],
-                reason=rows[model]["reason"],
-                history=epochs[epochs["key"] == rows[model]["key"]].drop(columns="key"),
-                weights={},
-                provenance={},
-            )
-            for model in MODELS
-            if model in rows
-        }
+        return chosen.sort_values("model")
 
 
 def table_folder(profile: str, results: Path | str | None = None) -> Path:
@@ -182,10 +163,11 @@ def _with_images(sweep: Sweep, configs: list[RunConfig], results: Path | str | N
         if completed.empty:
             continue
         result = reconstruct({key: get_run(by_key[key], results) for key in completed["key"]})
-        for key, stored in zip(completed["key"], completed["test_loss"], strict=True):
-            mse = result.table.mse[key]
-            if abs(mse - stored) > 1e-6 * stored:
-                raise RuntimeError(f"run {key}: its weights give the test loss {mse}, stored is {stored}")
+        for row in completed.to_dict("records"):
+            key, loss = row["key"], row["test_loss"]
+            if not keeps_loss(result, key, loss, row["test_unconverged"]):
+                mse = result.table.mse[key]
+                raise RuntimeError(f"run {key}: its weights give the test loss {mse}, stored is {loss}")
             outputs[key] = _bytes(result.outputs[key][:DIGITS])
     return Table(sweep, _bytes(truth[:DIGITS, 0]), inputs, outputs)
 
@@ -205,23 +187,14 @@ def write_table(table: Table, folder: Path) -> None:
         "outputs": np.array([table.outputs[key] for key in completed], np.uint8),
     }
     kept = ["key", *RunConfig.model_fields, "status", "reason", "epochs_finished", "test_loss", "test_psnr"]
-    frames = {"runs.parquet": runs[[*kept, "seconds"]], "epochs.parquet": table.sweep.epochs[HISTORY]}
-    files = {}
-    for name, frame in frames.items():
-        buffer = io.BytesIO()
-        frame.to_parquet(buffer, index=False, compression="zstd")
-        files[name] = buffer.getvalue()
+    frames = {
+        "runs.parquet": runs[[*kept, "seconds"]],
+        "epochs.parquet": table.sweep.epochs.reindex(columns=HISTORY),
+    }
+    files = {name: frame.to_parquet(index=False, compression="zstd") for name, frame in frames.items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    files["reconstructions.npz"] = buffer.getvalue()
-    provenance = table.sweep.provenance | {
-        "environment": environment(default_device()),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-    }
-    files["provenance.json"] = json.dumps(provenance, indent=1, default=float).encode()
-    for name, content in files.items():
-        write_atomic(folder / name, content)
+    write_with_provenance(folder, files | {IMAGES: buffer.getvalue()}, table.sweep.provenance)
 
 
 def load(profile: str = "quick", results: Path | str | None = None) -> Table:
@@ -236,27 +209,20 @@ def load(profile: str = "quick", results: Path | str | None = None) -> Table:
         DataError: its table is not there.
         DamagedFile: a file is not what `collect` wrote.
     """
-    if profile not in SWEEPS:
-        raise ConfigError(f"profile: got {shown(profile)}, allowed: {', '.join(SWEEPS)}")
+    require_name("profile", profile, SWEEPS)
     folder = table_folder(profile, results)
     try:
-        provenance = json.loads((folder / "provenance.json").read_bytes())
-        contents = {}
-        for name in FILES:
-            content = (folder / name).read_bytes()
-            if hashlib.sha256(content).hexdigest() != provenance["sha256"][name]:
-                raise DamagedFile(f"{folder / name}: its content does not match its checksum")
-            contents[name] = io.BytesIO(content)
+        provenance = json.loads((folder / PROVENANCE).read_bytes())
+        files = {name: io.BytesIO(read_described(folder / name, provenance)) for name in FILES}
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
             f"{error.filename} is missing; `python -m lib.pages.explore collect --profile {profile}` makes "
             "it from a trained sweep"
         ) from None
-    except (ValueError, KeyError, TypeError):
-        raise DamagedFile(f"{folder / 'provenance.json'}: it does not list the table's checksums") from None
-    runs = pd.read_parquet(contents["runs.parquet"])
-    epochs = pd.read_parquet(contents["epochs.parquet"])
-    arrays = np.load(contents["reconstructions.npz"], allow_pickle=False)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedFile(f"{folder / PROVENANCE}: it does not list the table's checksums") from None
+    runs, epochs = (pd.read_parquet(files[name]) for name in FILES[:2])
+    arrays = np.load(files[IMAGES], allow_pickle=False)
     completed = runs.loc[runs["status"] == COMPLETED, "key"]
     return Table(
         sweep=Sweep(profile, runs, epochs, provenance),
@@ -278,99 +244,46 @@ def panel(table: Table, **selection: Any) -> Figure:
     Raises:
         ConfigError: there is no such axis, or it has no such level.
     """
-    runs = table.pair(**selection)
-    run = next(iter(runs.values()))
+    rows = table.pair(**selection)
+    epochs = table.sweep.epochs.merge(rows[["key", "model"]], on="key")
+    first = rows.iloc[0].to_dict()
+    config = RunConfig(**{name: first[name] for name in RunConfig.model_fields})
     with plt.rc_context(STYLE):
         fig = Figure(figsize=(TEXT_WIDTH, 3.6))
-        place: dict[str, Any] = {"top": 0.97, "bottom": 0.18}
+        place: Any = {"top": 0.97, "bottom": 0.18}
         left = fig.add_gridspec(2, 1, left=0.115, right=0.47, hspace=0.1, **place)
-        losses = fig.add_subplot(left[0])
-        _draw_losses(losses, runs)
-        losses.tick_params(labelbottom=False)
-        _draw_steps(fig.add_subplot(left[1], sharex=losses), runs)
-        right = fig.add_gridspec(2 + len(runs), 1, left=0.545, right=0.995, hspace=0.05, **place)
-        _draw_images(fig.add_subplot(right[0]), "truth", table.truth)
-        _draw_images(fig.add_subplot(right[1]), "input", table.inputs[run.key])
-        for row, (model, run) in enumerate(runs.items(), start=2):
-            axes = fig.add_subplot(right[row])
-            if run.key in table.outputs:
-                _draw_images(axes, MODEL_NAMES[model], table.outputs[run.key])
-            else:
-                _draw_ending(axes, MODEL_NAMES[model], run, table.truth.shape)
-        note(fig, budget(run, table.sweep.profile))
+        losses, steps = left.subplots(squeeze=False, sharex=True)[:, 0]
+        draw_histories(losses, rows, epochs)
+        losses.set(ylabel="test loss")
+        losses.legend(losses.lines, [_ending(row) for _, row in rows.iterrows()], frameon=False)
+        draw_solver_steps(steps, epochs[epochs["epoch"] > 0])
+        # On one scale whatever the selection, so that two pictures can be compared.
+        steps.set(ylabel="solver steps", yscale="log", ylim=(1, 1.8 * config.max_steps))
+        steps.set_xlim(-0.05 * config.epochs, 1.05 * config.epochs)
+        steps.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        steps.axhline(config.max_steps, color="0.6", linewidth=0.8, zorder=0)
+        steps.legend(frameon=False, ncols=2, loc="lower right")
+        fig.align_ylabels([losses, steps])
+        strips = [("truth", table.truth, ""), ("input", table.inputs[first["key"]], "")]
+        for _, row in rows.iterrows():
+            said = f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]
+            strips.append((MODEL_NAMES[row["model"]], table.outputs.get(row["key"], table.truth), said))
+        right = fig.add_gridspec(len(strips), 1, left=0.545, right=0.995, hspace=0.05, **place)
+        for axes, (name, images, said) in zip(right.subplots(squeeze=False)[:, 0], strips, strict=True):
+            axes.set(xticks=[], yticks=[])
+            axes.set_ylabel(name, rotation=0, ha="right", va="center")
+            strip = axes.imshow(np.concatenate(list(images), axis=-1), cmap="gray", vmin=0, vmax=255)
+            if said not in ("", COMPLETED):
+                strip.remove()
+                place = {"ha": "center", "va": "center", "transform": axes.transAxes}
+                axes.text(0.5, 0.5, textwrap.fill(said, 40), **place)
+        note(fig, budget(Run(first["key"], config, first["status"], "", epochs, {}, {}), table.sweep.profile))
     return fig
 
 
-def _draw_losses(axes: Axes, runs: dict[str, Run]) -> None:
-    for model, run in runs.items():
-        ending = run.status
-        if run.status == COMPLETED:
-            last = run.history.iloc[-1]
-            ending = f"{last['test_loss']:.4f} ({last['test_psnr']:.1f} dB)"
-        line: Any = {"linestyle": MODEL_LINES[model], "label": f"{MODEL_NAMES[model]}: {ending}"}
-        axes.plot(run.history["epoch"], run.history["test_loss"], **line, **_line(model))
-    axes.set_ylabel("test loss")
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    _plain_ticks(axes, LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(4, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_label_coords(*LABEL)
-    axes.legend(frameon=False)
-
-
-def _draw_steps(axes: Axes, runs: dict[str, Run]) -> None:
-    """Steps of a solve, on one scale whatever the selection, so that two pictures can be compared."""
-    limit = max(run.config.max_steps for run in runs.values())
-    for model, run in runs.items():
-        for direction, linestyle in DIRECTION_LINES.items():
-            steps = run.history[f"{direction}_steps"]
-            axes.plot(run.history["epoch"], steps, linestyle=linestyle, **_line(model))
-    axes.axhline(limit, color="0.6", linewidth=0.8, zorder=0)
-    axes.text(
-        0.98, limit, f"at most {limit}", transform=axes.get_yaxis_transform(), ha="right", va="bottom", size=7
-    )
-    axes.set(xlabel="epoch", ylabel="solver steps", yscale="log", ylim=(1, 1.8 * limit))
-    _plain_ticks(axes, LogLocator(subs=(1, 2, 5)))
-    last = max(run.config.epochs for run in runs.values())
-    axes.set_xlim(-0.05 * last, 1.05 * last)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_label_coords(*LABEL)
-    lines = [
-        Line2D([], [], color="0.3", linestyle=style, label=name) for name, style in DIRECTION_LINES.items()
-    ]
-    axes.legend(handles=lines, frameon=False, ncols=2, loc="lower right")
-
-
-def _plain_ticks(axes: Axes, locator: Locator) -> None:
-    """Ticks of a logarithmic axis with decimal numbers."""
-    axes.yaxis.set_major_locator(locator)
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-
-
-def _line(model: str) -> dict[str, Any]:
-    return {"color": MODEL_COLORS[model], "linewidth": 1.2, "marker": "o", "markersize": 2.5}
-
-
-def _draw_images(axes: Axes, name: str, images: Pixels) -> None:
-    """Images `(N, H, W)` in a row."""
-    strip = np.concatenate(list(images), axis=-1)
-    axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    _name_strip(axes, name)
-
-
-def _draw_ending(axes: Axes, name: str, run: Run, shape: tuple[int, ...]) -> None:
-    """In place of images of a shape `(N, H, W)`: how a run ended that has none."""
-    text = f"{run.status}: {run.reason}" if run.reason else run.status
-    count, height, width = shape
-    axes.set(xlim=(0, count * width), ylim=(0, height), aspect="equal")
-    place: Any = {"ha": "center", "va": "center", "transform": axes.transAxes}
-    axes.text(0.5, 0.5, textwrap.fill(text, 40), size=8, **place)
-    _name_strip(axes, name)
-
-
-def _name_strip(axes: Axes, name: str) -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.set_ylabel(name, rotation=0, ha="right", va="center")
+def _ending(row: pd.Series) -> str:
+    last = f"{row['test_loss']:.4f} ({row['test_psnr']:.1f} dB)"
+    return f"{MODEL_NAMES[row['model']]}: {last if row['status'] == COMPLETED else row['status']}"
 
 
 def picture(table: Table, **selection: Any) -> bytes:
@@ -382,7 +295,7 @@ def picture(table: Table, **selection: Any) -> bytes:
     return buffer.getvalue()
 
 
-def explorer(table: Table, **selection: Any) -> widgets.VBox:
+def explorer(table: Table, **selection: Any) -> widgets.interactive:
     """Controls for every axis of a table, over the `panel` of what they select.
 
     Args:
@@ -394,20 +307,12 @@ def explorer(table: Table, **selection: Any) -> widgets.VBox:
     """
     first = table.select(**selection)
     controls = {name: _control(name, levels, first[name]) for name, levels in table.axes().items()}
-    image = widgets.Image(format="png", layout={"width": "100%", "max_width": "900px"})
-
-    def draw(change: object = None) -> None:
-        image.value = picture(table, **{name: control.value for name, control in controls.items()})
-
-    for control in controls.values():
-        control.observe(draw, names="value")
-    draw()
-    return widgets.VBox([widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"}), image])
+    return widgets.interactive(lambda **chosen: Image(picture(table, **chosen), width=900), **controls)
 
 
 def _control(name: str, levels: list[Any], value: Any) -> widgets.Widget:
     """A menu of words or a slider over numbers, which waits until it is let go."""
-    settings = {"options": levels, "value": value, "description": name, "layout": {"width": "280px"}}
+    settings = {"options": levels, "value": value, "description": name}
     if isinstance(value, str):
         return widgets.Dropdown(**settings)
     return widgets.SelectionSlider(**settings, continuous_update=False)
@@ -415,10 +320,9 @@ def _control(name: str, levels: list[Any], value: Any) -> widgets.Widget:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.pages.explore", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("collect", help="make a profile's table from the stored runs")
-    command.add_argument("--profile", default="quick")
-    command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("command", choices=["collect"])
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args(arguments)
     try:
         folder = collect(options.profile, **parse_parameters(options.p))

@@ -9,38 +9,35 @@ from __future__ import annotations
 
 import argparse
 import base64
-import csv
-import hashlib
 import html
-import math
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 from xml.etree import ElementTree
 
 import jinja2
 import nbformat
 import pandas as pd
-from latex2mathml import exceptions as tex
 from latex2mathml.converter import convert_to_element
 from markupsafe import Markup
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
-from lib.experiments.config import ConfigError
+from lib.experiments.config import ConfigError, require_name
 from lib.experiments.profiles import PROFILES
+from lib.experiments.provenance import PROVENANCE, read_described
 from lib.experiments.runs import code_version
-from lib.experiments.store import RESULTS, write_atomic
+from lib.experiments.store import RESULTS, DamagedFile, write_atomic
+from lib.experiments.sweep import duration
 from lib.experiments.trainer import COMPLETED
 from lib.figures.comparison import VERDICTS, Claim
 from lib.pages.notebooks import NOTEBOOKS
-
-T = TypeVar("T")
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -53,109 +50,6 @@ READ_PROFILE = "quick"
 LONG_TABLE = 14
 """Rows from which a table is folded."""
 
-TEX_ERRORS: tuple[type[Exception], ...] = tuple(
-    error for error in vars(tex).values() if isinstance(error, type) and issubclass(error, Exception)
-)
-"""latex2mathml's errors, which have no base class of their own."""
-
-CLAIMS: TypeAdapter[list[Claim]] = TypeAdapter(list[Claim])
-
-
-class Provenance(BaseModel):
-    """What the page shows of a figure's `provenance.json`; of a sweep there are `statuses`, else `runs`."""
-
-    created: str
-    code: str
-    data: dict[str, dict[str, str]]
-    environment: dict[str, Any]
-    trained_on: list[dict[str, Any]] | dict[str, dict[str, Any]]
-    training_seconds: float
-    sha256: dict[str, str]
-    runs: dict[str, dict[str, Any]] = {}
-    statuses: dict[str, int] = {}
-
-    def outcomes(self) -> dict[str, int]:
-        """Number of runs with each status."""
-        return self.statuses or dict(Counter(str(run["status"]) for run in self.runs.values()))
-
-    def machines(self) -> list[str]:
-        """The machines that trained and drew, each with its packages, in a line."""
-        trained = self.trained_on if isinstance(self.trained_on, list) else self.trained_on.values()
-        return list(dict.fromkeys(_machine(each) for each in [*trained, self.environment]))
-
-
-Number = Annotated[float, BeforeValidator(lambda text: "nan" if text == "" else text)]
-"""A number of a CSV file, NaN where it is empty."""
-
-
-class Difference(BaseModel):
-    """A row of `bench/reproducibility.csv`: what a machine changes, at most, over the runs of a group.
-
-    Attributes:
-        kind, task, model: the group.
-        machine: that is compared.
-        test_loss: difference relative to the loss.
-        test_psnr: in dB.
-        test_steps: of the solver.
-        test_unconverged: difference of a share of the samples.
-        other_ends: number of runs that ended with another status.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    kind: str
-    task: str
-    model: str
-    machine: str
-    test_loss: Number
-    test_psnr: Number
-    test_steps: Number
-    test_unconverged: Number
-    other_ends: Number = Field(alias="other ends")
-
-
-DIFFERENCES: TypeAdapter[list[Difference]] = TypeAdapter(list[Difference])
-
-
-class Environment(BaseModel):
-    """The machine of a provenance."""
-
-    system: str
-    processor: str
-    accelerator: str
-    python: str
-    packages: dict[str, str]
-
-
-class Reproducibility(BaseModel):
-    """What the page shows of `bench/reproducibility_provenance.json`, and the table beside it.
-
-    Attributes:
-        machines: environment variables that imitate each machine.
-        runs: how many each of them trained.
-        capability: vector instructions of the machine that all are compared with.
-        code, environment: version and machine of the comparison.
-        differences: rows of the table.
-    """
-
-    machines: dict[str, dict[str, str]]
-    runs: int
-    capability: str
-    code: str
-    environment: Environment
-    differences: list[Difference] = []
-
-    @property
-    def measured_on(self) -> str:
-        return _machine(self.environment.model_dump())
-
-    def by_machine(self) -> dict[str, list[Difference]]:
-        """The rows of each machine, in the order of the table."""
-        return _by_value((row.machine, row) for row in self.differences)
-
-    def has_gpu(self) -> bool:
-        return any("gpu" in row.machine.lower() for row in self.differences)
-
 
 @dataclass
 class Entry:
@@ -165,13 +59,12 @@ class Entry:
         name: of its folder, such as `fig02`.
         title, caption, reading: of its notebook.
         picture: the figure as a data URI, or empty.
-        columns, rows: the numbers behind it.
+        numbers, rows: the table behind it, and its length.
         claims: what it decides.
-        provenance: where it comes from, or None.
-        page: whether its executed notebook lies beside it as a page.
+        origin: where it comes from (`_origin`), or empty.
         parameters: those that its notebook was executed with, beyond the profile's.
         seconds: that its notebook took.
-        files: names of its files, to be linked.
+        files: names of its files, to be linked; none if it has not been made.
         problems: what is missing or wrong, in sentences.
     """
 
@@ -179,26 +72,20 @@ class Entry:
     title: str
     caption: Markup
     reading: Markup
-    made: bool = True
     picture: str = ""
-    columns: list[str] = field(default_factory=list)
-    rows: list[list[str]] = field(default_factory=list)
+    numbers: str = ""
+    rows: int = 0
     claims: list[Claim] = field(default_factory=list)
-    provenance: Provenance | None = None
-    page: bool = False
+    origin: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
     files: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property
-    def number(self) -> int:
-        return int(self.name.removeprefix("fig"))
-
-    def rules(self) -> Iterator[tuple[str, list[Claim]]]:
-        """The claims under the rule that decides them."""
-        for rule, claims in groupby(self.claims, lambda claim: claim.rule):
-            yield rule, list(claims)
+    def page(self) -> str:
+        """Address of its executed notebook, or empty."""
+        return f"{self.name}/{self.name}.html" if f"{self.name}.html" in self.files else ""
 
 
 class _Renderer(IPythonRenderer):
@@ -208,22 +95,19 @@ class _Renderer(IPythonRenderer):
         super().__init__(escape=True, allow_harmful_protocols=False, exclude_anchor_links=True)
 
     def inline_math(self, body: str) -> str:
-        return _mathml(body, "inline")
+        try:
+            math = convert_to_element(body)
+        except Exception:
+            # latex2mathml's errors have no base class of their own.
+            return f"<code>{html.escape(body)}</code>"
+        for node in math.iter():
+            # The converter writes signs as character references, and text as it is: both become text here.
+            node.text = html.unescape(node.text) if node.text else None
+        return ElementTree.tostring(math, encoding="unicode")
 
     def block_math(self, body: str) -> str:
-        return f'<span class="formula">{_mathml(body, "block")}</span>'
-
-
-def _mathml(formula: str, display: str) -> str:
-    """A formula in TeX as MathML; as it is written if it cannot be converted."""
-    try:
-        math = convert_to_element(formula, display=display)
-    except TEX_ERRORS:
-        return f"<code>{html.escape(formula)}</code>"
-    for node in math.iter():
-        # The converter writes its signs as character references, and text as it is: both become text here.
-        node.text = html.unescape(node.text) if node.text else None
-    return ElementTree.tostring(math, encoding="unicode")
+        formula = self.inline_math(body).replace('display="inline"', 'display="block"', 1)
+        return f'<span class="formula">{formula}</span>'
 
 
 def markdown(source: str) -> Markup:
@@ -231,35 +115,11 @@ def markdown(source: str) -> Markup:
     return Markup(MarkdownWithMath(renderer=_Renderer()).render(source))
 
 
-def duration(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s" if whole < 120 else _minutes(whole)
-
-
-def _minutes(seconds: int) -> str:
-    minutes, rest = divmod(seconds, 60)
-    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _machine(environment: dict[str, Any]) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items())
-    return (
-        f"{environment.get('system')}, {environment.get('processor')}, "
-        f"accelerator {environment.get('accelerator')}; Python {environment.get('python')}, {packages}"
+def _table(numbers: pd.DataFrame, missing: str = "") -> Markup:
+    written = numbers.to_html(
+        classes="numbers", index=False, border=0, na_rep=missing, float_format="{:.4g}".format
     )
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.4g}"
-    return str(value)
-
-
-def brief(value: float) -> str:
-    """Two significant digits, but all of a whole number's; a dash for NaN."""
-    if math.isnan(value):
-        return "–"
-    return f"{value:.0f}" if 10 <= abs(value) < 1e5 else f"{value:.2g}"
+    return Markup(written)
 
 
 def build(profile: str, results: Path = RESULTS, notebooks: Path = NOTEBOOKS) -> Path:
@@ -276,11 +136,10 @@ def build(profile: str, results: Path = RESULTS, notebooks: Path = NOTEBOOKS) ->
     Raises:
         ConfigError: the profile is unknown.
     """
-    if profile not in PROFILES:
-        raise ConfigError(f"profile: got {profile!r}, allowed: {', '.join(PROFILES)}")
+    require_name("profile", profile, PROFILES)
     folder = results / profile
     entries = [_entry(source, folder) for source in sorted(notebooks.glob("fig*.ipynb"))]
-    provenances = [(entry, entry.provenance) for entry in entries if entry.provenance]
+    claims = [(entry, claim) for entry in entries for claim in entry.claims]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -288,25 +147,22 @@ def build(profile: str, results: Path = RESULTS, notebooks: Path = NOTEBOOKS) ->
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"markdown": markdown, "duration": duration, "brief": brief}
+    environment.filters |= {"markdown": markdown, "duration": duration}
     page = environment.get_template("report.html.j2").render(
         profile=profile,
         entries=entries,
-        made=[entry for entry in entries if entry.made],
-        verdicts={name: sum(c.verdict == name for e in entries for c in e.claims) for name in VERDICTS},
+        made=[entry for entry in entries if entry.files],
+        absent=[entry for entry in entries if not entry.files],
+        claims=[(*key, list(group)) for key, group in groupby(claims, lambda pair: (pair[0], pair[1].rule))],
+        verdicts={name: sum(claim.verdict == name for _, claim in claims) for name in VERDICTS},
         style=_style(),
         read_profile=READ_PROFILE,
         long_table=LONG_TABLE,
-        code=_by_value((p.code, entry) for entry, p in provenances),
-        current_code=code_version(),
         reproducibility=_reproducibility(results / "bench"),
-        machines=_by_value((machine, entry) for entry, p in provenances for machine in p.machines()),
-        data=_by_value(
-            ((dataset, file, digest), entry)
-            for entry, p in provenances
-            for dataset, files in p.data.items()
-            for file, digest in files.items()
-        ),
+        origins={
+            title: _by_value((value, e) for e in entries for value in e.origin.get(name, []))
+            for title, name in (("Code", "code"), ("Machines", "machines"), ("Data", "data"))
+        },
     )
     write_atomic(folder / "index.html", page.encode())
     return folder / "index.html"
@@ -316,16 +172,34 @@ def _style() -> Markup:
     return Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
 
 
-def _by_value(pairs: Iterable[tuple[Any, T]]) -> dict[Any, list[T]]:
-    """Each value once, with the figures or rows that have it."""
-    grouped: dict[Any, list[T]] = {}
-    for value, owner in pairs:
-        grouped.setdefault(value, []).append(owner)
+def _by_value(pairs: Iterable[tuple[str, Entry]]) -> dict[str, list[Entry]]:
+    """Each value once, with the figures that have it."""
+    grouped: dict[str, list[Entry]] = {}
+    for value, entry in pairs:
+        grouped.setdefault(value, []).append(entry)
     return grouped
 
 
+@contextmanager
+def _told(problems: list[str], path: Path) -> Iterator[None]:
+    """A file that is missing, damaged or not what is expected becomes a sentence that names it."""
+    try:
+        yield
+        return
+    except FileNotFoundError:
+        said = f"{path.name} is missing"
+    except DamagedFile:
+        said = f"{path.name} is not the file that {PROVENANCE} describes"
+    except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        # What an OSError says has the whole path in it.
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        said = f"{path.name} cannot be read: {type(error).__name__}: {reason}"
+    if said not in problems:
+        problems.append(said)
+
+
 def _entry(source: Path, results: Path) -> Entry:
-    """Read all that there is of one figure.
+    """Read all that there is of one figure, and write its executed notebook as a page.
 
     Args:
         source: its notebook.
@@ -337,84 +211,43 @@ def _entry(source: Path, results: Path) -> Entry:
     reading = next((text.removeprefix(READING) for text in cells if text.startswith(READING)), "")
     caption = first.strip().partition("\n\n")[0]
     entry = Entry(name, title.lstrip("# "), markdown(caption), markdown(reading.strip()))
-    folder = results / name
+    problems, folder = entry.problems, results / name
     failed = results / f"{name}.failed.ipynb"
     if failed.exists():
-        entry.problems.append(f"its last run failed: {failed.name} has the error")
+        problems.append(f"its last run failed: {failed.name} has the error")
     if not folder.is_dir():
-        entry.made = False
-        entry.problems.append(f"it has not been made: make {name} PROFILE={results.name} makes it")
+        problems.append(f"it has not been made: make {name} PROFILE={results.name} makes it")
         return entry
-    _read_provenance(entry, folder)
-    _read_numbers(entry, folder)
-    _read_notebook(entry, folder)
+    with _told(problems, path := folder / PROVENANCE):
+        entry.origin = _origin(json.loads(path.read_bytes()))
+        total = sum(entry.origin["outcomes"].values())
+        lost = [f"{n:,} {ending}" for ending, n in entry.origin["outcomes"].items() if ending != COMPLETED]
+        problems += [f"of {total:,} runs {', '.join(lost)}"] if lost else []
+    for file in entry.origin.get("sha256", {}):
+        with _told(problems, folder / file):
+            read_described(folder / file, entry.origin)
+    with _told(problems, path := folder / f"{name}.png"):
+        entry.picture = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    with _told(problems, path := folder / f"{name}.csv"):
+        numbers = pd.read_csv(path)
+        entry.numbers, entry.rows = _table(numbers), len(numbers)
+    if (path := folder / "claims.json").exists():
+        with _told(problems, path):
+            entry.claims = [Claim(**claim) for claim in json.loads(path.read_bytes())]
+    page = folder / f"{name}.html"
+    page.unlink(missing_ok=True)
+    with _told(problems, path := folder / f"{name}.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        executed = notebook.metadata.get("papermill", {})
+        entry.seconds = executed.get("duration")
+        given = executed.get("parameters", {})
+        entry.parameters = {key: given[key] for key in given if key not in ("profile", "results")}
+        write_atomic(page, _page(notebook, entry).encode())
     entry.files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     return entry
 
 
-def _read_provenance(entry: Entry, folder: Path) -> None:
-    """Read where the figure comes from, and compare its files with it."""
-    path = folder / "provenance.json"
-    expected: dict[str, str | None] = dict.fromkeys((f"{entry.name}.png", f"{entry.name}.csv"))
-    if not path.exists():
-        entry.problems.append(f"{path.name} is missing")
-    else:
-        try:
-            entry.provenance = Provenance.model_validate_json(path.read_bytes())
-        except ValueError as error:
-            entry.problems.append(_unreadable(path, error))
-        else:
-            expected |= entry.provenance.sha256
-            counts = [f"{n:,} {s}" for s, n in entry.provenance.outcomes().items() if s != COMPLETED]
-            if counts:
-                total = sum(entry.provenance.outcomes().values())
-                entry.problems.append(f"of {total:,} runs {', '.join(counts)}")
-    for file, digest in expected.items():
-        if not (folder / file).exists():
-            entry.problems.append(f"{file} is missing")
-        elif digest and hashlib.sha256((folder / file).read_bytes()).hexdigest() != digest:
-            entry.problems.append(f"{file} is not the file that provenance.json describes")
-
-
-def _read_numbers(entry: Entry, folder: Path) -> None:
-    """Read the picture, the table and the claims."""
-    picture, table, claims = (
-        folder / f"{entry.name}.png",
-        folder / f"{entry.name}.csv",
-        folder / "claims.json",
-    )
-    if picture.exists():
-        entry.picture = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
-    if table.exists():
-        try:
-            numbers = pd.read_csv(table)
-        except ValueError as error:
-            entry.problems.append(_unreadable(table, error))
-        else:
-            entry.columns = [str(column) for column in numbers.columns]
-            entry.rows = [[_shown(v) for v in row] for row in numbers.itertuples(index=False, name=None)]
-    if claims.exists():
-        try:
-            entry.claims = CLAIMS.validate_json(claims.read_bytes())
-        except ValueError as error:
-            entry.problems.append(_unreadable(claims, error))
-
-
-def _read_notebook(entry: Entry, folder: Path) -> None:
-    """Write the executed notebook as a page, and read its parameters and its time."""
-    path = folder / f"{entry.name}.ipynb"
-    if not path.exists():
-        entry.problems.append(f"its executed notebook {path.name} is missing")
-        return
-    try:
-        notebook = nbformat.read(path, as_version=4)
-    except ValueError as error:
-        entry.problems.append(_unreadable(path, error))
-        return
-    executed = notebook.metadata.get("papermill", {})
-    entry.seconds = executed.get("duration")
-    given = executed.get("parameters", {})
-    entry.parameters = {name: value for name, value in given.items() if name not in ("profile", "results")}
+def _page(notebook: nbformat.NotebookNode, entry: Entry) -> str:
     exporter = HTMLExporter(
         template_file=str(TEMPLATES / "notebook.html.j2"),
         filters={"markdown2html": markdown},
@@ -422,39 +255,60 @@ def _read_notebook(entry: Entry, folder: Path) -> None:
         exclude_output_prompt=True,
     )
     words = {"style": _style(), "title": entry.title, "figure": entry.name}
-    page, _ = exporter.from_notebook_node(notebook, words)
-    write_atomic(folder / f"{entry.name}.html", page.encode())
-    entry.page = True
+    page: str = exporter.from_notebook_node(notebook, words)[0]
+    return page
 
 
-def _reproducibility(folder: Path) -> Reproducibility | str:
-    """Read what differs between machines, or say what is missing or wrong.
+def _origin(stored: dict[str, Any]) -> dict[str, Any]:
+    """What the page says of a figure's provenance; of a sweep there are `statuses`, else `runs`."""
+    trained = stored["trained_on"]
+    machines = [*(trained.values() if isinstance(trained, dict) else trained), stored["environment"]]
+    return {
+        "created": str(stored["created"]),
+        "outcomes": stored.get("statuses") or Counter(run["status"] for run in stored["runs"].values()),
+        "seconds": float(stored["training_seconds"]),
+        "sha256": dict(stored["sha256"]),
+        "code": [_version(stored["code"])],
+        "machines": list(dict.fromkeys(map(_machine, machines))),
+        "data": [f"{d}, {file}, {sha}" for d, files in stored["data"].items() for file, sha in files.items()],
+    }
+
+
+def _version(code: str) -> str:
+    return (
+        f"{code}, {'the version that is' if code == code_version() else 'another version than the one'} here"
+    )
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    return (
+        f"{environment['system']}, {environment['processor']}, accelerator {environment['accelerator']}; "
+        f"Python {environment['python']}, {packages}"
+    )
+
+
+def _reproducibility(folder: Path) -> dict[str, Any]:
+    """What differs between machines, and `problems` with the files that say it.
 
     Args:
         folder: of the benchmarks.
     """
-    path = folder / "reproducibility.csv"
-    try:
-        table = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
-        columns = [column.alias or name for name, column in Difference.model_fields.items()]
-        if table.fieldnames != columns:
-            raise ValueError(f"its columns are not {', '.join(columns)}")
-        differences = DIFFERENCES.validate_python(list(table))
-        if not differences:
-            raise ValueError("it has no rows")
-        path = folder / "reproducibility_provenance.json"
-        measured = Reproducibility.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    except (OSError, csv.Error, ValueError) as error:
-        return _unreadable(path, error)
-    return measured.model_copy(update={"differences": differences})
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    # What an OSError says has the whole path in it.
-    reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-    return f"{path.name} cannot be read: {reason}"
+    problems: list[str] = []
+    shown: dict[str, Any] = {"problems": problems}
+    with _told(problems, path := folder / "reproducibility.csv"):
+        table = pd.read_csv(path)
+        shown |= {"table": _table(table, "–"), "gpu": table["machine"].str.contains("gpu", case=False).any()}
+    with _told(problems, path := folder / "reproducibility_provenance.json"):
+        stored = json.loads(path.read_bytes())
+        shown |= {name: stored[name] for name in ("runs", "capability")}
+        shown |= {"code": _version(stored["code"]), "measured_on": _machine(stored["environment"])}
+        shown["machines"] = {
+            name: ", ".join(f"{variable}={value}" for variable, value in variables.items())
+            for name, variables in stored["machines"].items()
+            if variables
+        }
+    return shown
 
 
 def main(arguments: list[str] | None = None) -> int:

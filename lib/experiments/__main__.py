@@ -1,0 +1,79 @@
+"""The grid on the command line: `python -m lib.experiments run --profile quick -p tau "[0.1, 0.5]"`.
+
+`run` trains what is not stored yet, with `--cluster slurm` on more machines, and writes the tables; `status`
+tells what is done, `plan` how long the rest will take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lib.experiments.cluster import LocalJobs, job_options, train_on_cluster
+from lib.experiments.config import ConfigError, RunConfig, parse_parameters
+from lib.experiments.data import DataError
+from lib.experiments.profiles import grid
+from lib.experiments.runs import default_device, read_record, stacks, train_runs, workers
+from lib.experiments.sweep import duration, load_sweep, plan, status, write_tables
+
+
+def print_plan(configs: Sequence[RunConfig]) -> None:
+    device = default_device()
+    table = plan(configs)
+    if table.empty:
+        print(f"all {len(configs)} runs are done")
+        return
+    left = [config for config in configs if read_record(config) is None]
+    shown = table.assign(wall=table["wall"].map(duration)).rename(columns={"wall": "in all"})
+    print(shown.to_string(float_format="{:.2g}".format))
+    print(
+        f"{len(left)} of {len(configs)} runs are left, in {len(stacks(left, device))} stacks on "
+        f"{workers(device)} processes ({device.type}): about {duration(table['wall'].sum())}, and at most "
+        f"{duration(sum(config.time_budget for config in left) / workers(device))} by their time budgets"
+    )
+
+
+def train(profile: str, configs: Sequence[RunConfig], jobs: LocalJobs | None) -> int:
+    """Train what is not stored, write the tables of what there is then, and return an exit status."""
+    stopped = ""
+    try:
+        if jobs is None:
+            train_runs(configs)
+        else:
+            train_on_cluster(configs, jobs)
+    except KeyboardInterrupt as stop:
+        stopped = str(stop) or "stopped; the same command goes on from here"
+    sweep = load_sweep(profile, configs)
+    for path in write_tables(sweep):
+        print(path)
+    print(", ".join(f"{count} {name}" for name, count in sweep.provenance["statuses"].items()))
+    if stopped:
+        print(stopped, file=sys.stderr)
+    return 130 if stopped else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lib.experiments", description=__doc__)
+    parser.add_argument("command", choices=("run", "status", "plan"))
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("--cluster", default="none", help="where to run: none (here), local or slurm")
+    parser.add_argument("--job", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    options = parser.parse_args(arguments)
+    try:
+        configs = grid(options.profile, **parse_parameters(options.p))
+        if options.command == "run":
+            return train(options.profile, configs, job_options(options.cluster, options.job))
+        if options.command == "status":
+            print(status(configs).to_string())
+        else:
+            print_plan(configs)
+    except (ConfigError, DataError, OSError, RuntimeError) as error:
+        print(f"sweep: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
