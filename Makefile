@@ -19,12 +19,11 @@ SOURCES := CONFIG_FILE INDEX_URL EXTRA_INDEX_URL NO_INDEX FIND_LINKS CERT CLIENT
 TOOLS := PYTHON% PIP_% PYTEST% HYPOTHESIS% COVERAGE_% RUFF_% MYPY% JUPYTER% JPY_% IPYTHON% PYDEVD_% NBVAL% PAPERMILL% \
   MPL% MATPLOTLIB% PANDAS_% PYDANTIC_% TQDM_%
 unexport $(filter-out $(addprefix PIP_,$(SOURCES)),$(filter $(TOOLS),$(.VARIABLES)))
-OWN := $(CURDIR)/$(VENV)/own
 export PYTHONNOUSERSITE := 1
-export JUPYTER_CONFIG_DIR := $(OWN)/jupyter
-export JUPYTER_DATA_DIR := $(OWN)/jupyter/data
-export IPYTHONDIR := $(OWN)/ipython
-export MPLCONFIGDIR := $(OWN)/matplotlib
+export JUPYTER_CONFIG_DIR := $(CURDIR)/$(VENV)/jupyter
+export JUPYTER_DATA_DIR := $(CURDIR)/$(VENV)/jupyter/data
+export IPYTHONDIR := $(CURDIR)/$(VENV)/ipython
+export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # Kernels talk to their client in encrypted messages; without, each of them prints a warning.
@@ -59,7 +58,7 @@ $(FIGURES) first_steps theory reconstruct scaling: $(INSTALLED)
 	@$(BIN)/python -m lib.pages.notebooks run $@ --profile $(PROFILE) $(ARGS)
 
 explore: $(INSTALLED) ## the grid, one selection at a time, with controls, in JupyterLab (ARGS: its options)
-	$(LAB) nbs/explore.ipynb $(ARGS)
+	@$(LAB) nbs/explore.ipynb $(ARGS)
 
 sweep: $(INSTALLED) ## train the grid of figures 1, 5 and 6, or what is left of it (CLUSTER=local, slurm: as jobs)
 	@$(BIN)/python -m lib.experiments run --profile $(PROFILE) --cluster $(CLUSTER) $(ARGS)
@@ -93,7 +92,7 @@ bench: $(INSTALLED) ## times beside other implementations and of stacks, errors,
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_reproducibility.py
 
 lab: $(INSTALLED) ## JupyterLab on the notebooks (ARGS: its options)
-	$(LAB) nbs $(ARGS)
+	@$(LAB) nbs $(ARGS)
 
 data: $(INSTALLED) ## fetch and verify the data (the figures do so by themselves)
 	@$(BIN)/python -c "from lib.experiments.data import faces, mnist; print(len(mnist('train', 60_000)), len(faces('train', 300)))"
