@@ -273,7 +273,6 @@ def test_a_damaged_record_is_not_tabulated(
         ("smoke", {"tau": [0.5, -1.0]}, "tau"),
         ("smoke", {"tau": []}, "tau"),
         ("smoke", {"taus": 0.5}, "taus"),
-        ("smoke", {"train": "no"}, "train"),
     ],
 )
 def test_a_bad_sweep_is_refused_before_any_work(

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from lib.experiments.config import ConfigError, RunConfig, shown
+from lib.experiments.config import RunConfig
 from lib.experiments.profiles import grid
 from lib.experiments.provenance import write_with_provenance
 from lib.experiments.runs import (
@@ -35,8 +35,8 @@ from lib.experiments.trainer import (
 
 NOT_RUN, IN_PROGRESS = "not run", "in progress"
 
-CALIBRATION = {"steps": 2, "members": 8}
-"""Of each group of configurations, how many are tried for how many optimizer steps."""
+TRIED_STEPS, TRIED_MEMBERS = 2, 8
+"""Of each group of configurations, for how many optimizer steps how many are tried."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,6 @@ def get_sweep(profile: str, /, results: Path | str | None = None, train: bool = 
     Raises:
         ConfigError: a value is refused, before any work.
     """
-    if not isinstance(train, bool):
-        raise ConfigError(f"train: got {shown(train)}, allowed: True or False")
     configs = grid(profile, **values)
     if train:
         train_runs(configs, results)
@@ -111,15 +109,13 @@ def load_sweep(profile: str, configs: Sequence[RunConfig], results: Path | str |
         "data": {name: DATA_DIGESTS[name] for name in runs["dataset"].unique()},
         "trained_on": environments,
     }
-    columns = _columns(epochs)
+    # Also where no run has got so far that it has them.
+    names = [name for row in epochs for name in row]
+    columns = list(
+        dict.fromkeys(["key", "epoch", "seconds", "test_loss", *names, "forward_steps", "backward_steps"])
+    )
     kinds = {"key": str, "epoch": int} | dict.fromkeys(columns[2:], float)
     return Sweep(profile, runs, pd.DataFrame(epochs, columns=columns).astype(kinds), provenance)
-
-
-def _columns(epochs: Sequence[dict[str, Any]]) -> list[str]:
-    """Columns of all rows, and those that the figures read where no run has got so far."""
-    read = ("key", "epoch", "seconds", "test_loss", "forward_steps", "backward_steps")
-    return list(dict.fromkeys([*read[:4], *(name for row in epochs for name in row), *read[4:]]))
 
 
 def write_tables(sweep: Sweep, results: Path | str | None = None) -> list[Path]:
@@ -179,8 +175,8 @@ def plan(configs: Sequence[RunConfig], results: Path | str | None = None) -> pd.
 
 def _seconds_per_run(group: Sequence[RunConfig]) -> float:
     config = group[0]
-    sample = group[:: max(1, len(group) // CALIBRATION["members"])][: CALIBRATION["members"]]
-    images = min(config.train_images, CALIBRATION["steps"] * config.batch_size)
+    sample = group[:: max(1, len(group) // TRIED_MEMBERS)][:TRIED_MEMBERS]
+    images = min(config.train_images, TRIED_STEPS * config.batch_size)
     changes = {"train_images": images, "test_images": 1, "epochs": 1, "time_budget": 1e6}
     trial = [c.model_copy(update=changes) for c in sample]
     members = Trainer(trial, default_device()).train()
