@@ -462,15 +462,6 @@ def test_a_bad_value_is_told_in_one_line(
     assert sorted(repository.rglob("*")) == before
 
 
-@pytest.mark.parametrize("value", ["[0.1", "{", "a: b: c", "@", "&", "!!python/object:int 3", "\x00"])
-def test_text_that_is_no_yaml_is_told_in_one_line(
-    value: str, repository: Path, no_training: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The parser's message takes several lines; one is printed, and nothing is done."""
-    assert main(["run", "-p", "tau", value]) in (1, 2)
-    assert error_line(capsys).startswith("sweep: ")
-
-
 @pytest.mark.parametrize("error", [DataError, RuntimeError])
 def test_a_failed_training_is_told_in_one_line(
     error: type[Exception],
