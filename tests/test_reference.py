@@ -25,12 +25,10 @@ from lib.experiments.profiles import faces_config
 from lib.experiments.runs import Run, code_version
 from lib.experiments.store import REPOSITORY, RESULTS
 from lib.experiments.sweep import Sweep
-from lib.figures import comparison, inpainting, photographs, reconstructions, theory
-from lib.figures.photographs import Photograph
+from lib.figures import comparison, photographs, reconstructions, theory
 from lib.figures.reconstructions import Reconstructions
 from lib.models import MODELS
 from lib.regularizer import GRADIENT_NORM
-from lib.solvers import Solution
 
 NOTEBOOKS = sorted((REPOSITORY / "nbs").glob("*.ipynb"))
 FIGURE_MODULES = sorted((REPOSITORY / "lib" / "figures").glob("*.py"))
@@ -211,25 +209,11 @@ def check_kernels(machine: Machine) -> None:
         photographs.check_kernels(Run("key", config, "completed", "", pd.DataFrame(), weights, {}), table)
 
 
-def check_reconstruction(machine: Machine) -> None:
-    u = torch.full((1, 1, 4, 4), machine.number(0.5, False))
-    status = torch.tensor([machine.any(0, st.integers(0, 3))])
-    solution = Solution(u, torch.zeros(1, 1), torch.ones(1), status, torch.zeros(1))
-    run = Run("key", faces_config("smoke", "denoising"), "completed", "", pd.DataFrame(), {}, {})
-    photographs.check_reconstruction(Photograph(run, torch.zeros_like(u), torch.ones_like(u), solution, 0.1))
-
-
-def check(machine: Machine) -> None:
+def check_weights(machine: Machine) -> None:
     config = faces_config("smoke", "inpainting", model="bilevel")
     history = pd.DataFrame([{"test_loss": machine.number(0.1, False)}])
     run = Run("key", config, machine.status(False), "", history, {"A": torch.ones(1)}, {})
-    lost = torch.ones(20, 20, dtype=torch.bool)
-    f = config.noise * torch.randn(1, 1, 20, 20, generator=torch.Generator().manual_seed(0))
-    inpainting.check_filling(f, lost, {"naive": run})
-
-
-def check_same(machine: Machine) -> None:
-    theory.check_same({"a": float(machine.any(0.0, st.floats(0, 1e-9)))}, 1e-8)
+    reconstructions.check_weights({"naive": run})
 
 
 def check_shares(machine: Machine) -> None:
@@ -241,7 +225,7 @@ def check_shares(machine: Machine) -> None:
 
 
 CHECKS = (check_reconstructions, check_stored_losses, check_sweep, check_kernels)
-CHECKS += (check_reconstruction, check, check_same, check_shares)
+CHECKS += (check_weights, check_shares)
 
 
 def assert_the_same_everywhere(said: Callable[[Machine], str]) -> None:
