@@ -78,11 +78,11 @@ test: $(INSTALLED) ## lint, types, tests (ARGS: pytest's options), and the noteb
 	  part imports $(BIN)/lint-imports --no-cache --no-logo; \
 	  part types $(BIN)/mypy; \
 	  part tests $(PYTEST) -n $(JOBS) --dist worksteal tests $(ARGS); \
-	  part notebooks $(PYTEST) --nbval nbs; \
+	  part notebooks $(PYTEST) --nbval nbs tests/reference.py; \
 	  printf "\n$$summary"; exit $$status
 
-validate: $(INSTALLED) ## every notebook executed again, against its stored output
-	$(PYTEST) --nbval nbs $(ARGS)
+validate: $(INSTALLED) ## every notebook executed again, against its stored output and its numbers' reference
+	$(PYTEST) --nbval nbs tests/reference.py $(ARGS)
 
 bench: $(INSTALLED) ## times beside other implementations and of stacks, errors, digits that hold: results/bench/
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_training.py
@@ -98,7 +98,9 @@ data: $(INSTALLED) ## fetch and verify the data (the figures do so by themselves
 	@$(BIN)/python -c "from lib.experiments.data import faces, mnist; print(len(mnist('train', 60_000)), len(faces('train', 300)))"
 
 refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to be committed
-	@$(BIN)/python -m lib.pages.notebooks refresh $(FIGURES) $(PAGES)
+	@$(BIN)/python -m lib.pages.notebooks refresh $(FIGURES)
+	@$(BIN)/python -m lib.pages.explore collect
+	@$(BIN)/python -m lib.pages.notebooks refresh $(PAGES)
 
 lock: ## resolve environment.yml anew into requirements.lock, for all versions of Python (PYTHONS: where they are)
 	@$(firstword $(PYTHONS)) .ci/lock.py $(PYTHONS)
