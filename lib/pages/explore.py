@@ -11,7 +11,7 @@ import io
 import json
 import sys
 import textwrap
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 from IPython.display import Image
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,8 +39,6 @@ from lib.figures.grid import draw_histories, draw_solver_steps
 from lib.figures.reconstructions import keeps_loss, reconstruct
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
 
-Pixels = NDArray[np.uint8]
-
 AXES = ("task", "noise", "sigma", "gamma", "tau")
 """What is chosen from, beside whatever else a sweep varies."""
 
@@ -50,65 +47,16 @@ OBSERVED_BY = ("task", "noise", "seed", "test_images")
 
 DIGITS = 4
 
-IMAGES = "reconstructions.npz"
-FILES = ("runs.parquet", "epochs.parquet", IMAGES)
+FILES = ("runs.parquet", "epochs.parquet")
+
+KEPT = ["key", *RunConfig.model_fields, "status", "reason", "epochs_finished", "test_loss", "test_psnr"]
+KEPT += ["seconds"]
+"""What is kept of each run, beside the first test images: `truth`, `input` (`f`) and `output` (`u*`; None
+where the run did not complete), as the bytes of a strip of `DIGITS`, row by row, 0 for -1 and 255 for 1."""
 
 HISTORY = ["key", "epoch", "seconds", "test_loss", "test_psnr", "forward_steps", "backward_steps"]
 HISTORY += ["forward_unconverged", "backward_unconverged", "test_unconverged"]
 """What is kept of each epoch."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A sweep's tables and the first test images as its runs reconstruct them.
-
-    Images are `(N, H, W)` of bytes, 0 for -1 and 255 for 1.
-
-    Attributes:
-        sweep: its tables; of the epochs the columns `HISTORY`.
-        truth: `u`.
-        inputs: `f = K u + noise` of each run, by its key.
-        outputs: the fixed point `u*` of each run that completed, by its key.
-    """
-
-    sweep: Sweep
-    truth: Pixels
-    inputs: dict[str, Pixels]
-    outputs: dict[str, Pixels]
-
-    def axes(self) -> dict[str, list[Any]]:
-        """What can be chosen: the levels of `AXES`, and of whatever else varies in a task."""
-        runs = self.sweep.runs
-        within = runs.groupby("task")[list(PAIRED)].nunique().max()
-        others = [name for name in PAIRED if name not in AXES and within[name] > 1]
-        levels = {name: runs[name].unique().tolist() for name in (*AXES, *others)}
-        return {name: v if isinstance(v[0], str) else sorted(v) for name, v in levels.items()}
-
-    def select(self, **values: Any) -> dict[str, Any]:
-        """A level of every axis: the given ones, and the first one where None or nothing is given.
-
-        Raises:
-            ConfigError: there is no such axis, or it has no such level.
-        """
-        axes = self.axes()
-        for name, value in values.items():
-            if name not in axes:
-                raise ConfigError(f"{name}: no such parameter, allowed: {', '.join(axes)}")
-            if value is not None and value not in axes[name]:
-                levels = ", ".join(str(level) for level in axes[name])
-                raise ConfigError(f"{name}: got {shown(value)}, allowed: {levels}")
-        chosen = {name: value for name, value in values.items() if value is not None}
-        return {name: chosen.get(name, levels[0]) for name, levels in axes.items()}
-
-    def pair(self, **values: Any) -> pd.DataFrame:
-        """The rows of both models with a selection, as far as they are there.
-
-        Raises:
-            ConfigError: as `select`.
-        """
-        runs, selection = self.sweep.runs, self.select(**values)
-        chosen = runs[(runs[list(selection)] == pd.Series(selection)).all(axis="columns")]
-        return chosen.sort_values("model")
 
 
 def table_folder(profile: str, results: Path | str | None = None) -> Path:
@@ -143,62 +91,44 @@ def collect(profile: str, /, results: Path | str | None = None, **values: Any) -
         raise DataError(
             f"no run of the profile {profile} is stored; `make sweep PROFILE={profile}` trains them"
         )
-    table = _with_images(sweep, configs, results)
-    folder = table_folder(profile, results)
-    write_table(table, folder)
-    return folder
-
-
-def _with_images(sweep: Sweep, configs: list[RunConfig], results: Path | str | None) -> Table:
-    inputs: dict[str, Pixels] = {}
-    outputs: dict[str, Pixels] = {}
     by_key = dict(zip(sweep.runs["key"], configs, strict=True))
-    truth = load_images(configs[0])["test"]
+    images = []
     for _, group in tqdm(sweep.runs.groupby(list(OBSERVED_BY)), desc="reconstructions", leave=False):
         config = by_key[group["key"].iloc[0]]
-        images = load_images(config)["test"]
-        f = observe(make_operator(config), images, torch.tensor(config.noise), test_noise(config))
-        inputs |= dict.fromkeys(group["key"], _bytes(f[:DIGITS, 0]))
+        truth = load_images(config)["test"]
+        f = observe(make_operator(config), truth, torch.tensor(config.noise), test_noise(config))
         completed = group[group["status"] == COMPLETED]
-        if completed.empty:
-            continue
-        result = reconstruct({key: get_run(by_key[key], results) for key in completed["key"]})
+        runs = {key: get_run(by_key[key], results) for key in completed["key"]}
+        result = reconstruct(runs) if runs else None
         for row in completed.to_dict("records"):
             key, loss = row["key"], row["test_loss"]
-            if not keeps_loss(result, key, loss, row["test_unconverged"]):
+            if result and not keeps_loss(result, key, loss, row["test_unconverged"]):
                 mse = result.table.mse[key]
                 raise RuntimeError(f"run {key}: its weights give the test loss {mse}, stored is {loss}")
-            outputs[key] = _bytes(result.outputs[key][:DIGITS])
-    return Table(sweep, _bytes(truth[:DIGITS, 0]), inputs, outputs)
+        for key in group["key"]:
+            output = _strip(result.outputs[key]) if result and key in runs else None
+            images.append((key, _strip(truth[:, 0]), _strip(f[:, 0]), output))
+    strips = pd.DataFrame(images, columns=["key", "truth", "input", "output"])
+    write_table(Sweep(profile, sweep.runs.merge(strips), sweep.epochs, sweep.provenance), results)
+    return table_folder(profile, results)
 
 
-def _bytes(images: Tensor) -> Pixels:
-    pixels: Pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
-    return pixels
+def _strip(images: Tensor) -> bytes:
+    """The first images `(N, H, W)` beside each other."""
+    strip = torch.cat(list(images[:DIGITS]), dim=-1).clamp(-1, 1)
+    return ((strip + 1) * 127.5).round().to(torch.uint8).numpy().tobytes()
 
 
-def write_table(table: Table, folder: Path) -> None:
-    """Write a table's files, and where they come from beside them, to a folder."""
-    runs = table.sweep.runs
-    completed = runs.loc[runs["status"] == COMPLETED, "key"]
-    arrays = {
-        "truth": table.truth,
-        "inputs": np.stack([table.inputs[key] for key in runs["key"]]),
-        "outputs": np.array([table.outputs[key] for key in completed], np.uint8),
-    }
-    kept = ["key", *RunConfig.model_fields, "status", "reason", "epochs_finished", "test_loss", "test_psnr"]
-    frames = {
-        "runs.parquet": runs[[*kept, "seconds"]],
-        "epochs.parquet": table.sweep.epochs.reindex(columns=HISTORY),
-    }
-    files = {name: frame.to_parquet(index=False, compression="zstd") for name, frame in frames.items()}
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    write_with_provenance(folder, files | {IMAGES: buffer.getvalue()}, table.sweep.provenance)
+def write_table(table: Sweep, results: Path | str | None = None) -> None:
+    """Write a sweep's tables, with the images of its runs, and where they come from beside them."""
+    frames = (table.runs[[*KEPT, "truth", "input", "output"]], table.epochs.reindex(columns=HISTORY))
+    contents = [frame.to_parquet(index=False, compression="zstd") for frame in frames]
+    folder = table_folder(table.profile, results)
+    write_with_provenance(folder, dict(zip(FILES, contents, strict=True)), table.provenance)
 
 
-def load(profile: str = "quick", results: Path | str | None = None) -> Table:
-    """A profile's table.
+def load(profile: str = "quick", results: Path | str | None = None) -> Sweep:
+    """A profile's tables, with the images of the runs.
 
     Args:
         profile: name of the profile.
@@ -213,7 +143,7 @@ def load(profile: str = "quick", results: Path | str | None = None) -> Table:
     folder = table_folder(profile, results)
     try:
         provenance = json.loads((folder / PROVENANCE).read_bytes())
-        files = {name: io.BytesIO(read_described(folder / name, provenance)) for name in FILES}
+        files = [io.BytesIO(read_described(folder / name, provenance)) for name in FILES]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
             f"{error.filename} is missing; `python -m lib.pages.explore collect --profile {profile}` makes "
@@ -221,31 +151,48 @@ def load(profile: str = "quick", results: Path | str | None = None) -> Table:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedFile(f"{folder / PROVENANCE}: it does not list the table's checksums") from None
-    runs, epochs = (pd.read_parquet(files[name]) for name in FILES[:2])
-    arrays = np.load(files[IMAGES], allow_pickle=False)
-    completed = runs.loc[runs["status"] == COMPLETED, "key"]
-    return Table(
-        sweep=Sweep(profile, runs, epochs, provenance),
-        truth=arrays["truth"],
-        inputs=dict(zip(runs["key"], arrays["inputs"], strict=True)),
-        outputs=dict(zip(completed, arrays["outputs"], strict=True)),
-    )
+    runs, epochs = map(pd.read_parquet, files)
+    return Sweep(profile, runs, epochs, provenance)
 
 
-def panel(table: Table, **selection: Any) -> Figure:
+def axes(table: Sweep) -> dict[str, list[Any]]:
+    """What can be chosen: the levels of `AXES`, and of whatever else varies in a task."""
+    within = table.runs.groupby("task")[list(PAIRED)].nunique().max()
+    names = dict.fromkeys([*AXES, *(name for name in PAIRED if within[name] > 1)])
+    levels = {name: table.runs[name].unique().tolist() for name in names}
+    return {name: v if isinstance(v[0], str) else sorted(v) for name, v in levels.items()}
+
+
+def select(table: Sweep, **values: Any) -> dict[str, Any]:
+    """A level of every axis: the given ones, and the first one where None or nothing is given.
+
+    Raises:
+        ConfigError: there is no such axis, or it has no such level.
+    """
+    known = axes(table)
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"{name}: no such parameter, allowed: {', '.join(known)}")
+        if value is not None and value not in known[name]:
+            raise ConfigError(f"{name}: got {shown(value)}, allowed: {', '.join(map(str, known[name]))}")
+    return {name: own[0] if values.get(name) is None else values[name] for name, own in known.items()}
+
+
+def panel(table: Sweep, **selection: Any) -> Figure:
     """All about one selection: test losses, solver steps, and test digits as both models reconstruct them.
 
     The figure is none of pyplot's: nothing has to close it, and a notebook does not show it unasked.
 
     Args:
-        table: where it comes from.
+        table: where it comes from, as it was loaded.
         selection: levels of the table's axes; the first one of an axis that is left out or None.
 
     Raises:
         ConfigError: there is no such axis, or it has no such level.
     """
-    rows = table.pair(**selection)
-    epochs = table.sweep.epochs.merge(rows[["key", "model"]], on="key")
+    chosen = pd.Series(select(table, **selection))
+    rows = table.runs[(table.runs[chosen.index] == chosen).all(axis="columns")].sort_values("model")
+    epochs = table.epochs.merge(rows[["key", "model"]], on="key")
     first = rows.iloc[0].to_dict()
     config = RunConfig(**{name: first[name] for name in RunConfig.model_fields})
     with plt.rc_context(STYLE):
@@ -264,20 +211,21 @@ def panel(table: Table, **selection: Any) -> Figure:
         steps.axhline(config.max_steps, color="0.6", linewidth=0.8, zorder=0)
         steps.legend(frameon=False, ncols=2, loc="lower right")
         fig.align_ylabels([losses, steps])
-        strips = [("truth", table.truth, ""), ("input", table.inputs[first["key"]], "")]
+        strips = [("truth", first["truth"], ""), ("input", first["input"], "")]
         for _, row in rows.iterrows():
-            said = f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]
-            strips.append((MODEL_NAMES[row["model"]], table.outputs.get(row["key"], table.truth), said))
+            said = ": ".join(filter(None, (row["status"], row["reason"])))
+            strips.append((MODEL_NAMES[row["model"]], row["output"], said))
         right = fig.add_gridspec(len(strips), 1, left=0.545, right=0.995, hspace=0.05, **place)
-        for axes, (name, images, said) in zip(right.subplots(squeeze=False)[:, 0], strips, strict=True):
-            axes.set(xticks=[], yticks=[])
-            axes.set_ylabel(name, rotation=0, ha="right", va="center")
-            strip = axes.imshow(np.concatenate(list(images), axis=-1), cmap="gray", vmin=0, vmax=255)
-            if said not in ("", COMPLETED):
-                strip.remove()
-                place = {"ha": "center", "va": "center", "transform": axes.transAxes}
-                axes.text(0.5, 0.5, textwrap.fill(said, 40), **place)
-        note(fig, budget(Run(first["key"], config, first["status"], "", epochs, {}, {}), table.sweep.profile))
+        for ax, (name, strip, said) in zip(right.subplots(squeeze=False)[:, 0], strips, strict=True):
+            ax.set(xticks=[], yticks=[])
+            ax.set_ylabel(name, rotation=0, ha="right", va="center")
+            pixels = np.frombuffer(strip or first["truth"], np.uint8).reshape(config.size, -1)
+            image = ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+            if strip is None:
+                # It has given its axes their shape.
+                image.remove()
+                ax.text(0.5, 0.5, textwrap.fill(said, 40), ha="center", va="center", transform=ax.transAxes)
+        note(fig, budget(Run(first["key"], config, first["status"], "", epochs, {}, {}), table.profile))
     return fig
 
 
@@ -286,36 +234,31 @@ def _ending(row: pd.Series) -> str:
     return f"{MODEL_NAMES[row['model']]}: {last if row['status'] == COMPLETED else row['status']}"
 
 
-def picture(table: Table, **selection: Any) -> bytes:
+def picture(table: Sweep, **selection: Any) -> bytes:
     """The `panel` of a selection as PNG, for screens."""
-    fig = panel(table, **selection)
     buffer = io.BytesIO()
     with plt.rc_context(STYLE):
-        fig.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+        panel(table, **selection).savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def explorer(table: Table, **selection: Any) -> widgets.interactive:
+def explorer(table: Sweep, **selection: Any) -> widgets.interactive:
     """Controls for every axis of a table, over the `panel` of what they select.
 
+    Words have a menu, numbers a slider, which waits until it is let go.
+
     Args:
-        table: where it comes from.
-        selection: what is selected first; see `panel`.
+        table, selection: see `panel`; the selection is the first one.
 
     Raises:
         ConfigError: there is no such axis, or it has no such level.
     """
-    first = table.select(**selection)
-    controls = {name: _control(name, levels, first[name]) for name, levels in table.axes().items()}
+    first, slider = select(table, **selection), partial(widgets.SelectionSlider, continuous_update=False)
+    controls = {}
+    for name, levels in axes(table).items():
+        control = widgets.Dropdown if isinstance(levels[0], str) else slider
+        controls[name] = control(options=levels, value=first[name], description=name)
     return widgets.interactive(lambda **chosen: Image(picture(table, **chosen), width=900), **controls)
-
-
-def _control(name: str, levels: list[Any], value: Any) -> widgets.Widget:
-    """A menu of words or a slider over numbers, which waits until it is let go."""
-    settings = {"options": levels, "value": value, "description": name}
-    if isinstance(value, str):
-        return widgets.Dropdown(**settings)
-    return widgets.SelectionSlider(**settings, continuous_update=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -326,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         folder = collect(options.profile, **parse_parameters(options.p))
-        statuses = load(options.profile).sweep.provenance["statuses"]
+        statuses = load(options.profile).provenance["statuses"]
     except (ConfigError, RuntimeError) as error:
         print(f"explore: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
