@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -34,9 +33,7 @@ from lib.experiments.trainer import Trainer
 from lib.figures import photographs
 from lib.figures.baselines import chambolle
 from lib.figures.photographs import (
-    Photograph,
     check_kernels,
-    check_reconstruction,
     distance,
     get_face_runs,
     kernel_figure,
@@ -500,31 +497,18 @@ def test_the_figure_of_a_reconstruction(trained: dict[str, Run], png: tuple[Path
     assert not any("dB" in text for text in texts(fig))
 
 
-def test_the_check_of_a_reconstruction(trained: dict[str, Run], capsys: pytest.CaptureFixture[str]) -> None:
-    """It fires for what is no image; how the solve ended and the quality are findings."""
+def test_what_is_said_of_a_reconstruction(
+    trained: dict[str, Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How the solve ended and, where the truth is known, the quality."""
     result = reconstruct_photograph(trained["bilevel"])
     assert result.truth is not None
-
-    def altered(value: Tensor, status: Status = Status.CONVERGED, **other: Any) -> Photograph:
-        solution = replace(result.solution, value=value, status=torch.tensor([status]))
-        return replace(result, solution=solution, **other)
-
-    check_reconstruction(result)
-    assert len(capsys.readouterr().out.splitlines()) == 1
-    with pytest.raises(AssertionError, match="not finite"):
-        check_reconstruction(altered(result.f * math.nan))
-    with pytest.raises(AssertionError, match="shape"):
-        check_reconstruction(altered(result.f[..., 1:]))
-    worse = altered(result.truth + 1, Status.MAX_STEPS, f=result.truth + 0.2)
+    solution = replace(result.solution, value=result.truth + 1, status=torch.tensor([Status.MAX_STEPS]))
+    worse = replace(result, f=result.truth + 0.2, solution=solution)
     print_reconstruction(worse)
     print_reconstruction(replace(worse, truth=None))
     ended = "the solve ended as max steps"
-    assert capsys.readouterr().out.splitlines() == [
-        ended,
-        "data: 20.00 dB",
-        "reconstruction: 6.02 dB",
-        ended,
-    ]
+    assert capsys.readouterr().out.splitlines() == [ended, "data: 20.00 dB", "reconstruction: 6.02 dB", ended]
 
 
 def test_a_reconstruction_is_saved(trained: dict[str, Run], tmp_path: Path) -> None:

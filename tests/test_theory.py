@@ -18,7 +18,6 @@ from lib.experiments.runs import Run
 from lib.figures import theory
 from lib.figures.theory import (
     SmallProblem,
-    check_same,
     check_shares,
     equilibrium_gradients,
     field_jacobian,
@@ -270,17 +269,6 @@ def test_the_shares_of_trained_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(shares) == ["bilevel 11x11", "bilevel 3x3", "DEQ 11x11", "DEQ 3x3"]
     for name, share in shares.items():
         assert share <= 1e-5 if name.startswith("bilevel") else share > 0.05
-
-
-def test_what_is_the_same_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    """Up to the distance that is allowed; a larger one is named."""
-    check_same({"here": 0.0, "there": 1e-8}, 1e-8)
-    assert capsys.readouterr().out.splitlines() == [
-        "here: the same to rounding",
-        "there: the same to rounding",
-    ]
-    with pytest.raises(AssertionError, match="there: distance 2e-08"):
-        check_same({"here": 0.0, "there": 2e-8}, 1e-8)
 
 
 def good_shares() -> tuple[pd.DataFrame, dict[str, float]]:

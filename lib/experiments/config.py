@@ -13,11 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 MNIST_SIDE, MNIST_TRAIN, MNIST_TEST, BLUR_SIDE = 28, 60_000, 10_000, 5
 
 Positive = Annotated[float, Field(gt=0)]
-
 NonNegative = Annotated[float, Field(ge=0)]
-
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-
 CountOrZero = Annotated[int, Field(ge=0, le=1_000_000)]
 
 LIMITS = {
@@ -88,9 +85,6 @@ class TrainingConfig(Checked):
             goes on to `max_steps`.
         seed: of every random number.
         time_budget: seconds of training after which the run is stopped and marked `out of time`.
-
-    Raises:
-        ConfigError: a value is of the wrong type, outside its range, or at odds with another one.
     """
 
     model: Literal["bilevel", "deq"] = "bilevel"
@@ -123,10 +117,6 @@ class TrainingConfig(Checked):
             value = getattr(self, name, None)
             if value is not None and value > limit:
                 raise ValueError(f"{name}: got {shown(value)}, allowed: at most {limit:g}")
-        return self
-
-    @model_validator(mode="after")
-    def _decays(self) -> Self:
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
                 f"final_learning_rate: got {self.final_learning_rate}, allowed: at most "
@@ -154,13 +144,9 @@ class RunConfig(TrainingConfig):
         dataset: where the images come from.
         sigma: activation of the experts.
         size: side of the images in pixels; below 28, MNIST is averaged over blocks.
-        train_images, test_images: how many images of each split, the first ones.
         batch_size: images in an optimizer step.
         precondition: for the bilevel model alone, with a few accelerated steps in the place of the Neumann
             series; the DEQ's Jacobian has no sign to rely on, and its solves stay as they are.
-
-    Raises:
-        ConfigError: a value is of the wrong type, outside its range, or at odds with another one.
     """
 
     dataset: Literal["mnist"] = "mnist"
@@ -209,7 +195,6 @@ class FacesConfig(TrainingConfig):
     Attributes:
         dataset: `faces` (the AT&T database), `celeba`, or the path of a folder of images.
         reduction: side of the blocks of pixels over which the images are averaged; 1 leaves them.
-        train_images, test_images: how many images of each split.
         blur: side of the motion kernel in pixels, for deblurring.
         filters: how many kernels `A` and `C` have.
         filter_size: their side in pixels, odd.
@@ -225,9 +210,6 @@ class FacesConfig(TrainingConfig):
         precondition: for convolutions, which `K` is in denoising and deblurring.
         warm_start: every training image keeps its noise, and its solves start from the solutions of the last
             epoch; otherwise the noise is drawn anew in each epoch, and they start as the first ones do.
-
-    Raises:
-        ConfigError: a value is of the wrong type, outside its range, or at odds with another one.
     """
 
     dataset: str = "faces"

@@ -76,15 +76,8 @@ are ours."""
 FILTERS = {"11x11": (2, 11), "3x3": (30, 3)}
 """How many kernels of which side the paper's figures have."""
 
-FILLING: dict[str, Any] = {
-    "sharpness": 20.0,
-    "tau": 1 / 167,
-    "solver": "anderson",
-    "tol": 1e-5,
-    "max_steps": 500,
-    "regularization": 1e-6,
-    "warm_start": True,
-}
+FILLING: dict[str, Any] = {"sharpness": 20.0, "tau": 1 / 167, "warm_start": True}
+FILLING |= {"solver": "anderson", "tol": 1e-5, "max_steps": 500, "regularization": 1e-6}
 """Ours for inpainting, with which the lost area is filled: a less saturated `sigma`, whose step may be longer
 (`1 / (lambda + s ||A||^2)`), and both solves until the lost area has converged."""
 
@@ -111,16 +104,8 @@ def faces_config(profile: str, task: str, **values: Any) -> FacesConfig:
     return FacesConfig(**chosen | {"task": task} | given)
 
 
-DENOISING_SHARES = (
-    "dataset",
-    "reduction",
-    "train_images",
-    "test_images",
-    "model",
-    "filters",
-    "filter_size",
-    "seed",
-)
+DENOISING_SHARES = ["dataset", "reduction", "train_images", "test_images", "seed"]
+DENOISING_SHARES += ["model", "filters", "filter_size"]
 """What a training from denoising kernels has in common with the training of those kernels."""
 
 GRID: dict[str, tuple[Any, ...]] = {

@@ -44,6 +44,7 @@ from lib.experiments.store import (
     REPOSITORY,
     RESULTS,
     DamagedFile,
+    Results,
     read_sealed,
     remove,
     set_aside,
@@ -64,18 +65,10 @@ from lib.models import FixedPointModel
 DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
 
 RESULT_FILES = (
-    "implicit.py",
-    "kernels.py",
-    "models.py",
-    "operators.py",
-    "products.py",
-    "regularizer.py",
-    "solvers.py",
-    "experiments/data.py",
-    "experiments/problem.py",
-    "experiments/trainer.py",
+    *sorted(path.name for path in (REPOSITORY / "lib").glob("[a-z]*.py")),
+    *(f"experiments/{name}.py" for name in ("data", "problem", "trainer")),
 )
-"""Files of `lib` that can change the result of a run."""
+"""Files of `lib` that can change the result of a run: the mathematics, and what trains."""
 
 STACK_NUMBERS = {"cpu": 2**16, "cuda": 2**24}
 """Numbers in the iterate of a whole stack at most. On a CPU a larger one leaves the cache, and its members
@@ -125,11 +118,7 @@ def syntax(source: str) -> str:
 
 def run_key(config: Config) -> str:
     """Key of a run: a digest of its configuration, its data and the code that can change its result."""
-    identity = {
-        "config": config.model_dump(),
-        "data": data_digests(config),
-        "code": code_version(),
-    }
+    identity = {"config": config.model_dump(), "data": data_digests(config), "code": code_version()}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -208,8 +197,7 @@ def save_kernels(run: Run, folder: Path) -> None:
         "weights": {name: weight.tolist() for name, weight in run.weights.items()},
         "provenance": run.provenance | {"run": run.key},
     }
-    content = json.dumps({"sha256": _digest(record), "kernels": record}, indent=1)
-    write_atomic(folder / KERNELS, content.encode())
+    _write_record(folder / KERNELS, "kernels", record)
 
 
 def load_kernels(path: Path) -> Run:
@@ -219,10 +207,7 @@ def load_kernels(path: Path) -> Run:
         DamagedFile: the file is not what `save_kernels` wrote.
     """
     try:
-        stored = json.loads(path.read_bytes())
-        record = stored["kernels"]
-        if stored["sha256"] != _digest(record):
-            raise DamagedFile(f"{path}: its content does not match its checksum")
+        record = _read_record(path, "kernels")
         return Run(
             key=record["provenance"]["run"],
             config=FacesConfig(**record["config"]),
@@ -303,31 +288,17 @@ def stacks(configs: Iterable[Config], device: torch.device) -> list[list[Config]
     return [stack for turn in zip_longest(*chunks) for stack in turn if stack]
 
 
-def get_runs(configs: Sequence[Config], results: Path | str | None = None) -> list[Run]:
-    """The runs of some configurations, trained if they are not stored (see `train_runs`).
-
-    Args:
-        configs: what to train.
-        results: folder of the results, with the runs in `runs/`; the repository's when None.
-
-    Returns:
-        The runs, in the order of the configurations.
-    """
+def get_runs(configs: Sequence[Config], results: Results = None) -> list[Run]:
+    """The runs of some configurations, in their order, trained if they are not stored (see `train_runs`)."""
     train_runs(configs, results)
     return [get_run(config, results) for config in configs]
 
 
-def get_run(config: Config, results: Path | str | None = None) -> Run:
+def get_run(config: Config, results: Results = None) -> Run:
     """The run of a configuration: loaded if it is stored, else trained, resuming where it was killed.
 
-    Two processes that ask for the same run do the work once: the second one waits and loads.
-
-    Args:
-        config: what to train.
-        results: folder of the results, with the runs in `runs/`; the repository's when None.
-
-    Returns:
-        The `Run`; one that diverged or ran out of time is a run with that status and its reason.
+    Two processes that ask for the same run do the work once: the second one waits and loads. One that
+    diverged or ran out of time is a run with that status and its reason.
 
     Raises:
         DataError: the data cannot be had.
@@ -342,6 +313,12 @@ def get_run(config: Config, results: Path | str | None = None) -> Run:
         if run is None:
             raise DamagedFile(f"{folder}: the run that was just written cannot be read; check the disk")
         return run
+
+
+def learned_start(config: Config, results: Results = None) -> Weights | None:
+    """The kernels that a run starts from, where those of another run are its initial ones."""
+    initial = getattr(config, "initial", None)
+    return get_run(initial, results).weights if isinstance(initial, FacesConfig) else None
 
 
 @dataclass(frozen=True)
@@ -362,15 +339,11 @@ class Progress:
 Report = Callable[[Progress], object]
 
 
-def train_runs(configs: Sequence[Config], results: Path | str | None = None) -> None:
+def train_runs(configs: Sequence[Config], results: Results = None) -> None:
     """Train all configurations that are not stored yet, in stacks, with one process per core.
 
     Runs that another process is training are left to it, and waited for. When one training fails or this
     process is interrupted, all are stopped; what they trained until their last epoch is resumed next time.
-
-    Args:
-        configs: what to train.
-        results: folder of the results, with the runs in `runs/`; the repository's when None.
 
     Raises:
         DataError: the data cannot be had.
@@ -420,7 +393,7 @@ def train_runs(configs: Sequence[Config], results: Path | str | None = None) -> 
         clear_output()
 
 
-def _train_in_processes(todo: Sequence[list[Config]], results: Path | str | None, report: Report) -> None:
+def _train_in_processes(todo: Sequence[list[Config]], results: Results, report: Report) -> None:
     """Train stacks in as many processes as the device takes, each with the next stack when it is free."""
 
     def hear(told: Progress | str) -> None:
@@ -446,7 +419,7 @@ def _work(
         tell(f"{stack[0].model} {stack[0].task}: {type(error).__name__}: {said}")
 
 
-def is_locked(config: Config, results: Path | str | None) -> bool:
+def is_locked(config: Config, results: Results) -> bool:
     """Whether another process is training a run."""
     try:
         with FileLock(run_folder(config, results) / "lock", timeout=0):
@@ -455,7 +428,7 @@ def is_locked(config: Config, results: Path | str | None) -> bool:
         return True
 
 
-def train_stack(configs: Sequence[Config], results: Path | str | None, report: Report) -> None:
+def train_stack(configs: Sequence[Config], results: Results, report: Report) -> None:
     """Train and store those configurations of a stack that no other process has stored or is training."""
     with ExitStack() as locks:
         mine = []
@@ -471,7 +444,7 @@ def train_stack(configs: Sequence[Config], results: Path | str | None, report: R
         _train(mine, results, report)
 
 
-def _train(configs: Sequence[Config], results: Path | str | None, report: Report) -> None:
+def _train(configs: Sequence[Config], results: Results, report: Report) -> None:
     """Train configurations of one stack, whose locks are held: those of one epoch together."""
     by_epoch: dict[int, list[tuple[Config, bytes | None]]] = {}
     for config in configs:
@@ -482,7 +455,7 @@ def _train(configs: Sequence[Config], results: Path | str | None, report: Report
         _train_together([config for config, _ in pairs], checkpoints if epoch else None, results, report)
 
 
-def _read_checkpoint(config: Config, results: Path | str | None) -> tuple[int, bytes | None]:
+def _read_checkpoint(config: Config, results: Results) -> tuple[int, bytes | None]:
     """The checkpoint of a run and its epoch, or epoch 0 and None where there is none that can be used."""
     path = run_folder(config, results) / "checkpoint.pt"
     if not path.exists():
@@ -498,12 +471,10 @@ def _read_checkpoint(config: Config, results: Path | str | None) -> tuple[int, b
 def _train_together(
     configs: Sequence[Config],
     checkpoints: Sequence[bytes] | None,
-    results: Path | str | None,
+    results: Results,
     report: Report,
 ) -> None:
-    initial = getattr(configs[0], "initial", None)
-    start = get_run(initial, results).weights if isinstance(initial, FacesConfig) else None
-    trainer = Trainer(configs, default_device(), checkpoints, start)
+    trainer = Trainer(configs, default_device(), checkpoints, learned_start(configs[0], results))
     stored: set[int] = set()
     reported = trainer.step * len(configs)
     report(Progress(steps=reported, resumed=reported))
@@ -530,23 +501,20 @@ def _train_together(
     keep(trainer)
 
 
-def run_folder(config: Config, results: Path | str | None = None) -> Path:
+def run_folder(config: Config, results: Results = None) -> Path:
     """The folder of a run in the store."""
     return Path(results or RESULTS) / "runs" / run_key(config)
 
 
-def is_stored(config: Config, results: Path | str | None = None) -> bool:
+def is_stored(config: Config, results: Results = None) -> bool:
     return (run_folder(config, results) / "run.json").exists()
 
 
-def read_record(config: Config, results: Path | str | None = None) -> dict[str, Any] | None:
+def read_record(config: Config, results: Results = None) -> dict[str, Any] | None:
     """What is stored of a run beside its weights, or None; a record that cannot be used is set aside."""
     path = run_folder(config, results) / "run.json"
     try:
-        stored = json.loads(path.read_bytes())
-        record: dict[str, Any] = stored["run"]
-        if stored["sha256"] != _digest(record):
-            raise DamagedFile(f"{path}: its content does not match its checksum")
+        record = _read_record(path, "run")
         if record["config"] != config.model_dump():
             raise DamagedFile(f"{path}: it belongs to another configuration")
     except (FileNotFoundError, NotADirectoryError):
@@ -580,7 +548,7 @@ def _load(folder: Path, config: Config) -> Run | None:
     )
 
 
-def _store(member: Member, results: Path | str | None) -> None:
+def _store(member: Member, results: Results) -> None:
     """Write a run that has ended; its record comes last, and then its checkpoint is not needed any more."""
     folder = run_folder(member.config, results)
     buffer = io.BytesIO()
@@ -603,9 +571,20 @@ def _store(member: Member, results: Path | str | None) -> None:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     }
-    stored = json.dumps({"sha256": _digest(record), "run": record}, indent=1)
-    write_atomic(folder / "run.json", stored.encode())
+    _write_record(folder / "run.json", "run", record)
     remove(folder / "checkpoint.pt")
+
+
+def _write_record(path: Path, name: str, record: dict[str, Any]) -> None:
+    write_atomic(path, json.dumps({"sha256": _digest(record), name: record}, indent=1).encode())
+
+
+def _read_record(path: Path, name: str) -> dict[str, Any]:
+    stored = json.loads(path.read_bytes())
+    record: dict[str, Any] = stored[name]
+    if stored["sha256"] != _digest(record):
+        raise DamagedFile(f"{path}: its content does not match its checksum")
+    return record
 
 
 def _digest(record: dict[str, Any]) -> str:

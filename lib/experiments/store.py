@@ -14,6 +14,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "results"
 
+Results = Path | str | None
+"""A folder of results, with the runs in `runs/`; the repository's when None."""
+
 
 class DamagedFile(RuntimeError):
     """A file whose content is not what was written; it names the file."""

@@ -22,7 +22,7 @@ from lib.experiments.runs import (
     train_runs,
     workers,
 )
-from lib.experiments.store import RESULTS
+from lib.experiments.store import RESULTS, Results
 from lib.experiments.trainer import (
     COMPLETED,
     DIVERGED,
@@ -58,12 +58,11 @@ class Sweep:
     provenance: dict[str, Any]
 
 
-def get_sweep(profile: str, /, results: Path | str | None = None, train: bool = True, **values: Any) -> Sweep:
+def get_sweep(profile: str, /, results: Results = None, train: bool = True, **values: Any) -> Sweep:
     """The sweep of a profile, trained as far as it is not stored; its tables are written beside it.
 
     Args:
         profile: name of the profile.
-        results: folder of the results; the repository's when None.
         train: False takes what is stored and marks the rest as not run.
         values: parameters and axes that replace the profile's (see `lib.experiments.profiles.grid`).
 
@@ -78,7 +77,7 @@ def get_sweep(profile: str, /, results: Path | str | None = None, train: bool = 
     return sweep
 
 
-def load_sweep(profile: str, configs: Sequence[RunConfig], results: Path | str | None = None) -> Sweep:
+def load_sweep(profile: str, configs: Sequence[RunConfig], results: Results = None) -> Sweep:
     """The tables of some configurations, of what is stored."""
     rows, epochs, environments = [], [], []
     for config in configs:
@@ -118,7 +117,7 @@ def load_sweep(profile: str, configs: Sequence[RunConfig], results: Path | str |
     return Sweep(profile, runs, pd.DataFrame(epochs, columns=columns).astype(kinds), provenance)
 
 
-def write_tables(sweep: Sweep, results: Path | str | None = None) -> list[Path]:
+def write_tables(sweep: Sweep, results: Results = None) -> list[Path]:
     """Write both tables, as Parquet and as CSV, and their provenance to `results/<profile>/`."""
     folder = Path(results or RESULTS) / sweep.profile
     files = {}
@@ -128,7 +127,7 @@ def write_tables(sweep: Sweep, results: Path | str | None = None) -> list[Path]:
     return write_with_provenance(folder, files, sweep.provenance, "sweep_provenance.json")
 
 
-def status(configs: Sequence[RunConfig], results: Path | str | None = None) -> pd.DataFrame:
+def status(configs: Sequence[RunConfig], results: Results = None) -> pd.DataFrame:
     """How many configurations of each task and model have ended in which way; nothing is trained."""
     rows = []
     for config in configs:
@@ -149,7 +148,7 @@ def status(configs: Sequence[RunConfig], results: Path | str | None = None) -> p
     return counts.astype(int).rename_axis(columns=None)
 
 
-def plan(configs: Sequence[RunConfig], results: Path | str | None = None) -> pd.DataFrame:
+def plan(configs: Sequence[RunConfig], results: Results = None) -> pd.DataFrame:
     """What is left to train, and how long it will take here, from some steps of every kind of run.
 
     The steps are taken with untrained weights, whose solves may need fewer or more steps than later ones.

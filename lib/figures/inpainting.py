@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lib.experiments.problem import load_images, make_operator, observe, one_thread, psnr, solve, test_noise
+from lib.experiments.problem import make_operator, one_thread, psnr, solve
 from lib.experiments.runs import Run
 from lib.figures.baselines import harmonic_inpainting, tv_model
 from lib.figures.style import STYLE, TEXT_WIDTH, budget, note
@@ -32,13 +31,6 @@ def lost_pixels(run: Run) -> Tensor:
     if not isinstance(operator, Mask):
         raise ValueError(f"task: got {run.config.task!r}, allowed: 'inpainting'")
     return operator.mask == 0
-
-
-def test_data(run: Run) -> tuple[Tensor, Tensor]:
-    """True test images `u` and their data `f`, `(N, 1, H, W)`."""
-    truth = load_images(run.config)["test"]
-    noise = torch.tensor(run.config.noise)
-    return truth, observe(make_operator(run.config), truth, noise, test_noise(run.config))
 
 
 def counts(shown: Sequence[int]) -> list[int]:
@@ -202,19 +194,3 @@ def inpainting_figure(
             axis.legend(frameon=False, handlelength=2.6)
         note(lower, budget(run, profile))
     return fig
-
-
-def check_filling(f: Tensor, lost: Tensor, runs: Mapping[str, Run]) -> None:
-    """Print what must hold whatever the parameters are.
-
-    Raises:
-        AssertionError: the data have something of the lost area in them, or the weights are free.
-    """
-    (noise,) = {run.config.noise for run in runs.values()}
-    spread = f[..., lost].std().item()
-    allowed = 4 / math.sqrt(2 * f[..., lost].numel()) * noise
-    assert abs(spread - noise) <= allowed, f"noise inside the mask: {spread}"
-    print(f"inside the mask the input is noise alone, standard deviation {noise:g}")
-    for name, run in runs.items():
-        assert ("C" in run.weights) == (run.config.model == "deq"), f"{name}: weights"
-        print(f"{name}: C is {'a parameter of its own' if 'C' in run.weights else 'tied to A'}")

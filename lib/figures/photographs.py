@@ -32,8 +32,8 @@ from lib.experiments.problem import (
     solve,
 )
 from lib.experiments.profiles import FILTERS, faces_config
-from lib.experiments.runs import Run, get_run, get_runs
-from lib.experiments.store import REPOSITORY, RESULTS, write_atomic
+from lib.experiments.runs import Run, get_runs, learned_start
+from lib.experiments.store import REPOSITORY, RESULTS, Results, write_atomic
 from lib.figures.baselines import best_weight, chambolle, tv_reconstruction
 from lib.figures.reconstructions import Reconstructions, reconstruct
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
@@ -49,7 +49,7 @@ PHOTOGRAPH = "photograph.txt"
 def get_face_runs(
     profile: str,
     task: str,
-    results: Path | str | None = None,
+    results: Results = None,
     models: Sequence[str] = MODELS,
     sizes: Sequence[str] = tuple(FILTERS),
     **values: Any,
@@ -58,7 +58,6 @@ def get_face_runs(
 
     Args:
         profile, task, values: as in `faces_config`.
-        results: folder of the results; the repository's when None.
         models: which models.
         sizes: which of `FILTERS`.
     """
@@ -79,14 +78,14 @@ def over_seeds(
     profile: str,
     task: str,
     seeds: Sequence[int],
-    results: Path | str | None = None,
+    results: Results = None,
     **values: Any,
 ) -> pd.DataFrame:
     """Quality of the trained models over several seeds of the weights and the noise.
 
     Args:
         first: the table of `reconstruct` for the first seed: the input and the trained models.
-        profile, task, results, values: as in `get_face_runs`.
+        profile, task, values: as in `get_face_runs`.
         seeds: the seeds.
 
     Returns:
@@ -104,13 +103,10 @@ def over_seeds(
     return pd.DataFrame(columns).assign(seeds=len(seeds))
 
 
-def starting_weights(run: Run, results: Path | str | None = None) -> Weights:
+def starting_weights(run: Run, results: Results = None) -> Weights:
     """The kernels that a training started from, normalized as in the training."""
-    config = run.config
-    initial = config.initial if isinstance(config, FacesConfig) else None
-    start = get_run(initial, results).weights if isinstance(initial, FacesConfig) else None
     with one_thread():
-        weights = make_model([config], start).regularizer.weights()
+        weights = make_model([run.config], learned_start(run.config, results)).regularizer.weights()
     return {name: weight[0] for name, weight in weights.items()}
 
 
@@ -339,18 +335,6 @@ def photograph_reconstruction_figure(result: Photograph) -> Figure:
     return fig
 
 
-def check_reconstruction(result: Photograph) -> None:
-    """Print what must hold of every reconstruction.
-
-    Raises:
-        AssertionError: it is not an image of the data's size, or not finite.
-    """
-    u = result.solution.value
-    assert u.shape == result.f.shape, f"shape: {tuple(u.shape)}"
-    assert u.isfinite().all(), "the reconstruction is not finite"
-    print("the reconstruction is a finite image of the data's size")
-
-
 def print_reconstruction(result: Photograph) -> None:
     """Print how the solve ended and, where the truth is known, the PSNR of data and reconstruction."""
     print(f"the solve ended as {Status(int(result.solution.status.item())).name.lower().replace('_', ' ')}")
@@ -360,13 +344,12 @@ def print_reconstruction(result: Photograph) -> None:
 
 
 def reconstruction_folder(
-    run: Run, image: str | None, noise: float, clean: bool, results: Path | str | None = None
+    run: Run, image: str | None, noise: float, clean: bool, results: Results = None
 ) -> Path:
     """Where a reconstruction is kept: a folder for each photograph, and in it one for what was asked.
 
     Args:
         run, image, noise, clean: as in `reconstruct_photograph`.
-        results: folder of the results; the repository's when None.
     """
     path = _path(image)
     folder = Path(results or RESULTS) / "reconstruct" / Path(path).stem[:100]
@@ -381,7 +364,7 @@ def _path(image: str | None) -> str:
     return "face" if image is None else str((REPOSITORY / Path(image).expanduser()).resolve())
 
 
-def save_reconstruction(fig: Figure, result: Photograph, results: Path | str | None = None) -> Path:
+def save_reconstruction(fig: Figure, result: Photograph, results: Results = None) -> Path:
     """Write the figure and the reconstruction as PNG to `reconstruction_folder`, and return the folder."""
     folder = reconstruction_folder(result.run, result.image, result.noise, result.truth is not None, results)
     files = {"figure.png": io.BytesIO(), "reconstruction.png": io.BytesIO()}

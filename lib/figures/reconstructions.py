@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,6 +26,7 @@ from lib.experiments.problem import (
     test_noise,
 )
 from lib.experiments.runs import Run, default_device, get_run
+from lib.experiments.store import Results
 from lib.experiments.trainer import COMPLETED
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.solvers import Status
@@ -54,6 +54,13 @@ class Reconstructions:
     table: pd.DataFrame
 
 
+def test_data(run: Run) -> tuple[Tensor, Tensor]:
+    """True test images `u` and their data `f`, `(N, 1, H, W)`."""
+    truth = load_images(run.config)["test"]
+    noise = torch.tensor(run.config.noise)
+    return truth, observe(make_operator(run.config), truth, noise, test_noise(run.config))
+
+
 @torch.no_grad()
 @one_thread()
 def reconstruct(runs: Mapping[str, Run]) -> Reconstructions:
@@ -62,11 +69,9 @@ def reconstruct(runs: Mapping[str, Run]) -> Reconstructions:
     Args:
         runs: the run of each model; all of one task, noise level and test set.
     """
-    config = next(iter(runs.values())).config
-    device = default_device()
-    operator = make_operator(config)
-    truth = load_images(config)["test"]
-    observed = observe(operator, truth, torch.tensor(config.noise), test_noise(config))
+    first, device = next(iter(runs.values())), default_device()
+    operator = make_operator(first.config)
+    truth, observed = test_data(first)
     rows = {"input": _quality(observed, truth)}
     outputs, forwarded = {}, {}
     for name, run in runs.items():
@@ -141,6 +146,17 @@ def keeps_loss(result: Reconstructions, name: str, loss: float, unconverged: flo
     return bool(max(measured.unconverged, unconverged) > 0 or abs(measured.mse - loss) <= allowed)
 
 
+def check_weights(runs: Mapping[str, Run]) -> None:
+    """Print which model has a `C` of its own.
+
+    Raises:
+        AssertionError: a bilevel model has one, or a DEQ has none.
+    """
+    for name, run in runs.items():
+        assert ("C" in run.weights) == (run.config.model == "deq"), f"{name}: weights"
+        print(f"{name}: C is {'a parameter of its own' if 'C' in run.weights else 'tied to A'}")
+
+
 def check_reconstructions(result: Reconstructions) -> None:
     """Recompute what must hold whatever the parameters are, and print it.
 
@@ -154,9 +170,8 @@ def check_reconstructions(result: Reconstructions) -> None:
     allowed = max(0.01, 4 / math.sqrt(2 * result.truth.numel())) * config.noise
     assert abs(noise - config.noise) <= allowed, f"noise in the input: {noise}"
     print(f"the input is K u + noise, standard deviation {config.noise:g}")
+    check_weights(result.runs)
     for name, run in result.runs.items():
-        assert ("C" in run.weights) == (run.config.model == "deq"), f"{name}: weights"
-        print(f"{name}: C is {'a parameter of its own' if 'C' in run.weights else 'tied to A'}")
         if run.status == COMPLETED:
             loss, unconverged = run.history[["test_loss", "test_unconverged"]].iloc[-1]
             kept = keeps_loss(result, name, loss, unconverged)
@@ -164,12 +179,11 @@ def check_reconstructions(result: Reconstructions) -> None:
     print("where all its solves converge, a picture has the test loss that its training ended with")
 
 
-def check_stored_losses(runs: pd.DataFrame, results: Path | str | None = None) -> None:
+def check_stored_losses(runs: pd.DataFrame, results: Results = None) -> None:
     """Reconstruct the test set again with one stored run per task and model, and compare the test loss.
 
     Args:
         runs: rows of `Sweep.runs`.
-        results: folder of the results; the repository's when None.
 
     Raises:
         AssertionError: a stored run's weights do not give the test loss that was stored.

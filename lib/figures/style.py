@@ -16,12 +16,10 @@ import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
 from lib.experiments.config import FacesConfig
-from lib.experiments.problem import (
-    image_shape,
-)
+from lib.experiments.problem import image_shape
 from lib.experiments.provenance import write_with_provenance
 from lib.experiments.runs import Run, data_digests
-from lib.experiments.store import RESULTS
+from lib.experiments.store import RESULTS, Results
 from lib.experiments.sweep import NOT_RUN, Sweep
 from lib.figures.comparison import Claim, has_converged
 
@@ -30,15 +28,14 @@ MODEL_NAMES = {"bilevel": "bilevel", "deq": "DEQ"}
 DATA_NAMES = {"mnist": "MNIST", "faces": "AT&T faces", "celeba": "CelebA"}
 
 MODEL_COLORS = {"bilevel": "#0072b2", "deq": "#e69f00"}
-
-MODEL_LINES = {"bilevel": "-", "deq": "--"}
 """Blue and orange differ for every kind of colour vision, and in grey one is dark and one is light."""
 
 
 def model_line(model: str) -> dict[str, Any]:
     """How a model's curve is drawn."""
-    style = {"linestyle": MODEL_LINES[model], "color": MODEL_COLORS[model], "linewidth": 1.2}
-    return style | {"marker": "o" if model == "bilevel" else "s", "markersize": 2.5}
+    linestyle, marker = {"bilevel": ("-", "o"), "deq": ("--", "s")}[model]
+    style = {"linestyle": linestyle, "marker": marker, "color": MODEL_COLORS[model]}
+    return style | {"linewidth": 1.2, "markersize": 2.5}
 
 
 STYLE: Any = {
@@ -109,7 +106,7 @@ def save(
     table: pd.DataFrame,
     source: Mapping[str, Run] | Sweep,
     profile: str,
-    results: Path | str | None = None,
+    results: Results = None,
     claims: Sequence[Claim] = (),
 ) -> Path:
     """Write `results/<profile>/<name>/` with the figure, its numbers and where they come from.
@@ -120,7 +117,6 @@ def save(
         table: the numbers behind the figure, written as CSV.
         source: the sweep that it was made from, or the runs by the names that they have in the table.
         profile: name of the profile.
-        results: folder of the results; the repository's when None.
         claims: what the figure decides, written as `claims.json` if there are any.
 
     Returns:

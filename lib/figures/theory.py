@@ -196,21 +196,6 @@ def skew_figure(shares: pd.DataFrame, trained: Mapping[str, float]) -> Figure:
     return fig
 
 
-def check_same(distances: Mapping[str, float], allowed: float) -> None:
-    """Print what is the same but for rounding.
-
-    Args:
-        distances: between two ways to compute something, by what it is.
-        allowed: the largest distance that is rounding.
-
-    Raises:
-        AssertionError: one is larger.
-    """
-    for name, distance in distances.items():
-        assert distance <= allowed, f"{name}: distance {distance}"
-        print(f"{name}: the same to rounding")
-
-
 def check_shares(shares: pd.DataFrame, trained: Mapping[str, float]) -> None:
     """Print what must hold whatever the parameters are.
 
