@@ -10,7 +10,6 @@ import fcntl
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -20,21 +19,22 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
-import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lib.experiments import __main__ as sweeps
 from lib.experiments import runs, sweep
 from lib.experiments.config import LIMITS, ConfigError, FacesConfig, RunConfig, parse_parameters
+from lib.experiments.processes import in_processes
 from lib.experiments.profiles import faces_config, grid, profile_config
-from lib.experiments.runs import run_folder, run_key, train_runs
+from lib.experiments.runs import run_folder, run_key
 from lib.experiments.store import REPOSITORY, read_sealed, remove_leftovers, set_aside, write_atomic
 from lib.experiments.trainer import Trainer, read_checkpoint
 from lib.pages import notebooks
@@ -48,26 +48,27 @@ VALUES: dict[str, Any] = {
     "train_images": 20,
     "test_images": 10,
     "batch_size": 10,
-    "epochs": 24,
+    "epochs": 5,
 }
-"""Eight stacks of four small images' runs, some of which diverge, in seconds."""
+"""Eight stacks of four small images' runs, some of which diverge."""
 
 CONFIGS = grid("smoke", **VALUES)
 RUN = ["run", "--profile", "smoke"]
-RUN += [text for name, value in VALUES.items() for text in ("-p", name, yaml.safe_dump(value))]
+RUN += [text for name, value in VALUES.items() for text in ("-p", name, str(value))]
 STATUS = ["status", *RUN[1:]]
 
-KILLED = (
-    "sweep: a training process was killed; run again to resume it (a script that trains "
-    'needs `if __name__ == "__main__":`)'
-)
+WHO = ["group", "parent", "worker"]
+KILLED = "sweep: a training process was killed; run again to resume it"
+NEVER = 10**6
+"""Epochs that no test lives to see the end of."""
 
 SERVER = """
-import functools, json, multiprocessing, os, sys, time, traceback
+import functools, itertools, json, os, signal, sys, tempfile, time, traceback
 from pathlib import Path
-from lib.experiments import data, runs, sweep
+from lib.experiments import __main__ as sweeps, data, processes, runs, sweep
 
 data.mnist = functools.cache(data.mnist)
+start = processes.start
 
 class Logged(runs.Trainer):
     def tell(self, what):
@@ -82,25 +83,59 @@ class Logged(runs.Trainer):
             if self.epoch < self.config.epochs:
                 self.tell("end")
         self.tell("begin")
-        return super().train(then, on_step)
+        return super().train(then, counted(on_step))
+
+class Forked:
+    def __init__(self, descriptor):
+        self.pid = os.fork()
+        if not self.pid:
+            # Other connections of the parent would outlive it here.
+            os.closerange(3, descriptor)
+            os.closerange(descriptor + 1, 1000)
+            os.fsync, Path.replace, Path.unlink = map(counted, (os.fsync, Path.replace, Path.unlink))
+            tempfile.mkstemp = counted(tempfile.mkstemp)
+            processes.serve(descriptor)
+
+    def __enter__(self):
+        return self
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+    def __exit__(self, *raised):
+        os.waitpid(self.pid, 0)
+
+def moment():
+    if next(MOMENTS) == KILL[1]:
+        if KILL[0] == "group":
+            os.killpg(0, signal.SIGKILL)
+        os.kill(os.getppid() if KILL[0] == "parent" else os.getpid(), signal.SIGKILL)
+        time.sleep(10**6)
+
+def counted(function):
+    def call(*arguments, **options):
+        moment()
+        result = function(*arguments, **options)
+        moment()
+        return result
+    return call
 
 def jumping(clock, unit):
     calls = iter(range(10**9))
     return lambda: clock() + (-1) ** next(calls) * 36_000 * unit
 
-def command(arguments, results, out, err, log, clock):
-    global LOG
-    LOG = log
+def command(arguments, results, out, err, log, clock=False, forked=True, kill=("nobody", -1)):
+    global LOG, KILL, MOMENTS
+    LOG, KILL, MOMENTS = log, kill, itertools.count()
     os.setsid()
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     runs.RESULTS = sweep.RESULTS = Path(results)
     runs.Trainer = Logged
-    fork = multiprocessing.get_context("fork")
-    multiprocessing.get_context = lambda method: fork
+    processes.start = Forked if forked else start
     if clock:
         time.time, time.time_ns = jumping(time.time, 1), jumping(time.time_ns, 10**9)
-    return sweep.main(arguments)
+    return sweeps.main(arguments)
 
 runs.code_version()
 for config in sweep.grid("smoke", **json.loads(sys.argv[1])):
@@ -125,12 +160,13 @@ for line in sys.stdin:
         os._exit(status)
 """
 """A process that has imported everything and forks for each command, whose training processes are forked as
-well: a kill then meets training and writing, not imports. A log tells what was trained."""
+well unless something else is said, and kill themselves, their parent or all at one of their moments: steps,
+and what is done to files. A log tells what was trained."""
 
 
 @dataclass
 class Command:
-    """`python -m lib.experiments.sweep`, forked from the server.
+    """`python -m lib.experiments`, forked from the server.
 
     Attributes:
         server: the process that started it.
@@ -166,18 +202,17 @@ class Commands:
     folder: Path
     count: int = field(default=0)
 
-    def start(self, arguments: list[str], results: Path, clock: bool = False) -> Command:
+    def start(self, arguments: list[str], results: Path, **how: Any) -> Command:
         self.count += 1
         folder = self.folder / str(self.count)
         folder.mkdir()
         request = {name: str(folder / name) for name in ("out", "err", "log")}
-        request |= {"results": str(results)}
-        pid = ask(self.server, request | {"arguments": arguments, "clock": clock})
+        pid = ask(self.server, request | how | {"results": str(results), "arguments": arguments})
         return Command(self.server, int(pid), folder)
 
-    def run(self, arguments: list[str], results: Path, clock: bool = False) -> tuple[int, Command]:
+    def run(self, arguments: list[str], results: Path, **how: Any) -> tuple[int, Command]:
         """The exit status of a command, and the command."""
-        command = self.start(arguments, results, clock)
+        command = self.start(arguments, results, **how)
         return command.wait(), command
 
 
@@ -205,7 +240,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
         yield Commands(server, tmp_path_factory.mktemp("commands"))
         assert server.stdin is not None
         server.stdin.close()
-        assert server.wait(30) == 0
+        assert server.wait() == 0
 
 
 @pytest.fixture(scope="module")
@@ -288,48 +323,33 @@ def histories(results: Path) -> dict[str, tuple[bool, list[Any]]]:
     return found
 
 
-def kill_group(pid: int, workers: list[psutil.Process]) -> None:
-    os.killpg(pid, signal.SIGKILL)
-
-
-def kill_parent(pid: int, workers: list[psutil.Process]) -> None:
-    os.kill(pid, signal.SIGKILL)
-
-
-def kill_worker(pid: int, workers: list[psutil.Process]) -> None:
-    workers[0].kill()
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
 
-def has_ended(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+def living(session: int) -> list[int]:
+    """The processes of a session."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
 
 
 def test_a_sweep_survives_kill_9_at_any_moment(commands: Commands, undisturbed: Path, tmp_path: Path) -> None:
-    """Killed 30 times, alone, with or by its training processes: no epoch that was kept is trained again."""
+    """Killed again and again, alone, with or by its training processes, whatever they do then: no epoch that
+    was kept is trained again, and no process is left."""
     draws = random.Random(0)
-    kills = 0
+    kills: list[tuple[str, int]] = [(draws.choice(WHO), draws.randrange(30)) for _ in range(12)]
     epochs_ended = Counter[tuple[str, int]]()
-    while True:
+    for who, moment in [*kills, ("nobody", -1)]:
         before = histories(tmp_path)
-        command = commands.start(RUN, tmp_path)
-        process = psutil.Process(command.pid)
-        lines = draws.randint(1, 8) if kills < 30 else math.inf
-        wait_for(lambda c=command, p=process, n=lines: len(c.log()) >= n or has_ended(p))  # type: ignore[misc]
-        time.sleep(draws.uniform(0, 0.03))
-        kill = draws.choice([kill_group, kill_group, kill_parent, kill_worker])
-        workers = [] if has_ended(process) else process.children()
-        killed = bool(workers) and kills < 30
-        if killed:
-            kill(command.pid, workers)
-        status = command.wait()
-        wait_for(lambda w=workers: all(map(has_ended, w)))  # type: ignore[misc]
+        status, command = commands.run(RUN, tmp_path, kill=(who, moment))
+        wait_for(lambda c=command: not living(c.pid))  # type: ignore[misc]
         after = histories(tmp_path)
         for key, (ended, history) in before.items():
             assert after[key][1][: len(history)] == history
@@ -341,18 +361,47 @@ def test_a_sweep_survives_kill_9_at_any_moment(commands: Commands, undisturbed: 
                 assert epoch == max(0, len(known[1]) - 1)
             else:
                 epochs_ended[key, epoch] += 1
-        if not killed:
-            break
-        kills += 1
-        if kill is kill_worker:
-            assert (status, command.error_line()) == (1, KILLED)
-        else:
-            assert status == -signal.SIGKILL
-            assert "Traceback" not in command.read("err")
-    assert kills >= 25
+        told = {"worker": KILLED + "\n"}.get(who, "")
+        assert command.read("err") == told
+        assert status == {"nobody": 0, "worker": 1}.get(who, -signal.SIGKILL)
     assert set(epochs_ended.values()) == {1}
-    assert (status, command.read("err")) == (0, "")
     assert_same_sweep(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_training_processes_end_without_a_word_whenever_their_parent_goes(
+    commands: Commands, tmp_path: Path, sent: signal.Signals
+) -> None:
+    """While they start, import, unpickle or train: not one is left, and nothing is said but by the parent."""
+    draws = random.Random(sent)
+    for delay in (0.0, *(draws.uniform(k, k + 1) for k in (0, 0, 1, 3))):
+        command = commands.start([*RUN, "-p", "epochs", str(NEVER)], tmp_path, forked=False)
+        parent = psutil.Process(command.pid)
+        wait_for(lambda p=parent: p.status() == psutil.STATUS_ZOMBIE or len(living(p.pid)) > 1)  # type: ignore[misc]
+        time.sleep(delay)
+        if sent == signal.SIGINT:
+            os.killpg(command.pid, sent)
+        else:
+            os.kill(command.pid, sent)
+        interrupted = sent == signal.SIGINT
+        assert command.wait() == (130 if interrupted else -sent)
+        wait_for(lambda c=command: not living(c.pid))  # type: ignore[misc]
+        said = "stopped; the same command goes on from here\n" if interrupted else ""
+        assert command.read("err") == said
+        assert bool(command.read("out")) == interrupted
+
+
+def last_words(tell: Callable[[str], None]) -> None:
+    tell("the last words")
+    os._exit(3)
+
+
+def test_what_a_process_says_comes_before_its_end() -> None:
+    """However little time is between them."""
+    heard = list[str]()
+    with pytest.raises(RuntimeError, match=r"^a training process was killed; run again to resume it$"):
+        in_processes([last_words], 1, heard.append)
+    assert heard == ["the last words"]
 
 
 def test_two_sweeps_at_once_share_the_work(commands: Commands, undisturbed: Path, tmp_path: Path) -> None:
@@ -463,12 +512,12 @@ def call(checkout: Path, *arguments: str) -> tuple[int, str, str]:
 def test_runs_of_other_code_are_not_run(checkout: Path, undisturbed: Path) -> None:
     """After a change of the code that can change results, what it did not make is not counted as done."""
     shutil.copytree(undisturbed, checkout / "results")
-    status, told, error = call(checkout, "lib.experiments.sweep", *STATUS)
+    status, told, error = call(checkout, "lib.experiments", *STATUS)
     assert (status, error) == (0, "")
     assert told.splitlines()[-1].split()[-2:] == ["0", "32"]
     path = checkout / "lib" / "operators.py"
     path.write_text(path.read_text() + "\nNEW = 1\n")
-    status, told, error = call(checkout, "lib.experiments.sweep", *STATUS)
+    status, told, error = call(checkout, "lib.experiments", *STATUS)
     assert (status, error) == (0, "")
     assert told.splitlines()[-1].split() == ["all", "0", "0", "0", "0", "32", "32"]
 
@@ -505,64 +554,12 @@ def test_a_notebook_whose_process_is_killed_is_told_in_one_line(checkout: Path) 
     source["cells"] = [cell for cell in source["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     (dying,) = json.loads(json.dumps(source["cells"]))
     dying |= {"id": "dying", "source": "import os\nos.kill(os.getpid(), 9)", "metadata": {}}
-    source["cells"].append(dying)
+    source["cells"] = [dying]
     (checkout / "nbs" / "dying.ipynb").write_text(json.dumps(source))
     status, told, error = call(checkout, "lib.pages.notebooks", "run", "dying", "--profile", "smoke")
     assert (status, told) == (1, "")
     assert error.splitlines()[-1] == "dying failed, its old result is as it was: Kernel died"
     assert "Traceback" not in error
-
-
-class Ending:
-    """A training process that ends between two looks at it, with an exit status and, at times, a message."""
-
-    status, message = 3, ""
-    reports: Any = None
-
-    def __init__(self, target: object, args: tuple[Any, ...], daemon: bool) -> None:
-        type(self).reports = args[3]
-        self.pid, self.looks = 1, 0
-        # Ready at once, like that of a process that has ended.
-        self.sentinel, other = multiprocessing.Pipe(duplex=False)
-        other.close()
-
-    def start(self) -> None:
-        self.looks = 0
-
-    def is_alive(self) -> bool:
-        return self.exitcode is None
-
-    @property
-    def exitcode(self) -> int | None:
-        self.looks += 1
-        if self.looks == 4 and self.message:
-            self.reports.put(self.message)
-        return self.status if self.looks > 3 else None
-
-    def terminate(self) -> None:
-        assert self.exitcode == self.status
-
-    join = terminate
-
-
-@pytest.mark.parametrize(
-    ("status", "message", "said"),
-    [
-        (3, "", "a training process was killed"),
-        (0, "deq: no", "^deq: no$"),
-        (3, "deq: no", "^deq: no$"),
-    ],
-)
-def test_how_a_training_process_ends_is_not_missed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, message: str, said: str
-) -> None:
-    """Neither its exit status nor its last message, when it ends after a look; the message is told first."""
-    real = multiprocessing.get_context("spawn")
-    ending = type("Ending", (Ending,), {"status": status, "message": message})
-    context = SimpleNamespace(SimpleQueue=real.SimpleQueue, Value=real.Value, Process=ending)
-    monkeypatch.setattr(runs.multiprocessing, "get_context", lambda method: context)
-    with pytest.raises(RuntimeError, match=said):
-        train_runs(CONFIGS[:1], tmp_path)
 
 
 WRITE = """
@@ -748,8 +745,8 @@ def no_work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "RESULTS", results)
         patch.setattr(sweep, "RESULTS", results)
-        patch.setattr(sweep, "_run", lambda *arguments: 0)
-        patch.setattr(sweep, "print_plan", lambda configs: None)
+        patch.setattr(sweeps, "train", lambda *arguments: 0)
+        patch.setattr(sweeps, "print_plan", lambda configs: None)
         yield results
 
 
@@ -769,7 +766,7 @@ def test_a_command_refuses_in_one_line_before_any_work(
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
         try:
-            status = sweep.main(arguments)
+            status = sweeps.main(arguments)
         except SystemExit as ended:
             assert any(text.startswith("-") for pair in pairs for text in pair)
             status = ended.code
