@@ -13,10 +13,8 @@ import html
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -51,43 +49,6 @@ LONG_TABLE = 14
 """Rows from which a table is folded."""
 
 
-@dataclass
-class Entry:
-    """What the page says about one figure.
-
-    Attributes:
-        name: of its folder, such as `fig02`.
-        title, caption, reading: of its notebook.
-        picture: the figure as a data URI, or empty.
-        numbers, rows: the table behind it, and its length.
-        claims: what it decides.
-        origin: where it comes from (`_origin`), or empty.
-        parameters: those that its notebook was executed with, beyond the profile's.
-        seconds: that its notebook took.
-        files: names of its files, to be linked; none if it has not been made.
-        problems: what is missing or wrong, in sentences.
-    """
-
-    name: str
-    title: str
-    caption: Markup
-    reading: Markup
-    picture: str = ""
-    numbers: str = ""
-    rows: int = 0
-    claims: list[Claim] = field(default_factory=list)
-    origin: dict[str, Any] = field(default_factory=dict)
-    parameters: dict[str, Any] = field(default_factory=dict)
-    seconds: float | None = None
-    files: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def page(self) -> str:
-        """Address of its executed notebook, or empty."""
-        return f"{self.name}/{self.name}.html" if f"{self.name}.html" in self.files else ""
-
-
 class _Renderer(IPythonRenderer):
     """Markdown without raw HTML, and formulas as MathML, which browsers draw without a script."""
 
@@ -116,10 +77,8 @@ def markdown(source: str) -> Markup:
 
 
 def _table(numbers: pd.DataFrame, missing: str = "") -> Markup:
-    written = numbers.to_html(
-        classes="numbers", index=False, border=0, na_rep=missing, float_format="{:.4g}".format
-    )
-    return Markup(written)
+    form: Any = {"classes": "numbers", "index": False, "border": 0, "float_format": "{:.4g}".format}
+    return Markup(numbers.to_html(na_rep=missing, **form))
 
 
 def build(profile: str, results: Path = RESULTS, notebooks: Path = NOTEBOOKS) -> Path:
@@ -139,7 +98,27 @@ def build(profile: str, results: Path = RESULTS, notebooks: Path = NOTEBOOKS) ->
     require_name("profile", profile, PROFILES)
     folder = results / profile
     entries = [_entry(source, folder) for source in sorted(notebooks.glob("fig*.ipynb"))]
-    claims = [(entry, claim) for entry in entries for claim in entry.claims]
+    origins: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for entry in entries:
+        for title in ("code", "machines", "data"):
+            for value in entry["origin"].get(title, []):
+                origins.setdefault(title, {}).setdefault(value, []).append(entry)
+    body = _rendered(
+        "report.html.j2",
+        profile=profile,
+        entries=entries,
+        verdicts={name: sum(c.verdict == name for e in entries for c in e["claims"]) for name in VERDICTS},
+        read_profile=READ_PROFILE,
+        long_table=LONG_TABLE,
+        reproducibility=_reproducibility(results / "bench"),
+        origins=origins,
+    )
+    title = f"Deep equilibrium models versus bilevel learning: the {profile} profile"
+    write_atomic(folder / "index.html", _rendered("page.html.j2", title=title, body=body).encode())
+    return folder / "index.html"
+
+
+def _rendered(template: str, **words: Any) -> Markup:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -148,36 +127,7 @@ def build(profile: str, results: Path = RESULTS, notebooks: Path = NOTEBOOKS) ->
         lstrip_blocks=True,
     )
     environment.filters |= {"markdown": markdown, "duration": duration}
-    page = environment.get_template("report.html.j2").render(
-        profile=profile,
-        entries=entries,
-        made=[entry for entry in entries if entry.files],
-        absent=[entry for entry in entries if not entry.files],
-        claims=[(*key, list(group)) for key, group in groupby(claims, lambda pair: (pair[0], pair[1].rule))],
-        verdicts={name: sum(claim.verdict == name for _, claim in claims) for name in VERDICTS},
-        style=_style(),
-        read_profile=READ_PROFILE,
-        long_table=LONG_TABLE,
-        reproducibility=_reproducibility(results / "bench"),
-        origins={
-            title: _by_value((value, e) for e in entries for value in e.origin.get(name, []))
-            for title, name in (("Code", "code"), ("Machines", "machines"), ("Data", "data"))
-        },
-    )
-    write_atomic(folder / "index.html", page.encode())
-    return folder / "index.html"
-
-
-def _style() -> Markup:
-    return Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
-
-
-def _by_value(pairs: Iterable[tuple[str, Entry]]) -> dict[str, list[Entry]]:
-    """Each value once, with the figures that have it."""
-    grouped: dict[str, list[Entry]] = {}
-    for value, entry in pairs:
-        grouped.setdefault(value, []).append(entry)
-    return grouped
+    return Markup(environment.get_template(template).render(words))
 
 
 @contextmanager
@@ -198,8 +148,8 @@ def _told(problems: list[str], path: Path) -> Iterator[None]:
         problems.append(said)
 
 
-def _entry(source: Path, results: Path) -> Entry:
-    """Read all that there is of one figure, and write its executed notebook as a page.
+def _entry(source: Path, results: Path) -> dict[str, Any]:
+    """All that there is of one figure, for the template; its executed notebook becomes a page.
 
     Args:
         source: its notebook.
@@ -209,9 +159,11 @@ def _entry(source: Path, results: Path) -> Entry:
     cells = [c.source for c in nbformat.read(source, as_version=4).cells if c.cell_type == "markdown"]
     title, _, first = cells[0].partition("\n")
     reading = next((text.removeprefix(READING) for text in cells if text.startswith(READING)), "")
-    caption = first.strip().partition("\n\n")[0]
-    entry = Entry(name, title.lstrip("# "), markdown(caption), markdown(reading.strip()))
-    problems, folder = entry.problems, results / name
+    folder, problems = results / name, list[str]()
+    entry: dict[str, Any] = {"name": name, "number": int(name[3:]), "title": title.lstrip("# ")}
+    entry |= {"caption": markdown(first.strip().partition("\n\n")[0]), "reading": markdown(reading.strip())}
+    entry |= {"origin": {}, "picture": "", "numbers": "", "rows": 0, "claims": [], "page": ""}
+    entry |= {"seconds": None, "parameters": {}, "files": [], "problems": problems}
     failed = results / f"{name}.failed.ipynb"
     if failed.exists():
         problems.append(f"its last run failed: {failed.name} has the error")
@@ -219,44 +171,49 @@ def _entry(source: Path, results: Path) -> Entry:
         problems.append(f"it has not been made: make {name} PROFILE={results.name} makes it")
         return entry
     with _told(problems, path := folder / PROVENANCE):
-        entry.origin = _origin(json.loads(path.read_bytes()))
-        total = sum(entry.origin["outcomes"].values())
-        lost = [f"{n:,} {ending}" for ending, n in entry.origin["outcomes"].items() if ending != COMPLETED]
-        problems += [f"of {total:,} runs {', '.join(lost)}"] if lost else []
-    for file in entry.origin.get("sha256", {}):
+        entry["origin"] = _origin(json.loads(path.read_bytes()))
+        outcomes = entry["origin"]["outcomes"]
+        lost = [f"{count:,} {ending}" for ending, count in outcomes.items() if ending != COMPLETED]
+        problems += [f"of {sum(outcomes.values()):,} runs {', '.join(lost)}"] if lost else []
+    for file in entry["origin"].get("sha256", {}):
         with _told(problems, folder / file):
-            read_described(folder / file, entry.origin)
+            read_described(folder / file, entry["origin"])
     with _told(problems, path := folder / f"{name}.png"):
-        entry.picture = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        entry["picture"] = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
     with _told(problems, path := folder / f"{name}.csv"):
         numbers = pd.read_csv(path)
-        entry.numbers, entry.rows = _table(numbers), len(numbers)
+        entry |= {"numbers": _table(numbers), "rows": len(numbers)}
     if (path := folder / "claims.json").exists():
         with _told(problems, path):
-            entry.claims = [Claim(**claim) for claim in json.loads(path.read_bytes())]
+            entry["claims"] = [Claim(**claim) for claim in json.loads(path.read_bytes())]
     page = folder / f"{name}.html"
     page.unlink(missing_ok=True)
     with _told(problems, path := folder / f"{name}.ipynb"):
         notebook = nbformat.read(path, as_version=4)
         executed = notebook.metadata.get("papermill", {})
-        entry.seconds = executed.get("duration")
         given = executed.get("parameters", {})
-        entry.parameters = {key: given[key] for key in given if key not in ("profile", "results")}
-        write_atomic(page, _page(notebook, entry).encode())
-    entry.files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        entry["seconds"] = executed.get("duration")
+        entry["parameters"] = {key: given[key] for key in given if key not in ("profile", "results")}
+        write_atomic(page, _page(notebook, name, entry["title"]).encode())
+        entry["page"] = f"{name}/{page.name}"
+    entry["files"] = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     return entry
 
 
-def _page(notebook: nbformat.NotebookNode, entry: Entry) -> str:
+def _page(notebook: nbformat.NotebookNode, name: str, title: str) -> str:
+    """An executed notebook as a page of its own: nbconvert's cells in our style."""
+    for cell in notebook.cells:
+        # Of the pictures.
+        cell.metadata["alt"] = title
     exporter = HTMLExporter(
-        template_file=str(TEMPLATES / "notebook.html.j2"),
+        template_name="basic",
         filters={"markdown2html": markdown},
         exclude_input_prompt=True,
         exclude_output_prompt=True,
     )
-    words = {"style": _style(), "title": entry.title, "figure": entry.name}
-    page: str = exporter.from_notebook_node(notebook, words)[0]
-    return page
+    back = Markup('<nav><a href="../index.html#{}">All figures</a></nav>').format(name)
+    body = back + Markup("<main>{}</main>").format(Markup(exporter.from_notebook_node(notebook)[0]))
+    return _rendered("page.html.j2", title=title, body=body)
 
 
 def _origin(stored: dict[str, Any]) -> dict[str, Any]:
@@ -275,9 +232,8 @@ def _origin(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _version(code: str) -> str:
-    return (
-        f"{code}, {'the version that is' if code == code_version() else 'another version than the one'} here"
-    )
+    known = "the version that is" if code == code_version() else "another version than the one"
+    return f"{code}, {known} here"
 
 
 def _machine(environment: dict[str, Any]) -> str:
@@ -289,11 +245,7 @@ def _machine(environment: dict[str, Any]) -> str:
 
 
 def _reproducibility(folder: Path) -> dict[str, Any]:
-    """What differs between machines, and `problems` with the files that say it.
-
-    Args:
-        folder: of the benchmarks.
-    """
+    """What differs between machines, by the benchmark's files, and `problems` with them."""
     problems: list[str] = []
     shown: dict[str, Any] = {"problems": problems}
     with _told(problems, path := folder / "reproducibility.csv"):
@@ -301,13 +253,8 @@ def _reproducibility(folder: Path) -> dict[str, Any]:
         shown |= {"table": _table(table, "–"), "gpu": table["machine"].str.contains("gpu", case=False).any()}
     with _told(problems, path := folder / "reproducibility_provenance.json"):
         stored = json.loads(path.read_bytes())
-        shown |= {name: stored[name] for name in ("runs", "capability")}
+        shown |= {name: stored[name] for name in ("runs", "capability", "machines")}
         shown |= {"code": _version(stored["code"]), "measured_on": _machine(stored["environment"])}
-        shown["machines"] = {
-            name: ", ".join(f"{variable}={value}" for variable, value in variables.items())
-            for name, variables in stored["machines"].items()
-            if variables
-        }
     return shown
 
 
