@@ -25,7 +25,7 @@ NOTEBOOKS = REPOSITORY / "nbs"
 def names() -> dict[str, Path]:
     """All notebooks by name: the file's if that is declared (`first_steps`), else up to the first `_`."""
     paths = sorted(NOTEBOOKS.glob("*.ipynb"))
-    return {p.stem if p.stem in declared.NOTEBOOKS else p.stem.partition("_")[0]: p for p in paths}
+    return {p.stem if p.stem in declared.DECLARED else p.stem.partition("_")[0]: p for p in paths}
 
 
 def notebook_path(name: str) -> Path:
@@ -60,7 +60,7 @@ def require(
     known = defaults(notebook_path(name))
     common = {"profile": profile, "results": str(results)}
     given = {key: value for key, value in common.items() if key in known} | parameters
-    checked = declared.require(name, known | given)
+    checked = declared.validated(name, known | given)
     if given.get("results"):
         given["results"] = str(REPOSITORY / given["results"])
     return given, checked
@@ -156,13 +156,10 @@ def refresh(name: str) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.pages.notebooks", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    runner = commands.add_parser("run", help="execute notebooks into results/<profile>/")
-    runner.add_argument("names", nargs="+", metavar="figNN")
-    runner.add_argument("--profile", default="quick")
-    runner.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    refresher = commands.add_parser("refresh", help="execute notebooks in place, to be committed")
-    refresher.add_argument("names", nargs="+", metavar="figNN")
+    parser.add_argument("command", choices=("run", "refresh"), help="into results/, or in place")
+    parser.add_argument("names", nargs="+", metavar="figNN")
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args(arguments)
     given = {}
     for name in options.names if options.command == "run" else ():
@@ -170,30 +167,29 @@ def main(arguments: list[str] | None = None) -> int:
             given[name] = parse_parameters(options.p, declared.types(name))
             require(name, options.profile, given[name])
         except ConfigError as error:
-            print(f"{named(name)}: {error}", file=sys.stderr)
-            return 2
+            return _told(2, f"{named(name)}: {error}")
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     from lib.experiments.data import DataError
 
     for name in options.names:
-        start = time.perf_counter()
+        start, failed = time.perf_counter(), f"{name} failed, its old result is as it was: "
         try:
             made = refresh(name) if options.command == "refresh" else run(name, options.profile, given[name])
         except ConfigError as error:
-            print(f"{named(name)}: {error}", file=sys.stderr)
-            return 2
+            return _told(2, f"{named(name)}: {error}")
         except (PapermillExecutionError, CellExecutionError) as error:
-            reason = f"{error.ename}: {error.evalue}".splitlines()[0]
-            print(f"{name} failed, its old result is as it was: {reason}", file=sys.stderr)
-            return 1
+            return _told(1, failed + f"{error.ename}: {error.evalue}".splitlines()[0])
         except (DataError, OSError, DeadKernelError) as error:
-            reason = " ".join(str(error).split())
-            print(f"{name} failed, its old result is as it was: {reason}", file=sys.stderr)
-            return 1
+            return _told(1, failed + " ".join(str(error).split()))
         print(f"{made}  ({time.perf_counter() - start:.0f} s)")
     return 0
+
+
+def _told(status: int, line: str) -> int:
+    print(line, file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

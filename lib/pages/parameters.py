@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, create_model
 
 from lib.experiments.config import (
     CONTROL,
@@ -28,15 +28,6 @@ from lib.experiments.profiles import FILLING, FILTERS, PROFILES, faces_config, g
 
 T = TypeVar("T")
 
-Axis = Annotated[list[T], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
-"""One value or a list of them."""
-
-Listed = Annotated[list[T], Field(min_length=1)]
-
-Index = Annotated[int, Field(ge=0)]
-
-Seed = Annotated[int, Field(ge=0, lt=2**62)]
-
 
 def _path(text: str) -> str:
     if not text or CONTROL.search(text):
@@ -50,11 +41,16 @@ def _growing(values: list[int]) -> list[int]:
     return values
 
 
-PathName = Annotated[str, AfterValidator(_path)]
-
+Listed = Annotated[list[T], Field(min_length=1)]
 Growing = Annotated[list[T], Field(min_length=1), AfterValidator(_growing)]
+PathName = Annotated[str, AfterValidator(_path)]
+Index = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**62)]
+Seeds = Annotated[int, Field(ge=1, le=1_000)]
+SmallCount = Annotated[int, Field(ge=1, le=1_024)]
 
-Size = Annotated[int, Field(ge=1, le=1_024)]
+Axis = Annotated[list[T], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
+"""One value or a list of them."""
 
 
 def _require_index(name: str, value: int, count: int) -> None:
@@ -66,14 +62,7 @@ class Parameters(Checked):
     """Of a notebook that has none."""
 
     def agree(self, **fixed: Any) -> None:
-        """Refuse what the configurations refuse, and indices of what there is not.
-
-        Args:
-            fixed: what the notebook itself fixes, such as its task.
-
-        Raises:
-            ConfigError: names the parameter.
-        """
+        """Refuse what the configurations refuse, with what the notebook itself fixes, such as its task."""
 
     def folder(self, name: str, results: Path) -> Path:
         """Where the results of the notebook of a name are, once it has been executed."""
@@ -105,7 +94,7 @@ class Digits(Parameters):
 
 
 class Grid(Parameters):
-    """Figure 5, and what figures 1 and 6 have in common with it."""
+    """What figures 1, 5 and 6 have in common."""
 
     profile: str
     task: Axis[str] | None
@@ -120,23 +109,6 @@ class Grid(Parameters):
 
     def agree(self, **fixed: Any) -> None:
         grid(self.profile, **self.of(RunConfig))
-
-
-class SeededGrid(Grid):
-    seeds: Annotated[int, Field(ge=1, le=1_000)]
-
-
-class Losses(SeededGrid):
-    """Figure 1."""
-
-    threshold: Positive
-
-
-class Epochs(Grid):
-    """Figure 6."""
-
-    threshold: Positive
-    seconds: Positive | None
 
 
 class Faces(Parameters):
@@ -175,7 +147,7 @@ class Photographs(Faces):
     """Figures 8 and 13."""
 
     image: Index
-    seeds: Annotated[int, Field(ge=1, le=1_000)]
+    seeds: Seeds
 
     def agree(self, **fixed: Any) -> None:
         for filters, side in FILTERS.values():
@@ -255,47 +227,44 @@ class Scaling(Parameters):
     """The sizes of which the cost is measured."""
 
     profile: str
-    sides: Growing[Size]
-    filters: Growing[Size]
-    batches: Growing[Size]
+    sides: Growing[SmallCount]
+    filters: Growing[SmallCount]
+    batches: Growing[SmallCount]
     digit_sides: Growing[Annotated[int, Field(ge=1, le=112)]]
-    stacks: Growing[Size]
-    solver_steps: Growing[Size]
+    stacks: Growing[SmallCount]
+    solver_steps: Growing[SmallCount]
     results: PathName | None
 
     def agree(self, **fixed: Any) -> None:
         require_name("profile", self.profile, PROFILES)
 
 
-class FirstSteps(Parameters):
-    """Discs that are blurred or noisy."""
-
-    noise: Annotated[float, Field(ge=0, le=10)]
-    steps: Count
-    seed: Seed
+def _also(kind: type[Parameters], **types: Any) -> type[Parameters]:
+    """A kind of notebook with more parameters of these types."""
+    fields: dict[str, Any] = {name: (annotation, ...) for name, annotation in types.items()}
+    return create_model(kind.__name__, __base__=kind, **fields)
 
 
 DENOISING, INPAINTING, DEBLURRING = ({"task": task} for task in ("denoising", "inpainting", "deblurring"))
 
-NOTEBOOKS: dict[str, tuple[type[Parameters], dict[str, Any]]] = {
-    "fig01": (Losses, {}),
+DECLARED: dict[str, tuple[type[Parameters], dict[str, Any]]] = {
+    "fig01": (_also(Grid, seeds=Seeds, threshold=Positive), {}),
     "fig02": (Digits, DENOISING),
     "fig03": (Digits, INPAINTING),
     "fig04": (Digits, DEBLURRING),
-    "fig05": (SeededGrid, {}),
-    "fig06": (Epochs, {}),
+    "fig05": (_also(Grid, seeds=Seeds), {}),
+    "fig06": (_also(Grid, threshold=Positive, seconds=Positive | None), {}),
     "fig07": (Inpainting, {}),
     "fig08": (Photographs, DENOISING),
-    "fig09": (Kernels, DENOISING | {"size": "11x11"}),
-    "fig10": (Kernels, DENOISING | {"size": "11x11"}),
-    "fig11": (Kernels, DENOISING | {"size": "3x3"}),
-    "fig12": (Kernels, DENOISING | {"size": "3x3"}),
+    **{name: (Kernels, DENOISING | {"size": "11x11"}) for name in ("fig09", "fig10")},
+    **{name: (Kernels, DENOISING | {"size": "3x3"}) for name in ("fig11", "fig12")},
     "fig13": (Photographs, DEBLURRING),
-    "fig14": (Kernels, DEBLURRING | {"size": "11x11"}),
-    "fig15": (Kernels, DEBLURRING | {"size": "11x11"}),
-    "fig16": (Kernels, DEBLURRING | {"size": "3x3"}),
-    "fig17": (Kernels, DEBLURRING | {"size": "3x3"}),
-    "first_steps": (FirstSteps, {}),
+    **{name: (Kernels, DEBLURRING | {"size": "11x11"}) for name in ("fig14", "fig15")},
+    **{name: (Kernels, DEBLURRING | {"size": "3x3"}) for name in ("fig16", "fig17")},
+    "first_steps": (
+        _also(Parameters, noise=Annotated[float, Field(ge=0, le=10)], steps=Count, seed=Seed),
+        {},
+    ),
     "theory": (Theory, {}),
     "reconstruct": (Reconstruct, {}),
     "explore": (Explore, {}),
@@ -306,26 +275,22 @@ NOTEBOOKS: dict[str, tuple[type[Parameters], dict[str, Any]]] = {
 
 def types(notebook: str) -> dict[str, Any]:
     """Annotations of a notebook's parameters, by name."""
-    kind, _ = NOTEBOOKS.get(notebook, (Parameters, {}))
+    kind, _ = DECLARED.get(notebook, (Parameters, {}))
     return {name: field.annotation for name, field in kind.model_fields.items()}
 
 
-def require(notebook: str, values: Mapping[str, Any]) -> Parameters:
+def validated(notebook: str, values: Mapping[str, Any]) -> Parameters:
     """The parameters of a notebook, all of which make sense.
 
     Raises:
         ConfigError: names the parameter, what it was and what is allowed.
     """
-    kind, fixed = NOTEBOOKS.get(notebook, (Parameters, {}))
+    kind, fixed = DECLARED.get(notebook, (Parameters, {}))
     parameters = kind(**values)
     parameters.agree(**fixed)
     return parameters
 
 
 def check(notebook: str, variables: Mapping[str, Any]) -> None:
-    """Refuse parameters that make no sense, among all variables of a notebook.
-
-    Raises:
-        ConfigError: as `require`.
-    """
-    require(notebook, {name: variables[name] for name in types(notebook) if name in variables})
+    """Refuse parameters that make no sense, among all variables of a notebook: see `validated`."""
+    validated(notebook, {name: variables[name] for name in types(notebook) if name in variables})
