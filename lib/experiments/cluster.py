@@ -4,9 +4,9 @@ submitit starts the jobs. They store what they train in the same `results/runs/`
 resume from its checkpoints: a job that is killed, preempted or out of its time loses one epoch at most.
 
 `results/` and `data/` are on a file system that all machines share. While a run is trained, its folder is
-locked with `flock`, which has to be known to all of them: NFS 4, or NFS 3 with its lock daemon (not mounted
-with `nolock` or `local_lock`), Lustre mounted with `flock`. The lock of a process that is killed, so that its
-job is queued again, is free at once; that of a machine that is gone when the file server has given it up.
+locked with `flock`, which all of them have to know: NFS 4, NFS 3 with its lock daemon, Lustre mounted with
+`flock`. The lock of a process that is killed is free at once; that of a machine that is gone when the file
+server has given it up.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import psutil
 import submitit
@@ -38,21 +38,10 @@ from submitit.core.utils import JobPaths
 from submitit.helpers import Checkpointable, clean_env
 from tqdm import tqdm
 
+from lib.experiments import runs
 from lib.experiments.config import Checked, ConfigError, RunConfig, named, require_name, shown
 from lib.experiments.problem import Config, load_images
 from lib.experiments.processes import interrupts_ignored
-from lib.experiments.runs import (
-    POLL_SECONDS,
-    code_version,
-    default_device,
-    is_locked,
-    is_stored,
-    read_record,
-    run_key,
-    stacks,
-    train_stack,
-    workers,
-)
 from lib.experiments.store import RESULTS, read_sealed, write_sealed
 from lib.experiments.trainer import DIVERGED, OUT_OF_TIME, shared
 
@@ -68,26 +57,16 @@ def _word(text: str) -> str:
 
 
 Word = Annotated[str, AfterValidator(_word)]
+Jobs = Annotated[int, Field(ge=1, le=1000)]
 
 
-@dataclass(frozen=True)
-class ClusterJob:
-    """A job that was submitted.
-
-    Attributes:
-        id: its number in the cluster, `123_4` in an array, or that of its process.
-        folder: of the submission.
-        keys: of the runs that it trains.
-    """
+class ClusterJob(NamedTuple):
+    """A job that was submitted: its `id` (`123_4` in an array of Slurm, the number of a process here), the
+    folder of the submission, and the keys of the runs that it trains."""
 
     id: str
     folder: Path
     keys: frozenset[str]
-
-    @property
-    def log(self) -> Path:
-        """Where its standard error goes."""
-        return Path(JobPaths(self.folder, self.id).stderr)
 
 
 class LocalJobs(Checked):
@@ -105,15 +84,15 @@ class LocalJobs(Checked):
     look_seconds: ClassVar[float] = 1.0
     place: ClassVar[str] = f"local-{platform.node()}"
 
-    jobs: Annotated[int, Field(ge=1, le=1000)] = Field(default_factory=lambda: workers(default_device()))
+    jobs: Jobs = Field(default_factory=lambda: runs.workers(runs.default_device()))
 
     def groups(self, configs: Sequence[RunConfig]) -> list[list[Config]]:
         """Configurations that are trained in one job, the groups taking turns."""
-        return stacks(configs, default_device())
+        return runs.stacks(configs, runs.default_device())
 
     def parameters(self, count: int) -> dict[str, Any]:
         """What submitit is told of `count` jobs: here no time limit, whose unit is a minute."""
-        accelerators = 1 if default_device().type == "cuda" else 0
+        accelerators = 1 if runs.default_device().type == "cuda" else 0
         return {"timeout_min": 365 * 24 * 60, "gpus_per_node": accelerators}
 
     def unfinished(self, jobs: Iterable[ClusterJob]) -> set[str]:
@@ -139,7 +118,7 @@ class SlurmJobs(LocalJobs):
     look_seconds: ClassVar[float] = 30.0
     place: ClassVar[str] = "slurm"
 
-    jobs: Annotated[int, Field(ge=1, le=1000)] = 256
+    jobs: Jobs = 256
     minutes: Annotated[int, Field(ge=5, le=100_000, serialization_alias="timeout_min")] = 120
     partition: Word | None = Field(None, serialization_alias="slurm_partition")
     account: Word | None = Field(None, serialization_alias="slurm_account")
@@ -150,7 +129,7 @@ class SlurmJobs(LocalJobs):
 
     def groups(self, configs: Sequence[RunConfig]) -> list[list[Config]]:
         if not self.gpus:
-            return stacks(configs, torch.device("cpu"))
+            return runs.stacks(configs, torch.device("cpu"))
         # Only the machine with the accelerator knows its memory; it divides a group into stacks that fit.
         groups: dict[Config, list[Config]] = {}
         for config in configs:
@@ -190,30 +169,25 @@ def job_options(cluster: str, pairs: Sequence[tuple[str, str]]) -> LocalJobs | N
     Raises:
         ConfigError: the cluster or the name of an option is unknown, or a value is refused.
     """
-    if cluster == "none" and not pairs:
-        return None
     if cluster == "none":
-        raise ConfigError(f"{named(pairs[0][0])}: allowed with CLUSTER=local or CLUSTER=slurm only")
+        if pairs:
+            raise ConfigError(f"{named(pairs[0][0])}: allowed with CLUSTER=local or CLUSTER=slurm only")
+        return None
     require_name("cluster", cluster, ("none", *CLUSTERS))
     if cluster == "slurm" and shutil.which("sbatch") is None:
         raise ConfigError(
             "cluster: got 'slurm', allowed: on a machine with Slurm's commands, but sbatch is missing; "
             "install slurm-client, or use CLUSTER=local"
         )
-    options: dict[str, Any] = dict(pairs)
-    return CLUSTERS[cluster](**options)
+    return CLUSTERS[cluster](**dict[str, Any](pairs))
 
 
 @dataclass(frozen=True)
 class Share(Checkpointable):
     """What one job trains; started again, when it was preempted or out of its time, it goes on.
 
-    submitit pickles it, so it holds plain values alone.
-
-    Attributes:
-        configs: parameters of its configurations.
-        results: folder of the results.
-        code: the `code_version` that its runs are asked of.
+    submitit pickles it, so it holds plain values alone: parameters of its configurations, the folder of the
+    results, and the `code_version` that its runs are asked of.
     """
 
     configs: tuple[dict[str, Any], ...]
@@ -221,14 +195,14 @@ class Share(Checkpointable):
     code: str
 
     def __call__(self) -> None:
-        if code_version() != self.code:
+        if runs.code_version() != self.code:
             raise RuntimeError("the code of lib was changed after this job was submitted; run again")
         if submitit.JobEnvironment().cluster == "local":
             # submitit ignores it in favour of Slurm's other signals, and nothing else would end the job.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         configs = [RunConfig(**values) for values in self.configs]
-        for stack in stacks(configs, default_device()):
-            train_stack(stack, self.results, lambda progress: None)
+        for stack in runs.stacks(configs, runs.default_device()):
+            runs.train_stack(stack, self.results, lambda progress: None)
 
 
 def train_on_cluster(
@@ -250,7 +224,7 @@ def train_on_cluster(
         KeyboardInterrupt: with a message, since the jobs go on.
     """
     results = Path(results or RESULTS).absolute()
-    waiting = [config for config in configs if not is_stored(config, results)]
+    waiting = [config for config in configs if not runs.is_stored(config, results)]
     if not waiting:
         return
     # Here, where data that are missing are reported once; the machines of the jobs may have no network.
@@ -267,9 +241,9 @@ def train_on_cluster(
     with held:
         jobs = _submitted(folder, options)
         taken = frozenset[str]().union(*(job.keys for job in jobs))
-        left = [config for config in waiting if run_key(config) not in taken]
+        left = [config for config in waiting if runs.run_key(config) not in taken]
         jobs += _submit(left, options, results, folder) if left else []
-    jobs = [job for job in jobs if any(run_key(config) in job.keys for config in waiting)]
+    jobs = [job for job in jobs if any(runs.run_key(config) in job.keys for config in waiting)]
     try:
         _follow(configs, jobs, options, results)
     except KeyboardInterrupt:
@@ -305,28 +279,23 @@ def _submit(
     try:
         executor = submitit.AutoExecutor(own, cluster=options.cluster, slurm_max_num_timeout=REQUEUES)
         executor.update_parameters(**options.parameters(count))
+        code = runs.code_version()
+        tasks = [Share(tuple(c.model_dump() for c in share), str(results), code) for share in shares]
         # Ctrl-C ends the command that waits, not jobs of this machine. The error has what sbatch prints, too.
         with interrupts_ignored(), _no_job(), redirect_stderr(io.StringIO()):
-            with executor.batch():
-                submitted = [
-                    executor.submit(Share(tuple(c.model_dump() for c in share), str(results), code_version()))
-                    for share in shares
-                ]
-            jobs = [
-                ClusterJob(job.job_id, own, frozenset(map(run_key, share)))
-                for job, share in zip(submitted, shares, strict=True)
-            ]
-            write_sealed(own / "jobs", json.dumps({job.id: sorted(job.keys) for job in jobs}).encode())
+            ids = [job.job_id for job in executor.submit_array(tasks)]
+            keys = [[runs.run_key(config) for config in share] for share in shares]
+            write_sealed(own / "jobs", json.dumps(dict(zip(ids, keys, strict=True))).encode())
     except BaseException:
         shutil.rmtree(own)
         raise
-    return jobs
+    return [ClusterJob(id, own, frozenset(some)) for id, some in zip(ids, keys, strict=True)]
 
 
 @contextmanager
 def _no_job() -> Iterator[None]:
     """An environment without the variables of a job that this process may be in, but with Slurm's own."""
-    kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
     with clean_env():
         os.environ.update(kept)
         yield
@@ -337,15 +306,14 @@ def _follow(
 ) -> None:
     """Wait until all runs are stored, or no job and no other process trains those that are not."""
     ended: Counter[str] = Counter()
-    left = {run_key(config): config for config in configs}
+    left = {runs.run_key(config): config for config in configs}
     earlier = recent = {job.id for job in jobs}
     looked = time.monotonic()
     interval = 0.2 if sys.stderr.isatty() else 5.0
     with tqdm(desc="sweep", total=len(configs), mininterval=interval, unit="run", leave=False) as bar:
         while True:
-            before = ended.total()
             for key, config in list(left.items()):
-                record = read_record(config, results)
+                record = runs.read_record(config, results)
                 if record is not None:
                     ended[record["status"]] += 1
                     del left[key]
@@ -354,13 +322,13 @@ def _follow(
                 f"out of time {ended[OUT_OF_TIME]}, jobs {len(recent)}",
                 refresh=False,
             )
-            bar.update(ended.total() - before)
+            bar.update(ended.total() - bar.n)
             if not left:
                 return
             busy = any(job.id in earlier | recent and job.keys & left.keys() for job in jobs)
-            if not busy and not all(is_locked(config, results) for config in left.values()):
+            if not busy and not all(runs.is_locked(config, results) for config in left.values()):
                 raise RuntimeError(_failure(jobs, left.keys()))
-            time.sleep(min(POLL_SECONDS, options.look_seconds))
+            time.sleep(min(runs.POLL_SECONDS, options.look_seconds))
             if time.monotonic() - looked >= options.look_seconds:
                 earlier, recent, looked = recent, options.unfinished(jobs), time.monotonic()
 
@@ -368,7 +336,7 @@ def _follow(
 def _failure(jobs: Sequence[ClusterJob], left: Iterable[str]) -> str:
     """Which jobs ended before their runs, what the first one said and what to do."""
     lost = [job for job in jobs if not job.keys.isdisjoint(left)]
-    log = lost[0].log
+    log = Path(JobPaths(lost[0].folder, lost[0].id).stderr)
     said = log.read_text(errors="replace").strip() if log.exists() else ""
     last = said.splitlines()[-1] if said else "nothing: it was killed"
     return (
