@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,15 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
 from lib import regularizer
-from lib.experiments import data, runs
+from lib.experiments import data, problem, runs
 from lib.experiments.config import ConfigError, FacesConfig, RunConfig
-from lib.experiments.data import LARGEST_SIDE, DataError, faces, photograph_files, photographs
+from lib.experiments.data import DataError, faces, photograph_files, photographs
 from lib.experiments.problem import (
     Weights,
     first_iterate,
@@ -104,36 +103,20 @@ def test_the_paper_profile_has_the_papers_noise_and_decay() -> None:
     ("name", "value", "allowed"),
     [
         ("dataset", 3, "a valid string"),
-        ("dataset", None, "a valid string"),
         ("reduction", 0, "greater than or equal to 1"),
         ("reduction", 65, "less than or equal to 64"),
-        ("reduction", 2.0, "a valid integer"),
-        ("train_images", 0, "greater than or equal to 1"),
-        ("test_images", -1, "greater than or equal to 1"),
         ("blur", 0, "greater than or equal to 1"),
         ("blur", 100, "less than or equal to 99"),
-        ("filters", 0, "greater than or equal to 1"),
         ("filters", 1001, "less than or equal to 1000"),
         ("filter_size", 1, "greater than or equal to 3"),
         ("filter_size", 33, "less than or equal to 31"),
         ("filter_size", 4, "an odd number"),
-        ("filter_size", 10, "an odd number"),
         ("sharpness", 0.0, "greater than 0"),
         ("sharpness", math.inf, "a finite number"),
         ("warm_start", 1, "a valid boolean"),
-        ("warm_start", "yes", "a valid boolean"),
-        ("noise", -0.1, "greater than or equal to 0"),
-        ("tau", 0, "greater than 0"),
-        ("lam", math.nan, "a finite number"),
-        ("epochs", 0, "greater than or equal to 1"),
-        ("test_every", 0, "greater than or equal to 1"),
-        ("learning_rate", 0.0, "greater than 0"),
         ("final_learning_rate", 0.02, "at most learning_rate = 0.01"),
         ("schedule", "step", "'cosine' or 'linear'"),
         ("start", "mean", "'zero' or 'data'"),
-        ("model", "unet", "'bilevel' or 'deq'"),
-        ("task", "deblur", "'denoising', 'inpainting' or 'deblurring'"),
-        ("seed", -1, "greater than or equal to 0"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(name: str, value: Any, allowed: str) -> None:
@@ -172,39 +155,6 @@ def test_initial_kernels_of_another_shape_or_model_are_refused(name: str, value:
     assert config.initial == other
 
 
-ORDINARY = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.integers(0, 120),
-    st.floats(),
-    st.floats(0, 1),
-    st.text(),
-    st.sampled_from(["faces", "celeba", "deq", *TASKS, "first", "second", "plain", "linear", "zero"]),
-    st.lists(st.integers()),
-    st.builds(FacesConfig, filters=st.integers(1, 3), epochs=st.integers(1, 5)),
-)
-"""Values of all sorts, many of them valid for some field."""
-
-
-@pytest.mark.parametrize("name", FIELDS)
-@given(value=ORDINARY)
-@settings(max_examples=40)
-def test_any_value_is_valid_or_refused_by_name(name: str, value: Any) -> None:
-    """Whatever a field is given, it holds that and survives JSON, or a line names the field."""
-    config: FacesConfig | None
-    try:
-        config = FacesConfig(**{name: value})
-    except ConfigError as error:
-        config, message = None, str(error)
-    if config is None:
-        assert name in message
-        assert len(message.splitlines()) == 1
-    else:
-        assert getattr(config, name) == value
-        assert FacesConfig(**json.loads(json.dumps(config.model_dump()))) == config
-
-
 @pytest.mark.parametrize("profile", FACES_PROFILES)
 @pytest.mark.parametrize("task", TASKS)
 def test_every_profile_is_valid_for_every_task(profile: str, task: str) -> None:
@@ -223,13 +173,6 @@ def test_the_profiles_differ_in_size() -> None:
         configs = [faces_config(profile, task) for profile in ("smoke", "quick", "paper")]
         costs = [c.epochs * c.train_images / c.reduction**2 for c in configs]
         assert costs == sorted(set(costs))
-
-
-@pytest.mark.parametrize("profile", ["Quick", "", None, 3])
-def test_an_unknown_profile_is_refused(profile: Any) -> None:
-    """The line names the profile that was asked for and those that exist."""
-    message = refusal(lambda: faces_config(profile, "denoising"))
-    assert message == f"profile: got {profile!r}, allowed: {', '.join(FACES_PROFILES)}"
 
 
 @pytest.mark.parametrize("profile", FACES_PROFILES)
@@ -367,65 +310,22 @@ def test_training_and_test_images_never_overlap(folder: Path, train: int, test: 
     assert str(caught.value) == f"{start}{folder}"
 
 
-def test_a_folder_of_mixed_images_becomes_one_size(tmp_path: Path) -> None:
-    """Grey, colour, transparency and palettes; all are cut to the smallest height and width, centred."""
-    colour = noise_image(31, 26, 1, 3)
-    transparent = np.concatenate([noise_image(28, 41, 2, 3), np.full((28, 41, 1), 200, np.uint8)], axis=-1)
-    grey, bits = noise_image(40, 33, 0), noise_image(29, 30, 3) // 128 * 255
-    save(tmp_path, "0.png", grey)
-    save(tmp_path, "1.PNG", colour)
-    save(tmp_path, "2.png", transparent)
-    save(tmp_path, "3.png", bits, "1")
-    save(tmp_path, "4.png", np.full((28, 26, 3), (255, 0, 0), np.uint8), "P")
-    save(tmp_path, "5.bmp", np.full((50, 50, 3), (10, 200, 90), np.uint8))
-    found = photographs(str(tmp_path), 4, 2)
-    images = torch.cat([found["train"], found["test"]])
-    assert images.shape == (6, 1, 28, 26)
-    weights = np.array([0.299, 0.587, 0.114])
-    expected = [
-        grey[6:34, 3:29],
-        (colour @ weights)[1:29],
-        (transparent[..., :3] @ weights)[:, 7:33] * 200 / 255 + 55,
-        bits[:28, 2:28],
-        np.full((28, 26), 255 * 0.299),
-        np.full((28, 26), 10 * 0.299 + 200 * 0.587 + 90 * 0.114),
-    ]
-    for image, exact in zip(pixels_of(images), expected, strict=True):
-        assert np.abs(image - exact).max() <= 1
+def test_images_of_a_folder_become_one_size(tmp_path: Path) -> None:
+    """All are cut to the smallest height and width among them, around their centres."""
+    images = [noise_image(*size, 0) for size in ((40, 33), (31, 26), (28, 41), (50, 50))]
+    for number, image in enumerate(images):
+        save(tmp_path, f"{number}.png", image)
+    found = photographs(str(tmp_path), 2, 2)
+    cut = [images[0][6:34, 3:29], images[1][1:29], images[2][:, 7:33], images[3][11:39, 12:38]]
+    assert np.array_equal(pixels_of(torch.cat([found["train"], found["test"]])), cut)
 
 
-@pytest.mark.parametrize(("height", "width"), [(300, 512), (1024, 256), (257, 257)])
-def test_a_large_image_is_reduced(tmp_path: Path, height: int, width: int) -> None:
-    """Its longer side becomes the largest that is taken, in proportion; a smaller one is as it is."""
-    rows = np.linspace(0, 255, height).astype(np.uint8)
-    save(tmp_path, "0.png", np.repeat(rows[:, None], width, axis=1))
-    save(tmp_path, "1.png", np.repeat(rows[:, None], width, axis=1))
-    image = photographs(str(tmp_path), 1, 1)["train"]
-    longest = max(height, width)
-    assert max(image.shape[-2:]) == LARGEST_SIDE
-    for side, original in zip(image.shape[-2:], (height, width), strict=True):
-        assert abs(side - original * LARGEST_SIDE / longest) <= 1
-    smooth = (image[0, 0].mean(1) + 1) * 127.5
-    ramp = torch.linspace(0, 255, len(smooth))
-    assert (smooth - ramp).abs().max() < 4
-    small = tmp_path / "small"
-    small.mkdir()
-    for number in range(2):
-        save(small, f"{number}.png", noise_image(LARGEST_SIDE, 100, number))
-    assert np.array_equal(pixels_of(photographs(str(small), 1, 1)["train"])[0], noise_image(256, 100, 0))
-
-
-@pytest.mark.parametrize("content", [b"", b"no image at all", None], ids=["empty", "text", "truncated"])
-def test_an_unreadable_image_is_named(folder: Path, content: bytes | None) -> None:
-    """In one line with its path; files that are not asked for may be what they like."""
-    bad = folder / "2.png"
-    bad.write_bytes(bad.read_bytes()[:200] if content is None else content)
+def test_an_unreadable_image_is_named(folder: Path) -> None:
+    """Files that are not asked for may be what they like."""
+    (folder / "2.png").write_bytes(b"no image at all")
     photographs(str(folder), 2, 2)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=f"^{folder / '2.png'} cannot be read as an image: .*$"):
         photographs(str(folder), 3, 2)
-    message = str(caught.value)
-    assert message.startswith(f"{bad} cannot be read as an image: ")
-    assert len(message.splitlines()) == 1
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -457,21 +357,11 @@ def test_celeba_says_how_it_can_be_had(tmp_path: Path, monkeypatch: pytest.Monke
         assert len(message.splitlines()) == 1
 
 
-def test_celeba_is_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that `CELEBA_DIR` names, or else torchvision's place; digests are of the same files."""
-    expected = photographs(str(folder), 3, 2)
+def test_celeba_has_the_digests_of_its_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CELEBA_DIR", str(folder))
-    found = photographs("celeba", 3, 2, root=tmp_path / "elsewhere")
-    assert all(torch.equal(found[split], images) for split, images in expected.items())
     numbers = {"train_images": 3, "test_images": 2}
     celeba, named = FacesConfig(dataset="celeba", **numbers), FacesConfig(dataset=str(folder), **numbers)
     assert data_digests(celeba) == data_digests(named)
-    monkeypatch.delenv("CELEBA_DIR")
-    place = tmp_path / "celeba" / "img_align_celeba"
-    place.parent.mkdir()
-    folder.rename(place)
-    found = photographs("celeba", 3, 2, root=tmp_path)
-    assert all(torch.equal(found[split], images) for split, images in expected.items())
 
 
 def test_the_key_of_a_run_knows_its_files(folder: Path) -> None:
@@ -681,7 +571,7 @@ def test_a_resumed_training_has_the_same_bits(values: dict[str, Any]) -> None:
         assert_same_bits(resumed, member)
     buffers = read_checkpoint(checkpoints[2][0])["buffers"]
     warm = {"forward", "backward"} if config.warm_start else set()
-    assert {"scales", "directions"} | warm <= set(buffers)
+    assert {"regularizer.scales", "regularizer.directions"} | warm <= set(buffers)
 
 
 VARIANTS: list[dict[str, Any]] = [{"noise": 0.1}, {"noise": 0.3}]
@@ -717,7 +607,7 @@ def test_a_member_that_diverges_takes_only_its_own_warm_start_away(monkeypatch: 
 
     def limit(trainer: Trainer) -> None:
         noisy, other = (train_losses(member)[0] for member in trainer.members)
-        monkeypatch.setattr(trainer, "LOSS_LIMIT", (noisy + other) / 2)
+        monkeypatch.setattr("lib.experiments.trainer.LOSS_LIMIT", (noisy + other) / 2)
 
     lost, kept = Trainer(configs).train(on_epoch=limit)
     assert lost.status == "diverged"
@@ -733,8 +623,7 @@ def test_a_member_that_diverges_takes_only_its_own_warm_start_away(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("epochs", "every", "tested"),
-    [(5, 2, {0, 2, 4, 5}), (3, 10, {0, 3}), (2, 1, {0, 1, 2})],
+    ("epochs", "every", "tested"), [(5, 2, {0, 2, 4, 5}), (3, 10, {0, 3}), (2, 1, {0, 1, 2})]
 )
 def test_tests_are_where_they_are_asked_for_and_at_the_end(epochs: int, every: int, tested: set[int]) -> None:
     """Rows of other epochs have no test metrics at all, and no row has a NaN."""
@@ -841,3 +730,51 @@ def test_a_stored_run_of_photographs_is_loaded(
     assert trained
     assert other.key != first.key
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def ours(**values: Any) -> FacesConfig:
+    """A small training of kernels and weight by L-BFGS, from first-order differences."""
+    own = {
+        "initial": "first",
+        "filters": 2,
+        "filter_size": 3,
+        "learn_weight": True,
+        "differentiate_norm": True,
+    }
+    return smoke(**own | {"optimizer": "lbfgs", "epochs": 6, "tol": 1e-6, "lam": 5.0} | values)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_kernels_and_weight_are_learned_by_a_quasi_newton_method(model: str) -> None:
+    """The loss falls from step to step, the weight moves, and what is stored has the last test loss."""
+    config = ours(model=model)
+    (member,) = Trainer([config]).train()
+    losses = [row["train_loss"] for row in member.history[1:]]
+    assert member.status == "completed"
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
+    assert abs(math.log(member.weights["lam"].item() / config.lam)) > 0.1
+    trained = problem.trained_model(config, member.weights)
+    torch.testing.assert_close(trained.lam, member.weights["lam"], rtol=1e-5, atol=0)
+    images = problem.load_images(config)["test"]
+    f = problem.observe(trained.operator, images, torch.tensor(config.noise), problem.test_noise(config))
+    loss = (problem.solve(trained, f, config).value - images).square().mean()
+    assert loss.item() == pytest.approx(member.history[-1]["test_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_a_training_with_a_learned_weight_is_resumed_with_the_same_bits(optimizer: str) -> None:
+    """Weight, step and what L-BFGS remembers are in the checkpoint of any epoch."""
+    config = ours(optimizer=optimizer, epochs=4)
+    (member,), checkpoints = saved(config)
+    for checkpoint in checkpoints.values():
+        (resumed,) = Trainer([config], checkpoints=checkpoint).train()
+        assert_same_bits(resumed, member)
+
+
+def test_a_quasi_newton_method_takes_one_fixed_loss_of_one_training() -> None:
+    """Noise that is drawn anew and stacks are refused in one line."""
+    with pytest.raises(ConfigError, match="optimizer: got 'lbfgs', allowed: with warm_start = True"):
+        ours(warm_start=False)
+    with pytest.raises(ValueError, match="configs: got 2, allowed: one at a time for L-BFGS"):
+        Trainer([ours(), ours(noise=0.2)])
+    assert runs.stack_size(ours(), torch.device("cpu")) == 1

@@ -17,7 +17,15 @@ from torch import Tensor
 from lib.experiments import data, problem, trainer
 from lib.experiments.config import RunConfig
 from lib.experiments.problem import generator, make_adjoint_solver, make_solver, psnr
-from lib.experiments.trainer import STACKED, Member, Metrics, Trainer, learning_rate
+from lib.experiments.trainer import (
+    STACKED,
+    Member,
+    Metrics,
+    Trainer,
+    learning_rate,
+    read_checkpoint,
+    steps_per_epoch,
+)
 from lib.implicit import implicit_fixed_point
 from lib.models import FixedPointModel
 from lib.operators import TASKS
@@ -95,7 +103,7 @@ def test_each_step_is_taken_with_its_learning_rate() -> None:
     trainer, rates = Trainer([config]), list[float]()
     trainer.train(on_step=lambda: rates.append(trainer.optimizer.param_groups[0]["lr"]))
     assert trainer.step == len(rates)
-    total = 2 * trainer.steps_per_epoch(config)
+    total = 2 * steps_per_epoch(config)
     assert total == 10
     assert rates == [learning_rate(config, step, total) for step in range(total)]
 
@@ -315,7 +323,7 @@ def test_a_checkpoint_ends_with_the_same_bits(configs: list[RunConfig]) -> None:
         for indices in {tuple(saved), tuple(saved)[::-1], *((index,) for index in saved)}:
             trainer = Trainer([configs[i] for i in indices], checkpoints=[saved[i] for i in indices])
             assert trainer.epoch == epoch
-            assert trainer.step == epoch * trainer.steps_per_epoch(configs[0])
+            assert trainer.step == epoch * steps_per_epoch(configs[0])
             for index, resumed in zip(indices, trainer.train(), strict=True):
                 assert_same_bits(resumed, members[index])
                 before = members[index].history[: epoch + 1]
@@ -353,11 +361,14 @@ def test_a_checkpoint_says_what_it_holds() -> None:
     """Its epoch, its member's history and seconds, and the weights without the stack's dimension."""
     configs = [small(model="deq"), small(model="deq", noise=1.0)]
     (member,) = train(configs[1])
-    state = trainer.read_checkpoint(saved_after(2, *configs)[1])
+    state = read_checkpoint(saved_after(2, *configs)[1])
     assert state["epoch"] == 2
     assert timeless(state["history"]) == timeless(member.history)
     assert state["seconds"] == state["history"][-1]["seconds"]
-    assert all(torch.equal(state["weights"][name][0], weight) for name, weight in member.weights.items())
+    assert all(
+        torch.equal(state["weights"][f"regularizer.{name}"][0], weight)
+        for name, weight in member.weights.items()
+    )
 
 
 def test_checkpoints_of_different_epochs_are_refused() -> None:
@@ -400,7 +411,7 @@ def test_all_time_is_charged_and_to_living_members_only() -> None:
     with ticking(1.0):
         members = train(*configs)
     assert [member.status for member in members] == ["completed", "diverged", "diverged", "completed"]
-    steps = 3 * trainer.steps_per_epoch(configs[0])
+    steps = 3 * steps_per_epoch(configs[0])
     assert sum(member.seconds for member in members) == pytest.approx(steps + 4)
     for member in members:
         seconds = [0.0, *(row["seconds"] for row in member.history)]
@@ -542,15 +553,13 @@ def test_the_adjoint_is_a_neumann_series_where_the_operator_loses_something(task
     model = problem.make_model([config]).double()
     truth, n = torch.randn(2, 3, 1, 7, 7, generator=generator(0, "test"), dtype=torch.float64)
     f = problem.observe(model.operator, truth, torch.tensor([0.1], dtype=torch.float64), n)
-    T, u0 = model.step_map(f), problem.first_iterate(f, config)
+    u0, solvers = problem.first_iterate(f, config), (make_solver(config), make_adjoint_solver(config))
     adjoints: list[Solution] = []
-    solution = implicit_fixed_point(
-        T, u0, make_solver(config), make_adjoint_solver(config), adjoints.append, model.vjp
-    )
+    solution = implicit_fixed_point(model.problem(f), u0, *solvers, adjoints.append)
     (solution.value - truth).square().mean().backward()
     u = solution.value.detach()
     g = (2 * (u - truth) / u.numel()).flatten()
-    J = torch.autograd.functional.jacobian(T, u).view(u.numel(), u.numel())
+    J = torch.autograd.functional.jacobian(model.step_map(f), u).view(u.numel(), u.numel())
     powers = [g]
     for _ in range(steps):
         powers.append(J.T @ powers[-1])
@@ -597,7 +606,7 @@ def test_a_preconditioner_is_of_the_weights_of_its_age(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(FixedPointModel, "preconditioner", telling)
     trainer = Trainer([small(task="inpainting", precondition=True, batch_size=7, test_images=1)])
-    assert trainer.steps_per_epoch(trainer.config) == 15
+    assert steps_per_epoch(trainer.config) == 15
     trainer.train()
     assert [step for step, _ in made] == [0, 0, 10, 15, 15, 25, 30]
     assert not torch.equal(made[1][1], made[2][1])

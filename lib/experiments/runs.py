@@ -254,8 +254,10 @@ def stack_size(config: Config, device: torch.device) -> int:
 
     A member needs its weights, their gradient and Adam's two moments, and per image of a batch the
     solver's history and the iterates of a step. Half of the device's free memory is filled, as far as
-    `STACK_NUMBERS` allows.
+    `STACK_NUMBERS` allows. L-BFGS trains one at a time.
     """
+    if isinstance(config, FacesConfig) and config.optimizer == "lbfgs":
+        return 1
     height, width = image_shape(config)
     n = height * width
     experts = config.filters if isinstance(config, FacesConfig) else 1
@@ -469,10 +471,7 @@ def _read_checkpoint(config: Config, results: Results) -> tuple[int, bytes | Non
 
 
 def _train_together(
-    configs: Sequence[Config],
-    checkpoints: Sequence[bytes] | None,
-    results: Results,
-    report: Report,
+    configs: Sequence[Config], checkpoints: Sequence[bytes] | None, results: Results, report: Report
 ) -> None:
     trainer = Trainer(configs, default_device(), checkpoints, learned_start(configs[0], results))
     stored: set[int] = set()
