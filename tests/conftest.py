@@ -52,6 +52,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def drawing() -> Iterator[None]:
+    """Draws without a display, and closes what was drawn."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    with mpl.rc_context({"backend": "agg"}):
+        yield
+    plt.close("all")
+
+
 TwoAtOnce = Callable[[str, str, Path], list[tuple[str, str]]]
 
 

@@ -121,13 +121,6 @@ def test_the_outcome_of_a_run(run: dict[str, Any], expected: str) -> None:
     assert kept_runs(runs)["key"].tolist() == ["run 0", "run 1"][: 1 + (expected == "kept")]
 
 
-def test_the_threshold_is_a_parameter() -> None:
-    """Another threshold keeps other runs."""
-    runs = runs_table(*({"test_loss": loss} for loss in (0.1, 0.3, 0.7)))
-    assert [(outcome(runs, at) == "kept").sum() for at in (0.05, 0.1, 0.5, 0.7)] == [0, 1, 2, 3]
-    assert [len(kept_runs(runs, at)) for at in (0.05, 0.1, 0.5, 0.7)] == [0, 1, 2, 3]
-
-
 def test_the_outcomes_are_counted_per_task_and_model() -> None:
     """Each run is counted once, in its place; outcomes that did not occur are zeros."""
     lost = {"status": "diverged", "test_loss": math.nan}
@@ -193,13 +186,6 @@ def test_pairs_are_one_configuration_of_both_models(losses: dict[Any, Any], rand
     assert len(pairs) == len(found)
     assert found == expected
     pd.testing.assert_frame_equal(pairs, paired(runs, "test_loss"))
-
-
-def test_pairs_of_any_column() -> None:
-    """Seconds can be paired like losses."""
-    runs = runs_table({"seconds": 5.0}, {"seconds": 3.0, "model": "deq"})
-    assert paired(runs, "seconds")["difference"].tolist() == [2.0]
-    assert paired(runs, "test_loss")["difference"].tolist() == [0.0]
 
 
 def test_one_models_runs_make_no_pairs() -> None:
@@ -276,14 +262,6 @@ def test_ties_can_be_tested(differences: list[float]) -> None:
     result = paired_test(np.array(differences))
     assert all(math.isfinite(value) for value in result.values())
     assert result["low"] <= result["median"] <= result["high"]
-
-
-def test_the_test_is_repeatable() -> None:
-    """The same differences have the same interval each time, whatever was drawn in between."""
-    first = paired_test(normal(50))
-    np.random.default_rng().normal(size=3)
-    paired_test(normal(7))
-    assert paired_test(normal(50)) == first
 
 
 def test_the_table_of_tests_has_a_row_per_group() -> None:
@@ -489,12 +467,6 @@ def test_the_verdict_on_the_best_runs(wins: int, panels: int, verdict: str) -> N
     assert reverse.numbers.startswith(f"in {panels - wins} of {panels} panels, p = ")
 
 
-def test_the_order_of_the_best_runs_does_not_matter() -> None:
-    """Shuffled rows give the same claims."""
-    best = best_of_panels(12)
-    assert claims_of_best_runs(best.sample(frac=1, random_state=1)) == claims_of_best_runs(best)
-
-
 def test_a_panel_needs_both_models() -> None:
     """Panels with one model's best run only are not counted."""
     best = best_of_panels(15)
@@ -518,13 +490,7 @@ def best_over_noise(falling: int) -> pd.DataFrame:
 
 @pytest.mark.parametrize(
     ("falling", "verdict"),
-    [
-        (0, REPRODUCED),
-        (1, NOT_DECIDED),
-        (2, NOT_DECIDED),
-        (3, NOT_REPRODUCED),
-        (6, NOT_REPRODUCED),
-    ],
+    [(0, REPRODUCED), (1, NOT_DECIDED), (2, NOT_DECIDED), (3, NOT_REPRODUCED), (6, NOT_REPRODUCED)],
 )
 def test_the_verdict_on_the_noise(falling: int, verdict: str) -> None:
     """One fall anywhere spoils a case; reproduced needs all cases, not reproduced half of them."""

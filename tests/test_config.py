@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -12,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lib.experiments.config import ConfigError, RunConfig, parse_parameters
-from lib.experiments.profiles import GRID, PROFILES, SWEEPS, grid, profile_config
+from lib.experiments.config import ConfigError, FacesConfig, RunConfig, TrainingConfig, parse_parameters
+from lib.experiments.profiles import GRID, PROFILES, SWEEPS, faces_config, grid, profile_config
 from lib.models import MODELS
 from lib.operators import TASKS
 
@@ -42,6 +44,8 @@ ORDINARY = st.one_of(
     st.floats(0, 1),
     st.text(),
     st.sampled_from(["mnist", "deq", "bilevel", *TASKS, "relu", "softshrink", "anderson", "plain"]),
+    st.sampled_from(["faces", "celeba", "first", "second", "linear", "zero"]),
+    st.builds(FacesConfig, filters=st.integers(1, 3), epochs=st.integers(1, 5)),
     st.binary(),
     st.complex_numbers(),
     st.decimals(),
@@ -60,10 +64,10 @@ def refusal(**values: Any) -> str:
     return message
 
 
-def outcome(**values: Any) -> RunConfig | str:
+def outcome(kind: type[TrainingConfig] = RunConfig, /, **values: Any) -> TrainingConfig | str:
     """The configuration with these values, or the line with which it is refused."""
     try:
-        return RunConfig(**values)
+        return kind(**values)
     except ConfigError as error:
         return str(error)
 
@@ -191,18 +195,22 @@ def test_all_problems_are_named_at_once() -> None:
     assert "sigma: got 'tanh'" in message
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in (RunConfig, FacesConfig) for name in kind.model_fields]
+)
 @given(value=ORDINARY)
 @settings(max_examples=60)
-def test_any_value_is_valid_or_refused_by_name(name: str, value: Any) -> None:
-    """Whatever a field is given, it holds exactly that or is refused in a line that names the field."""
-    result = outcome(**{name: value})
+def test_any_value_is_valid_or_refused_by_name(kind: type[TrainingConfig], name: str, value: Any) -> None:
+    """Whatever a field is given, it holds that and survives JSON, or a line names the field."""
+    result = outcome(kind, **{name: value})
     if isinstance(result, str):
         assert name in result
         assert len(result.splitlines()) == 1
     else:
-        assert getattr(result, name) == (float(value) if name in FLOATS else value)
-        assert RunConfig(**result.model_dump()) == result
+        held = getattr(result, name)
+        # A mapping is a configuration to start from.
+        assert isinstance(held, FacesConfig) or held == (float(value) if isinstance(held, float) else value)
+        assert kind(**json.loads(json.dumps(result.model_dump()))) == result
 
 
 @given(values=st.dictionaries(st.sampled_from(FIELDS), ORDINARY))
@@ -271,10 +279,11 @@ def test_a_default_that_follows_from_a_wrong_value_is_no_second_problem() -> Non
 
 
 @pytest.mark.parametrize("profile", ["Quick", "", None, 3])
-def test_an_unknown_profile_is_refused(profile: Any) -> None:
+@pytest.mark.parametrize("make", [profile_config, faces_config, lambda profile, task: grid(profile)])
+def test_an_unknown_profile_is_refused(make: Callable[[Any, str], object], profile: Any) -> None:
     """The line names the profile that was asked for and the three that exist."""
     with pytest.raises(ConfigError) as caught:
-        profile_config(profile, "denoising")
+        make(profile, "denoising")
     assert str(caught.value) == f"profile: got {profile!r}, allowed: smoke, quick, paper"
 
 
@@ -434,12 +443,6 @@ def test_equal_values_are_one_level() -> None:
     """A value that is given twice, or as an integer and as a float, makes no second configuration."""
     assert grid("smoke", noise=[0.1, 0.1, 1 / 10]) == grid("smoke", noise=0.1)
     assert grid("smoke", gamma=[1, 1.0], epochs=(2, 2)) == grid("smoke", gamma=1.0, epochs=2)
-
-
-@pytest.mark.parametrize("profile", ["Quick", "", None, 3])
-def test_a_grid_of_an_unknown_profile_is_refused(profile: Any) -> None:
-    """The line names the profile that was asked for and those that exist."""
-    assert grid_refusal(profile) == f"profile: got {profile!r}, allowed: {', '.join(SWEEPS)}"
 
 
 @pytest.mark.parametrize("profile", SWEEPS)

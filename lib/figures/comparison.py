@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,15 +38,11 @@ VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_DECIDED)
 
 
 def outcome(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.Series:
-    """What becomes of each run in the comparison.
-
-    Args:
-        runs: `Sweep.runs`.
-        threshold: largest final test loss that is kept.
+    """What becomes of each run of `Sweep.runs` in the comparison.
 
     Returns:
-        `kept`, `dropped` (above the threshold), `diverged`, `no epoch` (out of time before the first one
-        ended) or `not run`.
+        `kept`, `dropped` (a final test loss above the threshold), `diverged`, `no epoch` (out of time before
+        the first one ended) or `not run`.
     """
     conditions = {
         NOT_RUN: runs["status"] == NOT_RUN,
@@ -86,10 +83,7 @@ def kept_runs(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.DataF
 
 
 def paired_test(differences: NDArray[np.float64]) -> dict[str, float]:
-    """Median of paired differences, its percentile-bootstrap interval, and Wilcoxon's signed-rank test.
-
-    Args:
-        differences: one number per pair.
+    """Median of differences of pairs, its percentile-bootstrap interval, and Wilcoxon's signed-rank test.
 
     Returns:
         `pairs`, `median`, the ends `low` and `high` of the 95 % interval, and the two-sided `p` of the
@@ -102,25 +96,21 @@ def paired_test(differences: NDArray[np.float64]) -> dict[str, float]:
     result["median"] = float(np.median(differences))
     if len(differences) < 2 or not differences.any():
         return result | dict.fromkeys(("low", "high", "p"), float("nan"))
-    interval = stats.bootstrap(
-        (differences,),
-        np.median,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
+    options: Any = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile"}
+    bootstrap = stats.bootstrap((differences,), np.median, **options, rng=np.random.default_rng(0))
+    low, high = bootstrap.confidence_interval
     p = stats.wilcoxon(differences).pvalue
-    return result | {"low": float(interval.low), "high": float(interval.high), "p": float(p)}
+    return result | {"low": float(low), "high": float(high), "p": float(p)}
 
 
 def paired_table(pairs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """`paired_test` within each group of pairs, such as each `task` or each `task` and `noise`."""
+    names = by[0] if len(by) == 1 else list(by)
     rows = {
         name: paired_test(group["difference"].to_numpy()) | {"deq lower": (group["difference"] > 0).mean()}
-        for name, group in pairs.groupby(by[0] if len(by) == 1 else list(by))
+        for name, group in pairs.groupby(names)
     }
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(by[0] if len(by) == 1 else list(by))
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(names)
     return table.astype({"pairs": int}) if len(table) else table
 
 
@@ -143,8 +133,7 @@ def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
 def epoch_budget(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> float:
     """Seconds in which to count epochs: the time budget of the runs where it stopped any of them, else
     the median of the time that the kept runs took, which half of them then exceed."""
-    late = sweep.runs["status"] == OUT_OF_TIME
-    if late.any():
+    if (sweep.runs["status"] == OUT_OF_TIME).any():
         return float(sweep.runs["time_budget"].min())
     return float(kept_runs(sweep.runs, threshold)["seconds"].median())
 
@@ -173,9 +162,6 @@ class Claim:
     numbers: str
     rule: str
 
-    def __str__(self) -> str:
-        return f"{self.verdict.upper()}: {self.statement}"
-
 
 def decide(supported: bool, refuted: bool) -> str:
     """The verdict on a claim; neither or both leave it open."""
@@ -185,13 +171,7 @@ def decide(supported: bool, refuted: bool) -> str:
 
 
 def claims_per_task(pairs: pd.DataFrame, statement: str, level: float = 0.05) -> list[Claim]:
-    """One claim per task, that a paired difference is positive.
-
-    Args:
-        pairs: with the columns `task` and `difference`.
-        statement: what a positive difference means.
-        level: of significance.
-    """
+    """One claim per task, that a paired `difference` is positive, which the statement puts into words."""
     rule = (
         "Over the pairs (one configuration, both models, both kept): reproduced when the 95 % interval of "
         "the median difference lies on the side that the statement names and Wilcoxon's p is below "
@@ -214,12 +194,7 @@ def claims_per_task(pairs: pd.DataFrame, statement: str, level: float = 0.05) ->
 
 
 def claims_of_best_runs(best: pd.DataFrame, level: float = 0.05) -> list[Claim]:
-    """The best DEQ is better than the best bilevel model; and more noise costs more.
-
-    Args:
-        best: of each task, noise and model, with its `test_loss`.
-        level: of significance.
-    """
+    """The best DEQ is better than the best bilevel model of each task and noise; more noise costs more."""
     table = best.pivot_table(index=["task", "noise"], columns="model", values="test_loss", aggfunc="median")
     table = table.reindex(columns=["bilevel", "deq"])
     panels = table.dropna()
@@ -255,7 +230,7 @@ def print_claims(claims: Sequence[Claim]) -> None:
     """Print each verdict with its statement and numbers, and each rule behind what it decides."""
     for rule, decided in groupby(claims, lambda claim: claim.rule):
         for claim in decided:
-            print(f"{claim}: {claim.numbers}")
+            print(f"{claim.verdict.upper()}: {claim.statement}: {claim.numbers}")
         print(textwrap.fill(f"Rule: {rule}", 95))
 
 

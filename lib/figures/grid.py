@@ -30,27 +30,16 @@ def _model_patches() -> list[Patch]:
 
 
 def loss_figure(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> Figure:
-    """Boxplots of the final test loss per task and model, and the paired differences beside them.
-
-    Args:
-        sweep: what to show.
-        threshold: largest final test loss that is kept.
-    """
+    """Boxplots of the final test losses up to a threshold, and the paired differences beside them."""
     kept = comparison.kept_runs(sweep.runs, threshold)
     with plt.rc_context(STYLE):
         fig, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 3.4), width_ratios=(1.25, 1))
         fig.subplots_adjust(left=0.09, right=0.99, top=0.92, bottom=0.31, wspace=0.3)
         for model, offset in MODEL_OFFSETS.items():
             losses = [kept["test_loss"][(kept["task"] == t) & (kept["model"] == model)] for t in TASKS]
-            left.boxplot(
-                losses,
-                positions=[i + offset for i in range(len(TASKS))],
-                widths=0.32,
-                patch_artist=True,
-                boxprops={"facecolor": MODEL_COLORS[model]},
-                medianprops={"color": "k"},
-                flierprops={"markersize": 2},
-            )
+            box: Any = {"boxprops": {"facecolor": MODEL_COLORS[model]}, "patch_artist": True, "widths": 0.32}
+            box |= {"medianprops": {"color": "k"}, "flierprops": {"markersize": 2}}
+            left.boxplot(losses, positions=[i + offset for i in range(len(TASKS))], **box)
         left.legend(handles=_model_patches(), frameon=False, loc="upper left")
         left.set_xticks(range(len(TASKS)), TASKS)
         left.set(ylabel="final test loss", ylim=(-0.01, threshold * 1.02))
@@ -110,13 +99,8 @@ def best_runs_figure(sweep: Sweep) -> Figure:
     best = comparison.best_runs(sweep.runs)
     levels = sorted(sweep.runs["noise"].unique())
     with plt.rc_context(STYLE):
-        fig, grid = plt.subplots(
-            len(levels),
-            len(TASKS),
-            figsize=(TEXT_WIDTH, 0.6 + 1.25 * len(levels)),
-            sharex=True,
-            squeeze=False,
-        )
+        size = (TEXT_WIDTH, 0.6 + 1.25 * len(levels))
+        fig, grid = plt.subplots(len(levels), len(TASKS), figsize=size, sharex=True, squeeze=False)
         fig.subplots_adjust(left=0.115, right=0.99, wspace=0.27, hspace=0.14)
         fig.subplots_adjust(top=1 - 0.25 / fig.get_figheight(), bottom=0.62 / fig.get_figheight())
         for column, task in zip(grid.T, TASKS, strict=True):
@@ -158,13 +142,7 @@ def draw_histories(axes: Axes, runs: pd.DataFrame, epochs: pd.DataFrame) -> None
 
 
 def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOLD) -> Figure:
-    """Histograms of the epochs finished within a time, over the solver steps that explain them.
-
-    Args:
-        sweep: what to show.
-        seconds: time in which epochs are counted.
-        threshold: largest final test loss that is kept.
-    """
+    """Histograms of the epochs that the kept runs finished within some seconds, over their solver steps."""
     runs = comparison.epochs_within(sweep, seconds, threshold)
     epochs = sweep.epochs[sweep.epochs["epoch"] > 0].merge(runs[["key", "task", "model"]], on="key")
     most = int(sweep.runs["epochs"].max())
@@ -176,20 +154,9 @@ def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOL
         for upper, lower, task in zip(top, bottom, TASKS, strict=True):
             here = runs[runs["task"] == task]
             if not here.empty:
-                sns.histplot(
-                    here,
-                    x="epochs_within",
-                    hue="model",
-                    hue_order=MODELS,
-                    palette=MODEL_COLORS,
-                    bins=edges.tolist(),
-                    multiple="dodge",
-                    shrink=0.85,
-                    alpha=1,
-                    linewidth=0,
-                    legend=False,
-                    ax=upper,
-                )
+                bars: Any = {"multiple": "dodge", "shrink": 0.85, "alpha": 1, "linewidth": 0, "legend": False}
+                bars |= {"hue": "model", "hue_order": MODELS, "palette": MODEL_COLORS}
+                sns.histplot(here, x="epochs_within", bins=edges.tolist(), ax=upper, **bars)
             upper.xaxis.set_major_locator(MaxNLocator(integer=True))
             upper.set(title=task, xlabel=f"epochs finished in {seconds:.3g} s", ylabel="runs")
             draw_solver_steps(lower, epochs[epochs["task"] == task])
@@ -208,15 +175,7 @@ def draw_solver_steps(axes: Axes, epochs: pd.DataFrame) -> None:
             low, median, high = (steps[f"{direction}_steps"].quantile(q) for q in (0.25, 0.5, 0.75))
             style: Any = {"color": MODEL_COLORS[model]}
             axes.fill_between(median.index, low, high, alpha=0.15, linewidth=0, **style)
-            axes.plot(
-                median.index,
-                median,
-                line,
-                marker=marker,
-                markersize=2.5,
-                linewidth=1.2,
-                label=f"{MODEL_NAMES[model]}, {direction}",
-                **style,
-            )
+            style |= {"marker": marker, "markersize": 2.5, "linewidth": 1.2}
+            axes.plot(median.index, median, line, label=f"{MODEL_NAMES[model]}, {direction}", **style)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.set_xlabel("epoch")

@@ -74,12 +74,7 @@ def get_face_runs(
 
 
 def over_seeds(
-    first: pd.DataFrame,
-    profile: str,
-    task: str,
-    seeds: Sequence[int],
-    results: Results = None,
-    **values: Any,
+    first: pd.DataFrame, profile: str, task: str, seeds: Sequence[int], results: Results = None, **values: Any
 ) -> pd.DataFrame:
     """Quality of the trained models over several seeds of the weights and the noise.
 
@@ -95,12 +90,9 @@ def over_seeds(
     others = [get_face_runs(profile, task, results, **values, seed=seed) for seed in seeds[1:]]
     tables = [first, *(reconstruct(runs).table for runs in others)]
     stacked = pd.concat(tables, keys=seeds, names=["seed"]).groupby("image", sort=False)
-    columns: dict[str, pd.Series] = {}
-    for name in ("psnr", "ssim"):
-        quality = stacked[name]
-        columns |= {f"{name} median": quality.median()}
-        columns |= {f"{name} low": quality.min(), f"{name} high": quality.max()}
-    return pd.DataFrame(columns).assign(seeds=len(seeds))
+    ends = {"median": "median", "min": "low", "max": "high"}
+    table = stacked[["psnr", "ssim"]].agg(list(ends)).rename(columns=ends)
+    return table.set_axis(table.columns.map(" ".join), axis="columns").assign(seeds=len(seeds))
 
 
 def starting_weights(run: Run, results: Results = None) -> Weights:
@@ -200,13 +192,8 @@ def kernel_figure(run: Run, before: Weights, profile: str, chosen: Sequence[int]
     with plt.rc_context(STYLE):
         side = min(1.25, (TEXT_WIDTH - 1.2) / (2 * count))
         size = (max(2 * count * side + 1.2, 4.6), 2 * (side + 0.42) + 0.62)
-        fig, axes = plt.subplots(
-            2,
-            2 * count + 2,
-            figsize=size,
-            squeeze=False,
-            width_ratios=[*[1] * count, 0.2, *[1] * count, 0.09],
-        )
+        ratios = [*[1] * count, 0.2, *[1] * count, 0.09]
+        fig, axes = plt.subplots(2, 2 * count + 2, figsize=size, squeeze=False, width_ratios=ratios)
         fig.subplots_adjust(left=0.075, right=1 - 0.5 / size[0], wspace=0.08, hspace=0.42 / side)
         fig.subplots_adjust(top=1 - 0.25 / size[1], bottom=0.64 / size[1])
         for line, weights, label in zip(axes, (before, run.weights), ("before", "after"), strict=True):

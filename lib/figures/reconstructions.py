@@ -64,11 +64,7 @@ def test_data(run: Run) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 @one_thread()
 def reconstruct(runs: Mapping[str, Run]) -> Reconstructions:
-    """Reconstruct the whole test set with each model from the same data, and measure.
-
-    Args:
-        runs: the run of each model; all of one task, noise level and test set.
-    """
+    """Reconstruct the test set that all runs share with each model, from the same data, and measure."""
     first, device = next(iter(runs.values())), default_device()
     operator = make_operator(first.config)
     truth, observed = test_data(first)
@@ -96,11 +92,7 @@ def _quality(images: Tensor, truth: Tensor) -> dict[str, float]:
     mse = (images - truth).square().mean((-3, -2, -1))
     pairs = zip(images.squeeze(1).numpy(), truth.squeeze(1).numpy(), strict=True)
     ssim = [structural_similarity(image, reference, data_range=2) for image, reference in pairs]
-    return {
-        "psnr": psnr(mse).mean().item(),
-        "ssim": float(np.mean(ssim)),
-        "mse": mse.mean().item(),
-    }
+    return {"psnr": psnr(mse).mean().item(), "ssim": float(np.mean(ssim)), "mse": mse.mean().item()}
 
 
 def with_images(result: Reconstructions, name: str, images: Tensor) -> Reconstructions:
@@ -130,15 +122,10 @@ SPREAD = 4.0
 
 
 def keeps_loss(result: Reconstructions, name: str, loss: float, unconverged: float) -> bool:
-    """Whether a run's weights give its test loss, as exactly as its solves define that on any processor.
+    """Whether a run's weights give the `test_loss` that its training ended with, on any processor.
 
     Fixed points that are `d` apart in root mean square have losses `l` at most `d (2 sqrt(l) + d)` apart.
-    Solves that did not converge define none.
-
-    Args:
-        result: with the reconstructions of the run.
-        name: of the run.
-        loss, unconverged: `test_loss` and `test_unconverged` that its training ended with.
+    Solves that did not converge, now or in training (`unconverged`), define none.
     """
     measured = result.table.loc[name]
     apart = SPREAD * result.runs[name].config.tol
@@ -180,10 +167,7 @@ def check_reconstructions(result: Reconstructions) -> None:
 
 
 def check_stored_losses(runs: pd.DataFrame, results: Results = None) -> None:
-    """Reconstruct the test set again with one stored run per task and model, and compare the test loss.
-
-    Args:
-        runs: rows of `Sweep.runs`.
+    """Reconstruct with one stored run per task and model of `Sweep.runs`, and compare the test loss.
 
     Raises:
         AssertionError: a stored run's weights do not give the test loss that was stored.
@@ -209,13 +193,9 @@ def reconstruction_figure(
     """
     with plt.rc_context(STYLE):
         models = list(result.runs)
-        fig, axes = plt.subplots(
-            len(rows),
-            len(models),
-            figsize=(TEXT_WIDTH, 0.42 * len(rows) + 0.7),
-            squeeze=False,
-            gridspec_kw={"wspace": 0.03, "hspace": 0.06, "left": 0.09, "right": 0.995},
-        )
+        size = (TEXT_WIDTH, 0.42 * len(rows) + 0.7)
+        fig, axes = plt.subplots(len(rows), len(models), figsize=size, squeeze=False)
+        fig.subplots_adjust(wspace=0.03, hspace=0.06, left=0.09, right=0.995)
         fig.subplots_adjust(top=1 - 0.36 / fig.get_figheight(), bottom=0.3 / fig.get_figheight())
         before = result.table.loc["input"]
         for column, model in zip(axes.T, models, strict=True):

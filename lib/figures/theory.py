@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from lib.experiments.data import faces
 from lib.experiments.problem import generator
+from lib.experiments.profiles import FILTERS
 from lib.experiments.runs import trained_kernels
-from lib.figures.style import MODEL_COLORS, STYLE
+from lib.figures.style import MODEL_COLORS, MODEL_NAMES, STYLE
 from lib.implicit import implicit_fixed_point
 from lib.kernels import initial_kernels
 from lib.models import FixedPointModel, build_conv_model
@@ -166,10 +168,9 @@ def trained_skew_shares(height: int, width: int) -> dict[str, float]:
     """`skew_share` of the committed kernels of denoising at a piece of a face."""
     u = faces("test", 1)[..., 40 : 40 + height, 30 : 30 + width]
     shares = {}
-    for model, name in (("bilevel", "bilevel"), ("deq", "DEQ")):
-        for filters, size in ((2, "11x11"), (30, "3x3")):
-            trained = trained_kernels("denoising", model, filters).model(shape=(height, width))
-            shares[f"{name} {size}"] = skew_share(field_jacobian(trained, u))
+    for (model, name), (size, (filters, _)) in product(MODEL_NAMES.items(), FILTERS.items()):
+        trained = trained_kernels("denoising", model, filters).model(shape=(height, width))
+        shares[f"{name} {size}"] = skew_share(field_jacobian(trained, u))
     return shares
 
 
@@ -184,13 +185,8 @@ def skew_figure(shares: pd.DataFrame, trained: Mapping[str, float]) -> Figure:
         left.set(xlabel="$t$ in $C = (1 - t) A + t B$", ylabel="of the field's Jacobian")
         left.legend(frameon=False)
         colors = [MODEL_COLORS["bilevel" if name.startswith("bilevel") else "deq"] for name in trained]
-        right.bar(
-            [name.replace(" ", "\n") for name in trained],
-            list(trained.values()),
-            color=colors,
-            edgecolor="k",
-            linewidth=0.6,
-        )
+        names = [name.replace(" ", "\n") for name in trained]
+        right.bar(names, list(trained.values()), color=colors, edgecolor="k", linewidth=0.6)
         right.tick_params(axis="x", labelsize=7)
         right.set(ylabel="share of the skew part, trained")
     return fig
