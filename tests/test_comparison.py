@@ -121,6 +121,12 @@ def test_the_outcome_of_a_run(run: dict[str, Any], expected: str) -> None:
     assert kept_runs(runs)["key"].tolist() == ["run 0", "run 1"][: 1 + (expected == "kept")]
 
 
+def test_the_threshold_is_a_parameter() -> None:
+    """Another threshold keeps other runs."""
+    runs = runs_table(*({"test_loss": loss} for loss in (0.1, 0.3, 0.7)))
+    assert [len(kept_runs(runs, at)) for at in (0.05, 0.1, 0.5, 0.7)] == [0, 1, 2, 3]
+
+
 def test_the_outcomes_are_counted_per_task_and_model() -> None:
     """Each run is counted once, in its place; outcomes that did not occur are zeros."""
     lost = {"status": "diverged", "test_loss": math.nan}
