@@ -70,9 +70,6 @@ def implicit_fixed_point(
     Returns:
         The `Solution` of the fixed point; gradients flow through `value`, first ones alone: to differentiate
         them again raises a RuntimeError.
-
-    Raises:
-        ValueError: see `fixed_point`.
     """
     problem = problem if isinstance(problem, FixedPointProblem) else FixedPointProblem(problem)
     solution = fixed_point(problem, u0, solver)

@@ -113,11 +113,7 @@ class FixedPointModel(nn.Module):
         )
 
     def step_map(self, f: Tensor) -> StepMap:
-        """`T` for the data `f`, `(*stack, batch, C, H, W)`.
-
-        Raises:
-            ValueError: as `problem`.
-        """
+        """`T` for the data `f`, `(*stack, batch, C, H, W)`, which it refuses as `problem` does."""
         self.regularizer.require(f)
         K, Ktf = self.operator, self.operator.adjoint(f)
         lam = self.lam if self.weight is None else torch.exp(WEIGHT_PACE * self.weight)

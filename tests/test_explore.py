@@ -332,7 +332,7 @@ def test_the_command_makes_the_table(store: Path, capsys: pytest.CaptureFixture[
             2,
             "explore: size: got [14, 28], allowed: one size for all images of a table",
         ),
-        ([], 1, "explore: no run of the profile quick is stored; `make sweep PROFILE=quick` trains them"),
+        ([], 1, "explore: no quick run is stored; `make sweep PROFILE=quick` trains them"),
     ],
 )
 def test_the_command_tells_what_is_wrong(

@@ -42,7 +42,7 @@ from lib.experiments import runs
 from lib.experiments.config import Checked, ConfigError, RunConfig, named, require_name, shown
 from lib.experiments.problem import Config, load_images
 from lib.experiments.processes import interrupts_ignored
-from lib.experiments.store import RESULTS, read_sealed, write_sealed
+from lib.experiments.store import RESULTS, Results, read_sealed, write_sealed
 from lib.experiments.trainer import DIVERGED, OUT_OF_TIME, shared
 
 REQUEUES = 20
@@ -205,9 +205,7 @@ class Share(Checkpointable):
             runs.train_stack(stack, self.results, lambda progress: None)
 
 
-def train_on_cluster(
-    configs: Sequence[RunConfig], options: LocalJobs, results: Path | str | None = None
-) -> None:
+def train_on_cluster(configs: Sequence[RunConfig], options: LocalJobs, results: Results = None) -> None:
     """Train all configurations that are not stored yet as jobs, and wait for them.
 
     Runs that an earlier submission is training, or has in the queue, are not submitted again.
@@ -215,7 +213,6 @@ def train_on_cluster(
     Args:
         configs: what to train.
         options: of the jobs.
-        results: folder of the results, with the runs in `runs/`; the repository's when None.
 
     Raises:
         ConfigError: this machine or the file system cannot be used so.

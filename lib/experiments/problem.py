@@ -170,11 +170,7 @@ def _model(
 def observe(operator: Operator, images: Tensor, noise: Tensor, n: Tensor) -> Tensor:
     """Data `f = K u + noise n`, `(*stack, N, C, H, W)`: the same `n` for all members of a stack.
 
-    Args:
-        operator: `K`.
-        images: `u`, `(N, C, H, W)`.
-        noise: `(*stack)`, standard deviations.
-        n: `(N, C, H, W)`, standard normal.
+    `u`, the `images`, and `n`, standard normal, are `(N, C, H, W)`; the deviations `noise` are `(*stack)`.
     """
     return operator.forward(images) + noise[..., None, None, None, None] * n
 

@@ -108,9 +108,8 @@ def load_sweep(profile: str, configs: Sequence[RunConfig], results: Results = No
     }
     # Also where no run has got so far that it has them.
     names = [name for row in epochs for name in row]
-    columns = list(
-        dict.fromkeys(["key", "epoch", "seconds", "test_loss", *names, "forward_steps", "backward_steps"])
-    )
+    names = ["key", "epoch", "seconds", "test_loss", *names, "forward_steps", "backward_steps"]
+    columns = list(dict.fromkeys(names))
     kinds = {"key": str, "epoch": int} | dict.fromkeys(columns[2:], float)
     return Sweep(profile, runs, pd.DataFrame(epochs, columns=columns).astype(kinds), provenance)
 

@@ -325,12 +325,7 @@ class Trainer:
             f = observe(self.model.operator, batch, self.noise, batch_n)
             solution = solve(self.model, f, self.config, P)
             mse = (solution.value - batch).square().mean((-3, -2, -1))
-            meter.add(
-                len(batch),
-                test_loss=mse,
-                test_psnr=psnr(mse),
-                **_solver_metrics("test", solution),
-            )
+            meter.add(len(batch), test_loss=mse, test_psnr=psnr(mse), **_solver_metrics("test", solution))
             steps = steps + solution.steps.double().sum(-1)
         self._charge(start, torch.as_tensor(steps))
         return meter

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from skimage.metrics import structural_similarity
@@ -158,17 +159,22 @@ def photograph_figure(
             axis.set_axis_off()
         for line, row in zip(axes, rows, strict=True):
             for axis, (name, title) in zip(line, row.items(), strict=False):
-                picture = images[name][image]
-                axis.imshow(picture, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-                axis.set_title(title, pad=3)
-                if name != "truth":
-                    decibels = psnr((picture - truth).square().mean()).item()
-                    ssim = structural_similarity(picture.numpy(), truth.numpy(), data_range=2)
-                    text = f"{decibels:.1f} dB, SSIM {ssim:.2f}"
-                    axis.text(0.5, -0.02, text, size=7.5, ha="center", va="top", transform=axis.transAxes)
+                _show(axis, images[name][image], title, None if name == "truth" else truth)
         experts = ", ".join(f"{count} kernels {size}" for size, (count, _) in FILTERS.items())
         note(fig, budget(next(iter(result.runs.values())), profile, experts))
     return fig
+
+
+def _show(axis: Axes, picture: Tensor, title: str, truth: Tensor | None) -> None:
+    """Draw an image `(H, W)` with its quality below it where the truth is given."""
+    axis.imshow(picture, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    axis.set_axis_off()
+    axis.set_title(title, pad=3)
+    if truth is not None:
+        decibels = psnr((picture - truth).square().mean()).item()
+        ssim = structural_similarity(picture.numpy(), truth.numpy(), data_range=2)
+        text = f"{decibels:.1f} dB, SSIM {ssim:.2f}"
+        axis.text(0.5, -0.02, text, size=7.5, ha="center", va="top", transform=axis.transAxes)
 
 
 def distance(weights: Weights) -> float:
@@ -312,13 +318,9 @@ def photograph_reconstruction_figure(result: Photograph) -> Figure:
         fig, axes = plt.subplots(1, len(pictures), figsize=size)
         fig.subplots_adjust(left=0.01, right=0.99, wspace=0.04)
         fig.subplots_adjust(top=1 - 0.25 / size[1], bottom=0.3 / size[1])
+        known = None if result.truth is None else result.truth[0, 0]
         for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
-            axis.imshow(picture[0, 0], cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-            axis.set_axis_off()
-            axis.set_title(title, pad=3)
-            if result.truth is not None and title != "truth":
-                decibels = psnr((picture - result.truth).square().mean()).item()
-                axis.text(0.5, -0.02, f"{decibels:.1f} dB", ha="center", va="top", transform=axis.transAxes)
+            _show(axis, picture[0, 0], title, None if title == "truth" else known)
     return fig
 
 

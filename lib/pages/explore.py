@@ -31,7 +31,7 @@ from lib.experiments.problem import load_images, make_operator, observe, test_no
 from lib.experiments.profiles import SWEEPS, grid
 from lib.experiments.provenance import PROVENANCE, read_described, write_with_provenance
 from lib.experiments.runs import Run, get_run
-from lib.experiments.store import RESULTS, DamagedFile
+from lib.experiments.store import RESULTS, DamagedFile, Results
 from lib.experiments.sweep import NOT_RUN, Sweep, load_sweep
 from lib.experiments.trainer import COMPLETED
 from lib.figures.comparison import PAIRED
@@ -59,19 +59,18 @@ HISTORY += ["forward_unconverged", "backward_unconverged", "test_unconverged"]
 """What is kept of each epoch."""
 
 
-def table_folder(profile: str, results: Path | str | None = None) -> Path:
+def table_folder(profile: str, results: Results = None) -> Path:
     """Where a profile's table is: that of the default profile is committed."""
     return Path(results or RESULTS) / ("reference" if profile == "quick" else profile) / "sweep"
 
 
-def collect(profile: str, /, results: Path | str | None = None, **values: Any) -> Path:
+def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
     """Make a profile's table from the stored runs; only one whose weights are damaged is trained anew.
 
     Each run that completed reconstructs the whole test set, and its loss is compared with the stored one.
 
     Args:
         profile: name of the profile.
-        results: folder of the results, with the runs in `runs/`; the repository's when None.
         values: parameters and axes that replace the profile's (see `lib.experiments.profiles.grid`).
 
     Returns:
@@ -88,9 +87,7 @@ def collect(profile: str, /, results: Path | str | None = None, **values: Any) -
         raise ConfigError(f"size: got {sizes}, allowed: one size for all images of a table")
     sweep = load_sweep(profile, configs, results)
     if (sweep.runs["status"] == NOT_RUN).all():
-        raise DataError(
-            f"no run of the profile {profile} is stored; `make sweep PROFILE={profile}` trains them"
-        )
+        raise DataError(f"no {profile} run is stored; `make sweep PROFILE={profile}` trains them")
     by_key = dict(zip(sweep.runs["key"], configs, strict=True))
     images = []
     for _, group in tqdm(sweep.runs.groupby(list(OBSERVED_BY)), desc="reconstructions", leave=False):
@@ -119,7 +116,7 @@ def _strip(images: Tensor) -> bytes:
     return ((strip + 1) * 127.5).round().to(torch.uint8).numpy().tobytes()
 
 
-def write_table(table: Sweep, results: Path | str | None = None) -> None:
+def write_table(table: Sweep, results: Results = None) -> None:
     """Write a sweep's tables, with the images of its runs, and where they come from beside them."""
     frames = (table.runs[[*KEPT, "truth", "input", "output"]], table.epochs.reindex(columns=HISTORY))
     contents = [frame.to_parquet(index=False, compression="zstd") for frame in frames]
@@ -127,12 +124,8 @@ def write_table(table: Sweep, results: Path | str | None = None) -> None:
     write_with_provenance(folder, dict(zip(FILES, contents, strict=True)), table.provenance)
 
 
-def load(profile: str = "quick", results: Path | str | None = None) -> Sweep:
+def load(profile: str = "quick", results: Results = None) -> Sweep:
     """A profile's tables, with the images of the runs.
-
-    Args:
-        profile: name of the profile.
-        results: folder of the results; the repository's when None.
 
     Raises:
         ConfigError: the profile is unknown.
@@ -145,10 +138,8 @@ def load(profile: str = "quick", results: Path | str | None = None) -> Sweep:
         provenance = json.loads((folder / PROVENANCE).read_bytes())
         files = [io.BytesIO(read_described(folder / name, provenance)) for name in FILES]
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(
-            f"{error.filename} is missing; `python -m lib.pages.explore collect --profile {profile}` makes "
-            "it from a trained sweep"
-        ) from None
+        command = f"python -m lib.pages.explore collect --profile {profile}"
+        raise DataError(f"{error.filename} is missing; `{command}` makes it from a trained sweep") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedFile(f"{folder / PROVENANCE}: it does not list the table's checksums") from None
     runs, epochs = map(pd.read_parquet, files)
