@@ -30,9 +30,9 @@ from lib.experiments.store import REPOSITORY, read_sealed
 from lib.experiments.sweep import get_sweep
 from lib.experiments.trainer import shared
 
-VALUES: dict[str, Any] = {"task": "denoising", "train_images": 200, "epochs": 20}
+VALUES: dict[str, Any] = {"task": "denoising", "epochs": 3}
 ARGUMENTS = ["--profile", "smoke", *(text for name in VALUES for text in ("-p", name, str(VALUES[name])))]
-"""Two stacks, one of each model, which train for some seconds: they can be killed on their way."""
+"""Two stacks, one of each model."""
 
 LOCAL = ["run", *ARGUMENTS, "--cluster", "local", "--job", "jobs", "2"]
 CONFIGS = grid("smoke", **VALUES)
@@ -40,11 +40,32 @@ CONFIGS = grid("smoke", **VALUES)
 COMMAND = """
 import sys
 from pathlib import Path
-from typing import Any
 from lib.experiments import __main__, cluster, runs, sweep
+
+class Held(cluster.Share):
+    def __call__(share):
+        import time
+        from pathlib import Path
+        from lib.experiments import runs
+
+        class Waiting(runs.Trainer):
+            def train(self, on_epoch, on_step):
+                def then(trainer):
+                    on_epoch(trainer)
+                    for member in self.members:
+                        Path(share.results, f"waiting {runs.run_key(member.config)}").touch()
+                    while Path(share.results, "hold").exists():
+                        time.sleep(0.01)
+                return super().train(then, on_step)
+
+        runs.Trainer = Waiting
+        super().__call__()
+
+cluster.Share = Held
 cluster.RESULTS = runs.RESULTS = sweep.RESULTS = Path(sys.argv[1])
 sys.exit(__main__.main(sys.argv[2:]))
 """
+"""The command, whose jobs wait behind their first checkpoint while there is a file `hold`."""
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +106,8 @@ def program(path: Path, body: str) -> None:
 
 @contextmanager
 def command(results: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """The command with two local jobs in a session of its own; what is left of it is killed in the end."""
+    """The command with two local jobs, held, in a session of its own; what is left is killed in the end."""
+    (results / "hold").touch()
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, str(results), *LOCAL, *more],
         cwd=REPOSITORY,
@@ -116,7 +138,7 @@ def trainers(results: Path) -> list[psutil.Process]:
     return found
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -129,9 +151,10 @@ def recorded(folder: Path) -> dict[int, set[str]]:
 
 
 def in_the_middle(config: RunConfig, results: Path) -> psutil.Process:
-    """The process that trains a run, as soon as there is a checkpoint of it."""
-    wait_for((run_folder(config, results) / "checkpoint.pt").exists)
+    """The process that trains a run, as soon as it waits."""
+    wait_for((results / f"waiting {run_key(config)}").exists)
     (folder,) = submissions(results)
+    wait_for((folder / "jobs").exists)
     (number,) = (id for id, keys in recorded(folder).items() if run_key(config) in keys)
     (process,) = (trainer for trainer in trainers(results) if trainer.ppid() == number)
     return process
@@ -167,7 +190,8 @@ def test_a_killed_and_a_preempted_job_are_resumed(tmp_path: Path, ordinary: Path
     with command(tmp_path) as process:
         in_the_middle(CONFIGS[0], tmp_path).kill()
         in_the_middle(CONFIGS[-1], tmp_path).send_signal(signal.SIGUSR2)
-        told = process.communicate(timeout=120)[1]
+        (tmp_path / "hold").unlink()
+        told = process.communicate()[1]
     assert process.returncode == 1
     line = last_line(told)
     assert line.startswith("sweep: 1 of 2 jobs ended before their runs; ")
@@ -181,7 +205,8 @@ def test_a_killed_and_a_preempted_job_are_resumed(tmp_path: Path, ordinary: Path
     before = {config: (run_folder(config, tmp_path) / "run.json") for config in CONFIGS}
     times = {path: path.stat().st_mtime_ns for path in before.values() if path.exists()}
     with command(tmp_path) as process:
-        assert process.communicate(timeout=120)[0].endswith("4 completed\n")
+        (tmp_path / "hold").unlink()
+        assert process.communicate()[0].endswith("4 completed\n")
     assert process.returncode == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert_same_tables(tmp_path, ordinary)
@@ -197,17 +222,17 @@ def test_interrupted_jobs_go_on_and_are_followed(
     with command(repository) as process:
         in_the_middle(CONFIGS[0], repository)
         os.killpg(process.pid, signal.SIGINT)
-        told = process.communicate(timeout=60)[1]
-        assert process.returncode == 130
-        line = last_line(told)
-        (folder,) = submissions(repository)
-        assert line.startswith("the jobs go on: ")
-        cancelled = line.partition("`kill")[2].partition("` cancels them")[0]
-        assert {int(id) for id in cancelled.split()} <= recorded(folder).keys()
+        assert process.wait() == 130
         monkeypatch.setattr(cluster, "_submit", None)
+        (repository / "hold").unlink()
         assert main(LOCAL) == 0
+        # Its pipes are those of its jobs, too.
+        line = last_line(process.communicate()[1])
+    (folder,) = submissions(repository)
+    assert line.startswith("the jobs go on: ")
+    cancelled = line.partition("`kill")[2].partition("` cancels them")[0]
+    assert {int(id) for id in cancelled.split()} == recorded(folder).keys()
     assert capsys.readouterr().out.endswith("4 completed\n")
-    assert submissions(repository) == [folder]
     assert_same_tables(repository, ordinary)
     # What the jobs are told to do is a pickle.
     for path in (folder, folder.parent):
@@ -219,8 +244,8 @@ def test_jobs_can_be_cancelled(tmp_path: Path) -> None:
     with command(tmp_path, "--job", "jobs", "1") as process:
         trainer = in_the_middle(CONFIGS[0], tmp_path)
         os.kill(trainer.ppid(), signal.SIGTERM)
-        assert "1 of 1 jobs ended" in last_line(process.communicate(timeout=60)[1])
-        assert not trainers(tmp_path)
+        assert "1 of 1 jobs ended" in last_line(process.communicate()[1])
+        wait_for(lambda: not trainers(tmp_path))
     assert not any(is_stored(config, tmp_path) for config in CONFIGS)
 
 
