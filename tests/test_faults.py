@@ -529,8 +529,7 @@ def small_results(checkout: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
-    [("size=100k", "No space left on device"), ("ro", "Read-only file system")],
+    ("options", "reason"), [("size=100k", "No space left on device"), ("ro", "Read-only file system")]
 )
 def test_a_notebook_whose_results_cannot_be_written(
     checkout: Path, small_results: Path, options: str, reason: str
@@ -563,41 +562,36 @@ def test_a_notebook_whose_process_is_killed_is_told_in_one_line(checkout: Path) 
 
 
 WRITE = """
-import sys
+import os, signal, sys
 from pathlib import Path
 from lib.experiments.store import write_atomic
-for k in range(int(sys.argv[2])):
-    write_atomic(Path(sys.argv[1]), bytes([k % 251]) * 2_000_000)
+if sys.argv[2] == "killed":
+    os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+for k in range(20):
+    write_atomic(Path(sys.argv[1]), bytes([k]) * 2_000_000)
 """
 
 
-def writer(path: Path, times: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", WRITE, str(path), str(times)], cwd=REPOSITORY)
-
-
-def leftovers(folder: Path) -> list[Path]:
-    return sorted(folder.glob(".file.*"))
+def writer(path: Path, fate: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", WRITE, str(path), fate], cwd=REPOSITORY)
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
-    """Writers that are killed in the middle of a write leave files, which the next write removes."""
-    path, draws, seen = tmp_path / "file", random.Random(0), 0
-    for _ in range(12):
-        with writer(path, 10**6) as process:
-            wait_for(path.exists)
-            wait_for(lambda: leftovers(tmp_path))
-            time.sleep(draws.uniform(0, 0.003))
-            process.kill()
-        seen += len(leftovers(tmp_path))
-        write_atomic(path, b"whole")
-        assert list(tmp_path.iterdir()) == [path]
-    assert seen >= 3
+    """Writers that are killed in the middle of a write leave a file each, which the next write removes."""
+    path = tmp_path / "file"
+    for _ in range(3):
+        with writer(path, "killed") as process:
+            assert process.wait() == -signal.SIGKILL
+        (leftover,) = tmp_path.iterdir()
+        assert leftover.name.startswith(".file.")
+    write_atomic(path, b"whole")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_living_writers_keep_their_files(tmp_path: Path) -> None:
     """Several writers of one file, each of which looks for leftovers, never take each other's."""
     path = tmp_path / "file"
-    writers = [writer(path, 60) for _ in range(4)]
+    writers = [writer(path, "alive") for _ in range(4)]
     while any(process.poll() is None for process in writers):
         remove_leftovers(path)
     assert [process.wait() for process in writers] == [0] * 4
