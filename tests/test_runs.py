@@ -72,7 +72,7 @@ STACK = [
     RunConfig(**TINY | {"sigma": "identity", "solver": "plain", "learning_rate": 0.03} | values)
     for values in ({}, {"noise": 1.0}, {"tau": 2.1, "gamma": 1.0}, {"tau": 0.9, "gamma": 1.45}, {"lam": 0.9})
 ]
-"""Five that train together: the third one diverges before it is trained, the fourth one in epoch 2."""
+"""Five that train together: the third one diverges before it is trained, the fourth one in its second step."""
 STATUSES = ["completed", "completed", "diverged", "diverged", "completed"]
 STEPS = total_steps(STACK[0])
 
@@ -486,9 +486,7 @@ def test_damaged_weights_are_noticed(
 
 
 def test_a_truncated_checkpoint_is_noticed(
-    tmp_path: Path,
-    stored: tuple[Path, Run],
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, stored: tuple[Path, Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An interrupted run whose checkpoint was cut is trained from the start, with the same bits."""
     train_until(1, [CONFIG], tmp_path)
@@ -983,7 +981,7 @@ def test_a_run_that_another_process_trains_is_waited_for(
         assert not is_stored(STACK[0], tmp_path)
         lock.release()
 
-    monkeypatch.setattr(runs, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(time, "sleep", sleep)
     with lock:
         train_runs(STACK[:1], tmp_path)
     assert naps == [runs.POLL_SECONDS]

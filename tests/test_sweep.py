@@ -27,7 +27,7 @@ from lib.experiments.sweep import Sweep, duration, get_sweep, plan, status
 TINY: dict[str, Any] = {
     "task": ["inpainting", "denoising"],
     "solver": "plain",
-    "time_budget": [60.0, 1e-6],
+    "time_budget": [3600.0, 1e-6],
     "train_images": 20,
     "test_images": 10,
     "batch_size": 10,
@@ -183,7 +183,7 @@ def test_the_provenance_says_where_the_tables_come_from(trained: tuple[Path, Swe
         "task": {"inpainting", "denoising"},
         "tau": {0.5, 2.1},
         "start": {"data", "zero"},
-        "time_budget": {60.0, 1e-6},
+        "time_budget": {3600.0, 1e-6},
     }
     expected = CONFIGS[0].model_dump()
     assert provenance["shared"] == {name: expected[name] for name in expected if name not in axes}
@@ -312,7 +312,7 @@ def test_the_status_of_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-SOLVABLE = TINY | {"task": "denoising", "solver": "anderson", "time_budget": 60.0, "max_steps": 5}
+SOLVABLE = TINY | {"task": "denoising", "solver": "anderson", "time_budget": 3600.0, "max_steps": 5}
 
 
 def test_the_plan_is_of_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
