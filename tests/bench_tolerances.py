@@ -16,13 +16,7 @@ from benches import save
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.experiments.problem import (
-    generator,
-    load_images,
-    make_solver,
-    observe,
-    one_thread,
-)
+from lib.experiments.problem import generator, load_images, make_solver, observe, one_thread
 from lib.experiments.runs import Run, trained_kernels
 from lib.implicit import implicit_fixed_point
 from lib.models import MODELS

@@ -675,12 +675,7 @@ def test_an_unknown_model_is_refused() -> None:
         build_conv_model("unet", operator, (A, A), smoothed_sign(5.0), tau=TAU, lam=LAM, gamma=GAMMA)
 
 
-@given(
-    st.sampled_from(MODELS),
-    st.sampled_from(TASKS),
-    st.floats(0.5, 50.0),
-    st.integers(0, 2**32 - 1),
-)
+@given(st.sampled_from(MODELS), st.sampled_from(TASKS), st.floats(0.5, 50.0), st.integers(0, 2**32 - 1))
 def test_the_whole_hypergradient_is_that_of_finite_differences(
     model: str, task: str, lam: float, seed: int
 ) -> None:

@@ -183,7 +183,7 @@ def test_every_parameter_is_declared(name: str, no_kernel: None, tmp_path: Path)
 
 
 def test_only_notebooks_are_declared() -> None:
-    assert parameters.NOTEBOOKS.keys() <= set(EVERY)
+    assert parameters.DECLARED.keys() <= set(EVERY)
 
 
 @pytest.mark.parametrize(("name", "parameter"), PARAMETERS)
