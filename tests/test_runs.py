@@ -72,7 +72,7 @@ STACK = [
     RunConfig(**TINY | {"sigma": "identity", "solver": "plain", "learning_rate": 0.03} | values)
     for values in ({}, {"noise": 1.0}, {"tau": 2.1, "gamma": 1.0}, {"tau": 0.9, "gamma": 1.45}, {"lam": 0.9})
 ]
-"""Five that train together: the third one diverges before it is trained, the fourth one in its second step."""
+"""Five that train together: the third one diverges before it is trained, the fourth one in its first epoch."""
 STATUSES = ["completed", "completed", "diverged", "diverged", "completed"]
 STEPS = total_steps(STACK[0])
 
@@ -769,6 +769,14 @@ def test_a_stored_stack_is_not_trained_again(
     monkeypatch.setattr(runs, "Trainer", NoTrainer)
     train_stack(STACK, undisturbed[0], refuse_report)
     train_runs(STACK, undisturbed[0])
+
+
+def test_what_a_process_left_that_was_killed_behind_its_record_is_removed(results: Path) -> None:
+    """A checkpoint beside the record of its run, and nothing else."""
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    (folder_of(CONFIG, results) / "checkpoint.pt").touch()
+    train_runs([CONFIG], results)
+    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == before
 
 
 def refuse_report(progress: Progress) -> None:

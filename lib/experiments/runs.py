@@ -352,6 +352,11 @@ def train_runs(configs: Sequence[Config], results: Results = None) -> None:
         RuntimeError: a training failed; the message says how.
     """
     ended = Counter(record["status"] for config in configs if (record := read_record(config, results)))
+    for config in configs:
+        leftover = run_folder(config, results) / "checkpoint.pt"
+        # Its process was killed when it had stored the run.
+        if leftover.exists() and is_stored(config, results):
+            remove(leftover)
     waiting = [config for config in configs if not is_stored(config, results)]
     if not waiting:
         return
