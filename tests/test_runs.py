@@ -72,7 +72,7 @@ STACK = [
     RunConfig(**TINY | {"sigma": "identity", "solver": "plain", "learning_rate": 0.03} | values)
     for values in ({}, {"noise": 1.0}, {"tau": 2.1, "gamma": 1.0}, {"tau": 0.9, "gamma": 1.45}, {"lam": 0.9})
 ]
-"""Five that train together: the third one diverges before it is trained, the fourth one in its first epoch."""
+"""Five that train together: the third one diverges before it is trained, the fourth in its first epoch."""
 STATUSES = ["completed", "completed", "diverged", "diverged", "completed"]
 STEPS = total_steps(STACK[0])
 
