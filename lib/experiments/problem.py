@@ -127,7 +127,6 @@ def trained_model(
     """The model with weights that a training ended with.
 
     Args:
-        config: of the training.
         weights: `A`, `b` or none, and for a DEQ `C`.
         stacked: give it the leading dimension that it was trained with.
         shape: of the images; that of the training's when None.

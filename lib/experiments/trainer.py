@@ -380,11 +380,7 @@ class Trainer:
         self.alive = [self.alive[position] for position in positions]
 
     def checkpoint(self, index: int) -> bytes:
-        """Everything that a later process needs to end member `index`, alone or in any stack.
-
-        Args:
-            index: of a living member, in the order of the configurations.
-        """
+        """Everything that a later process needs to end the living member `index`, alone or in any stack."""
         position, member = self.alive.index(index), self.members[index]
         adam, weights = isinstance(self.optimizer, torch.optim.Adam), {}
         for name, parameter in self.model.named_parameters():
