@@ -111,7 +111,7 @@ def make(folder: Path, *arguments: str, **variables: str) -> subprocess.Complete
     path = f"{folder.parent / 'programs'}{os.pathsep}{os.environ['PATH']}"
     command = ["make", "--no-print-directory", *arguments]
     env = {"PATH": path, "HOME": str(folder.parent)} | variables
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
 def test_make_alone_prints_the_targets() -> None:

@@ -47,7 +47,7 @@ REASON = "training loss nan above 1000 in epoch 1, step 3"
 TINY: dict[str, Any] = {
     "task": ["inpainting", "denoising"],
     "solver": "plain",
-    "time_budget": [60.0, 1e-6],
+    "time_budget": [3600.0, 1e-6],
     "train_images": 20,
     "test_images": 10,
     "batch_size": 10,
@@ -293,10 +293,10 @@ def test_what_is_collected_is_the_stores(store: Path) -> None:
         assert_shown(row["input"], f[:, 0])
         if row["status"] == "completed":
             assert_shown(row["output"], reconstruct({"": get_run(config, store)}).outputs[""])
-    assert axes(table)["time_budget"] == [1e-6, 60.0]
+    assert axes(table)["time_budget"] == [1e-6, 3600.0]
     late = panel(table, time_budget=1e-6, tau=0.5)
     assert [texts(ax) for ax in late.axes[4:]] == ["out of time: time budget of 1e-06 s spent in epoch 1"] * 2
-    assert all(ax.images for ax in panel(table, time_budget=60.0, tau=0.5).axes[2:])
+    assert all(ax.images for ax in panel(table, time_budget=3600.0, tau=0.5).axes[2:])
 
 
 def test_weights_of_another_loss_are_not_collected(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -444,7 +444,7 @@ def seen(page: Path, width: int, folder: Path) -> dict[str, Any]:
     options = ["headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "enable-logging=stderr"]
     options += [f"user-data-dir={folder / 'chromium'}", "virtual-time-budget=20000", "dump-dom"]
     command = [str(CHROMIUM), *(f"--{option}" for option in options), outer.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     said: dict[str, Any] = json.loads(BeautifulSoup(done.stdout, "html.parser").title.get_text())
     return said | {"console": [line for line in done.stderr.splitlines() if "CONSOLE" in line]}
 
