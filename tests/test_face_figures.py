@@ -467,7 +467,7 @@ def test_the_noise_of_a_photograph_is_drawn_from_the_seed(trained: dict[str, Run
 
 
 def test_the_figure_of_a_reconstruction(trained: dict[str, Run], png: tuple[Path, Tensor]) -> None:
-    """Truth, data and reconstruction with their PSNR; of degraded photographs the last two, without."""
+    """Truth, data and reconstruction with their quality; of degraded photographs the last two, without."""
     path, _ = png
     result = reconstruct_photograph(trained["bilevel"], str(path))
     assert result.truth is not None
@@ -477,12 +477,14 @@ def test_the_figure_of_a_reconstruction(trained: dict[str, Run], png: tuple[Path
     for axis, (name, picture) in zip(fig.axes, pictures.items(), strict=True):
         np.testing.assert_array_equal(axis.images[0].get_array(), picture[0, 0])
         assert axis.images[0].get_clim() == (-1, 1)
-        decibels = (
-            peak_signal_noise_ratio(result.truth.numpy(), picture.numpy(), data_range=2)
-            if name != "truth"
-            else 0
+        pair = result.truth[0, 0].numpy(), picture[0, 0].numpy()
+        said = (
+            ""
+            if name == "truth"
+            else f"{peak_signal_noise_ratio(*pair, data_range=2):.1f} dB, "
+            f"SSIM {structural_similarity(*pair, data_range=2):.2f}"
         )
-        assert [text.get_text() for text in axis.texts] == ([f"{decibels:.1f} dB"] if name != "truth" else [])
+        assert "".join(text.get_text() for text in axis.texts) == said
     fig = photograph_reconstruction_figure(reconstruct_photograph(trained["bilevel"], str(path), clean=False))
     assert [axis.get_title() for axis in fig.axes] == ["data", "reconstruction"]
     assert not any("dB" in text for text in texts(fig))
