@@ -228,7 +228,7 @@ FAULTS = [
         "experiments/trainer",
         "step % PRECONDITIONER_AGE == 0",
         "self.step == 0",
-        "test_training.py::test_a_preconditioner_is_of_the_weights_of_its_age",
+        "test_trainer.py::test_a_preconditioner_is_of_the_weights_of_its_age",
     ),
     # Data and random numbers.
     Fault(
@@ -236,7 +236,7 @@ FAULTS = [
         "experiments/trainer",
         'loaded["train"].to(',
         'loaded["test"].to(',
-        "test_training.py::test_the_training_loss_is_a_mean_over_images",
+        "test_trainer.py::test_the_training_loss_is_a_mean_over_images",
     ),
     Fault(
         "people of the test set are in the training set",
@@ -250,14 +250,14 @@ FAULTS = [
         "experiments/trainer",
         "torch.randn(batch.shape, generator=draws)",
         "torch.randn(batch.shape)",
-        "test_training.py::test_training_is_repeatable_and_leaves_the_global_generator_alone",
+        "test_trainer.py::test_training_is_repeatable_and_leaves_the_global_generator_alone",
     ),
     Fault(
         "the test noise is drawn from the global state",
         "experiments/problem",
         'torch.randn(shape, generator=generator(config.seed, "test noise"))',
         "torch.randn(shape)",
-        "test_training.py::test_training_is_repeatable_and_leaves_the_global_generator_alone",
+        "test_trainer.py::test_training_is_repeatable_and_leaves_the_global_generator_alone",
     ),
     Fault(
         "the noise is added before the operator",
@@ -271,7 +271,7 @@ FAULTS = [
         "experiments/problem",
         "for part in (seed, *purpose)",
         "for part in purpose",
-        "test_training.py::test_another_seed_is_another_training",
+        "test_trainer.py::test_another_seed_is_another_training",
     ),
     # Training.
     Fault(
@@ -279,21 +279,21 @@ FAULTS = [
         "experiments/trainer",
         "math.cos(math.pi * passed)",
         "math.cos(passed)",
-        "test_training.py::test_learning_rate_is_a_cosine_between_its_ends",
+        "test_trainer.py::test_learning_rate_is_a_cosine_between_its_ends",
     ),
     Fault(
         "the schedule goes by epochs",
         "experiments/trainer",
         "learning_rate(self.config, self.step, total_steps(self.config))",
         "learning_rate(self.config, self.epoch, self.config.epochs)",
-        "test_training.py::test_each_step_is_taken_with_its_learning_rate",
+        "test_trainer.py::test_each_step_is_taken_with_its_learning_rate",
     ),
     Fault(
         "a diverged training has completed",
         "experiments/trainer",
         '"completed", "diverged", "out of time"',
         '"completed", "completed", "out of time"',
-        "test_training.py::test_a_stack_of_diverging_members_ends",
+        "test_trainer.py::test_a_stack_of_diverging_members_ends",
     ),
     # The store.
     Fault(
