@@ -35,6 +35,7 @@ FIGURE_MODULES = sorted((REPOSITORY / "lib" / "figures").glob("*.py"))
 
 DISPLAYED = {
     "save_kernels": "returns nothing",
+    "set_num_threads": "returns nothing",
     "Image": "pictures are not compared",
     "picture": "pictures are not compared",
     "axes": "the levels of a committed table",
