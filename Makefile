@@ -32,7 +32,7 @@ PYTEST := $(BIN)/python -m pytest -c pyproject.toml
 LAB := $(BIN)/python -m jupyterlab --KernelManager.transport_encryption=auto
 
 .DEFAULT_GOAL := help
-PAGES := first_steps theory reconstruct explore scaling
+PAGES := first_steps theory weight hypergradients reconstruct explore scaling
 
 .PHONY: help figures $(FIGURES) report $(PAGES) sweep sweep-status sweep-plan test validate bench lab data refresh \
   lock clean delete-runs
@@ -51,10 +51,12 @@ report: $(INSTALLED) ## the page of the figures that are there: results/$(PROFIL
 
 first_steps: $(INSTALLED) ## the mathematics alone, from an operator to a training, in 60 lines and some seconds
 theory: $(INSTALLED) ## bilevel learning as a deep equilibrium model with tied weights, in numbers
+weight: $(INSTALLED) ## why a learned weight brings the learned models ahead of total variation
+hypergradients: $(INSTALLED) ## which hypergradient a training needs: solved, Neumann series, Jacobian-free
 reconstruct: $(INSTALLED) ## a photograph of your own with the committed kernels: ARGS="-p image photo.jpg"
 scaling: $(INSTALLED) ## what a training step costs, by image, kernels, batch and stack
 
-$(FIGURES) first_steps theory reconstruct scaling: $(INSTALLED)
+$(FIGURES) first_steps theory weight hypergradients reconstruct scaling: $(INSTALLED)
 	@$(BIN)/python -m lib.pages.notebooks run $@ --profile $(PROFILE) $(ARGS)
 
 explore: $(INSTALLED) ## the grid, one selection at a time, with controls, in JupyterLab (ARGS: its options)

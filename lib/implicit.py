@@ -8,13 +8,25 @@ one evaluation of `T` is recorded, so memory does not grow with the number of so
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lib.solvers import FixedPointProblem, Solution, Solver, StepMap, fixed_point
+from lib.solvers import FixedPointProblem, PlainIteration, Solution, Solver, StepMap, fixed_point
+
+
+@dataclass(frozen=True)
+class NeumannSeries:
+    """`sum_(j = 0)^steps (J^T)^j dL/du*`, in the place of the adjoint equation's solution.
+
+    Without any step it is `dL/du*` itself, as if there were no Jacobian (Fung et al., AAAI 2022). It ends
+    early where the equation's relative residual is at most `tol`.
+    """
+
+    steps: int
+    tol: float = 0.0
 
 
 class _Once(torch.autograd.Function):
@@ -54,7 +66,7 @@ def implicit_fixed_point(
     problem: FixedPointProblem | StepMap,
     u0: Tensor,
     solver: Solver,
-    adjoint_solver: Solver | None = None,
+    adjoint_solver: Solver | NeumannSeries | None = None,
     on_adjoint: Callable[[Solution], None] | None = None,
 ) -> Solution:
     """Solve `u = T(u)` and attach the implicit gradient to the solution's value.
@@ -64,7 +76,8 @@ def implicit_fixed_point(
             receives one.
         u0: `(..., C, H, W)`, first iterate.
         solver: solver of the fixed point.
-        adjoint_solver: solver of `w = J^T w + dL/du*`; the same solver when None.
+        adjoint_solver: solver of `w = J^T w + dL/du*`, the same one when None; or the series that takes its
+            place, whatever the problem's preconditioner and first adjoint.
         on_adjoint: called in the backward pass with the adjoint `Solution` (residual, steps, status).
 
     Returns:
@@ -93,8 +106,12 @@ def implicit_fixed_point(
             restrict=None if vjp is None or restrict is None else adjoint_map,
             precondition=problem.precondition,
         )
-        w0 = cotangent if problem.first_adjoint is None else problem.first_adjoint(cotangent)
-        solution = fixed_point(adjoint, w0, adjoint_solver or solver)
+        if isinstance(adjoint_solver, NeumannSeries):
+            series = PlainIteration(adjoint_solver.tol, adjoint_solver.steps)
+            solution = fixed_point(replace(adjoint, precondition=None), cotangent, series)
+        else:
+            w0 = cotangent if problem.first_adjoint is None else problem.first_adjoint(cotangent)
+            solution = fixed_point(adjoint, w0, adjoint_solver or solver)
         if on_adjoint is not None:
             on_adjoint(solution)
         return solution.value

@@ -56,7 +56,8 @@ class Solution:
     Attributes:
         value: `(..., C, H, W)`, `T(u)` at the iterate `u` with the smallest residual, which is the last one
             of a converged sample; of a diverged sample the last iterate itself.
-        residual: `(...)`, relative residual `||T(u) - u|| / ||T(u)||` at that iterate.
+        residual: `(...)`, relative residual `||T(u) - u|| / ||T(u)||` at that iterate; infinite where `T` was
+            not evaluated once.
         residuals: `(evaluations, ...)`, the same at every iterate, constant once a sample stopped.
         steps: `(...)`, evaluations of `T` until the sample stopped.
         status: `(...)`, integer codes of `Status`.
@@ -234,6 +235,7 @@ def fixed_point(problem: FixedPointProblem | StepMap, u0: Tensor, solver: Solver
     limit = torch.zeros_like(relative)
     # Allocated once: small tensors that stay would keep the large ones' memory from being used again.
     history, smallests, sizes = u.new_empty(3, solver.max_steps, n)
+    k = -1
     for k in range(solver.max_steps):
         step = evaluate(u, running)
         residual = step - u

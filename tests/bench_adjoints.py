@@ -21,6 +21,7 @@ from tqdm import tqdm
 from lib.experiments.config import RunConfig
 from lib.experiments.problem import make_adjoint_solver, make_solver, one_thread
 from lib.experiments.trainer import Trainer
+from lib.implicit import NeumannSeries
 from lib.models import MODELS
 from lib.solvers import Solver
 
@@ -30,7 +31,7 @@ TRAINING = {"train_images": 10_000, "test_images": 500, "epochs": 1, "final_lear
 """A hundred optimizer steps at one learning rate."""
 
 
-def solvers(config: RunConfig) -> dict[str, Solver]:
+def solvers(config: RunConfig) -> dict[str, Solver | NeumannSeries]:
     """Ours of the adjoint equation, by name."""
     series = {
         f"Neumann {steps}": make_adjoint_solver(config.model_copy(update={"neumann_steps": steps}))
@@ -39,7 +40,7 @@ def solvers(config: RunConfig) -> dict[str, Solver]:
     return series | {"Anderson": make_solver(config)}
 
 
-def trained(config: RunConfig, solver: Solver) -> float:
+def trained(config: RunConfig, solver: Solver | NeumannSeries) -> float:
     """The test loss after a training, NaN of one that diverged."""
     trainer = Trainer([config.model_copy(update=TRAINING)])
     trainer.adjoint_solver = solver

@@ -57,7 +57,7 @@ from lib.experiments.problem import (
 )
 from lib.experiments.profiles import faces_config
 from lib.experiments.trainer import PRECONDITIONER_AGE, Trainer
-from lib.implicit import implicit_fixed_point
+from lib.implicit import NeumannSeries, implicit_fixed_point
 from lib.models import MODELS, FixedPointModel
 from lib.operators import TASKS, CircularBlur, Mask
 from lib.products import product
@@ -134,7 +134,9 @@ def finish(problem: Problem, value: Tensor, forward: float, backward: Callable[[
     return Step(loss.item(), gradient, forward, backward())
 
 
-def ours(problem: Problem, solver: Solver | None = None, adjoint_solver: Solver | None = None) -> Step:
+def ours(
+    problem: Problem, solver: Solver | None = None, adjoint_solver: Solver | NeumannSeries | None = None
+) -> Step:
     adjoint: list[Solution] = []
     P = problem.P
     if isinstance(problem.config, FacesConfig):

@@ -59,7 +59,7 @@ def single(run: Run) -> Run:
 
 
 def problem(run: Run) -> tuple[Tensor, Tensor]:
-    truth, f = reconstructions.test_data(run)
+    truth, f = reconstructions.test_data(run.config)
     return truth.double(), f.double()
 
 
@@ -83,7 +83,7 @@ def test_the_lost_pixels_are_the_masks() -> None:
 def test_the_data_are_the_masked_images_and_noise() -> None:
     """The noise is the run's, and the truth the test images."""
     run = make_run(noise=0.05)
-    truth, f = reconstructions.test_data(run)
+    truth, f = reconstructions.test_data(run.config)
     assert torch.equal(truth, load_images(run.config)["test"])
     noise = f - truth * ~LOST
     assert noise.std().item() == pytest.approx(0.05, rel=0.1)
@@ -91,7 +91,7 @@ def test_the_data_are_the_masked_images_and_noise() -> None:
 
 
 def test_noiseless_data_are_the_masked_images() -> None:
-    truth, f = reconstructions.test_data(make_run(noise=0.0))
+    truth, f = reconstructions.test_data(make_run(noise=0.0).config)
     assert torch.equal(f[..., ~LOST], truth[..., ~LOST])
     assert not f[..., LOST].any()
 
@@ -128,7 +128,7 @@ def test_plain_iterates_are_those_of_the_plain_solver(model: str) -> None:
 
 def test_the_solution_is_converged() -> None:
     run = make_run()
-    truth, f = reconstructions.test_data(run)
+    truth, f = reconstructions.test_data(run.config)
     solution = inpainting.converged(single(run), f)
     assert solution.status.tolist() == [Status.CONVERGED] * len(truth)
     u = solution.value.double()
@@ -242,7 +242,7 @@ def test_the_largest_backward_residual_of_the_images_is_taken() -> None:
 def test_the_baselines_are_those_of_the_data() -> None:
     """Harmonic images to the bit; total variation has converged with the run's `lambda`."""
     run = make_run()
-    _, f = reconstructions.test_data(run)
+    _, f = reconstructions.test_data(run.config)
     found = inpainting.baselines(run, f)
     assert list(found) == ["harmonic", "TV"]
     assert torch.equal(found["harmonic"], harmonic_inpainting(f, (~LOST).float()))
@@ -303,7 +303,7 @@ def test_the_step_of_filling_is_admissible(profile: str) -> None:
 def test_the_figure_shows_pictures_errors_and_residuals() -> None:
     """Each picture under its title with its PSNR inside the mask, and the curves that were given."""
     run = make_run()
-    truth, f = reconstructions.test_data(run)
+    truth, f = reconstructions.test_data(run.config)
     face = truth[0, 0]
     off = face + 0.2 * LOST
     images = {"truth": face, "input": f[0, 0], "off by 0.2": off}

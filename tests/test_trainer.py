@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from itertools import combinations, count, pairwise, product
 from types import SimpleNamespace
@@ -26,10 +27,10 @@ from lib.experiments.trainer import (
     read_checkpoint,
     steps_per_epoch,
 )
-from lib.implicit import implicit_fixed_point
+from lib.implicit import NeumannSeries, implicit_fixed_point
 from lib.models import FixedPointModel
 from lib.operators import TASKS
-from lib.solvers import PlainIteration, Solution
+from lib.solvers import Solution
 
 SMALL: dict[str, Any] = {
     "size": 7,
@@ -545,11 +546,13 @@ def test_batches_do_not_change_the_evaluation(monkeypatch: pytest.MonkeyPatch) -
         assert row == pytest.approx(timeless(rows)[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("task", ["inpainting", "deblurring"])
-@pytest.mark.parametrize("steps", [1, 4])
-def test_the_adjoint_is_a_neumann_series_where_the_operator_loses_something(task: str, steps: int) -> None:
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_the_adjoint_is_a_neumann_series_where_it_is_asked_for(task: str, steps: int) -> None:
     """`w` is the sum of `(J^T)^j dL/du` for `j` from 0 to `neumann_steps`, with the dense Jacobian `J`."""
-    config = small(task=task, model="deq", neumann_steps=steps, gamma=0.3, tol=1e-9)
+    config = small(
+        task=task, model="deq", adjoint="neumann", neumann_steps=steps, tau=0.3, gamma=0.3, tol=1e-9
+    )
     model = problem.make_model([config]).double()
     truth, n = torch.randn(2, 3, 1, 7, 7, generator=generator(0, "test"), dtype=torch.float64)
     f = problem.observe(model.operator, truth, torch.tensor([0.1], dtype=torch.float64), n)
@@ -586,12 +589,16 @@ def test_without_a_regularizer_the_adjoint_of_denoising_starts_at_its_solution(t
         assert torch.equal(w, g)
 
 
-@pytest.mark.parametrize("values", [{"task": "denoising"}, {"task": "inpainting", "neumann_steps": 0}])
+@pytest.mark.parametrize("values", [{"task": "denoising"}, {"task": "inpainting", "adjoint": "solved"}])
 def test_otherwise_the_adjoint_equation_is_solved_as_the_fixed_point_is(values: dict[str, Any]) -> None:
-    """Denoising, and a series of no steps, have the solver of the fixed point for both."""
+    """By the same solver, with a tolerance of its own if asked for; by default a series where `K` loses
+    something."""
     config = small(**values)
     assert make_adjoint_solver(config) == make_solver(config)
-    assert isinstance(make_adjoint_solver(small(task="inpainting")), PlainIteration)
+    looser = config.model_copy(update={"adjoint_tol": 0.1})
+    assert make_adjoint_solver(looser) == replace(make_solver(config), tol=0.1)
+    assert make_solver(looser) == make_solver(config)
+    assert make_adjoint_solver(small(task="inpainting")) == NeumannSeries(20, config.tol)
 
 
 def test_a_preconditioner_is_of_the_weights_of_its_age(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -618,7 +625,7 @@ def test_preconditioned_solves_come_nearer_to_the_solution_in_fewer_steps(task: 
     """The fixed point and its adjoint from untrained weights, beside those of solves to 1e-7."""
     plain = small(task=task, size=14, gamma=0.5)
     config = plain.model_copy(update={"precondition": True})
-    exact = plain.model_copy(update={"neumann_steps": 0, "tol": 1e-7, "max_steps": 5000, "patience": None})
+    exact = plain.model_copy(update={"adjoint": "solved", "tol": 1e-7, "max_steps": 5000, "patience": None})
     model = problem.make_model([config])
     truth = problem.load_images(config)["train"][:10]
     n = torch.randn(truth.shape, generator=generator(0, "test"))

@@ -24,6 +24,7 @@ LIMITS = {
     "lam": 1e6,
     "learning_rate": 10.0,
     "tol": 1.0,
+    "adjoint_tol": 1.0,
     "memory": 1_000,
     "regularization": 1e6,
     "sharpness": 1e6,
@@ -73,9 +74,11 @@ class TrainingConfig(Checked):
         schedule: the decay between them over all steps.
         test_every: epochs from one evaluation on the test images to the next.
         solver: for the fixed point and for the adjoint equation.
-        neumann_steps: highest power of the Jacobian in the Neumann series that takes the place of the adjoint
-            equation's solution where `K` loses something (inpainting, deblurring); 0 solves the equation.
-        precondition: whether both solves are preconditioned with the mean curvature
+        adjoint: whether the adjoint equation is `solved`, or a `neumann` series takes its solution's place.
+        neumann_steps: highest power of the Jacobian in that series; 0 leaves the Jacobian out
+            ("Jacobian-free").
+        adjoint_tol: `tol` of the adjoint equation; the same when None.
+        precondition: whether all solves are preconditioned with the mean curvature
             (`FixedPointModel.preconditioner`).
         start: first iterate of the fixed point, `zero` or the `data` `f`.
         tol: relative residual at which a sample has converged.
@@ -99,7 +102,9 @@ class TrainingConfig(Checked):
     schedule: Literal["cosine", "linear"]
     test_every: Count = 1
     solver: Literal["anderson", "plain"] = "anderson"
-    neumann_steps: CountOrZero = 0
+    adjoint: Literal["solved", "neumann"] = "solved"
+    neumann_steps: CountOrZero = 20
+    adjoint_tol: Positive | None = None
     precondition: bool = False
     start: Literal["zero", "data"]
     tol: Positive
@@ -130,10 +135,15 @@ def _start(values: dict[str, Any]) -> Literal["zero", "data"]:
     return "data" if values["task"] == "denoising" else "zero"
 
 
+def _adjoint(values: dict[str, Any]) -> Literal["solved", "neumann"]:
+    """A series where `K` loses something and the equation is ill-conditioned."""
+    return "solved" if values["task"] == "denoising" else "neumann"
+
+
 class RunConfig(TrainingConfig):
     """A training run on MNIST with dense fields of experts. The defaults are the paper's.
 
-    `precondition`, `patience`, `neumann_steps` and the `start` of denoising are ours. Where `K` loses
+    `precondition`, `patience`, `adjoint` and the `start` of denoising are ours. Where `K` loses
     something, a free `C` may turn the map into no contraction, and after some steps the residual stays as it
     is: the steps after that change nothing but the time. There the adjoint equation is ill-conditioned as
     well. The paper's Anderson acceleration of it has a ridge far above the squares of its residuals and so
@@ -145,8 +155,8 @@ class RunConfig(TrainingConfig):
         sigma: activation of the experts.
         size: side of the images in pixels; below 28, MNIST is averaged over blocks.
         batch_size: images in an optimizer step.
-        precondition: for the bilevel model alone, with a few accelerated steps in the place of the Neumann
-            series; the DEQ's Jacobian has no sign to rely on, and its solves stay as they are.
+        precondition: for the bilevel model alone, with a few accelerated steps in the place of a Neumann
+            series that is not 0; the DEQ's Jacobian has no sign to rely on, and its solves stay as they are.
     """
 
     dataset: Literal["mnist"] = "mnist"
@@ -162,7 +172,7 @@ class RunConfig(TrainingConfig):
     learning_rate: Positive = 1e-3
     final_learning_rate: NonNegative = 1e-6
     schedule: Literal["cosine", "linear"] = "cosine"
-    neumann_steps: CountOrZero = 20
+    adjoint: Literal["solved", "neumann"] = Field(default_factory=_adjoint)
     start: Literal["zero", "data"] = Field(default_factory=_start)
     tol: Positive = 1e-3
     max_steps: Count = 50

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lib.experiments import data
 from lib.experiments.config import ConfigError, FacesConfig, RunConfig, TrainingConfig
+from lib.implicit import NeumannSeries
 from lib.kernels import initial_kernels
 from lib.models import FixedPointModel, build_conv_model, build_model, is_free
 from lib.operators import Operator, forward_operator
@@ -43,13 +44,14 @@ def make_solver(config: TrainingConfig) -> Solver:
     return Anderson(c.tol, c.max_steps, c.memory, c.regularization, c.beta, c.patience)
 
 
-def make_adjoint_solver(config: TrainingConfig) -> Solver:
-    """The solver of the adjoint equation; plain iteration from its right-hand side is a Neumann series."""
-    if config.task == "denoising" or config.neumann_steps == 0:
-        return make_solver(config)
-    if is_preconditioned(config):
-        return replace(make_solver(config), max_steps=PRECONDITIONED_STEPS)
-    return PlainIteration(config.tol, config.neumann_steps)
+def make_adjoint_solver(config: TrainingConfig) -> Solver | NeumannSeries:
+    """The solver of the adjoint equation, or what takes its place."""
+    solver = replace(make_solver(config), tol=config.adjoint_tol or config.tol)
+    if config.adjoint == "solved":
+        return solver
+    if isinstance(config, RunConfig) and is_preconditioned(config) and config.neumann_steps > 0:
+        return replace(solver, max_steps=PRECONDITIONED_STEPS)
+    return NeumannSeries(config.neumann_steps, solver.tol)
 
 
 def is_preconditioned(config: TrainingConfig) -> bool:

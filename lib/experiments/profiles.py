@@ -60,6 +60,15 @@ FACES_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
 }
 """What each profile changes in the defaults for photographs: for all tasks, then for one task."""
 
+OURS: dict[str, Any] = {"filters": 8, "filter_size": 3, "initial": "first", "optimizer": "lbfgs"}
+OURS |= {"learn_weight": True, "differentiate_norm": True, "sharpness": 200.0}
+OURS |= {"tol": 1e-5, "adjoint_tol": 1e-4, "max_steps": 500, "patience": 50}
+"""Ours for denoising and deblurring: the weight of the data is learned with the kernels, which start as first
+differences, and the training is solved by a quasi-Newton method."""
+
+OURS_EPOCHS = {"smoke": 2, "quick": 40, "paper": 200}
+"""Iterations of that method in each profile."""
+
 FACES_TASKS: dict[str, dict[str, Any]] = {
     "denoising": {"noise": 0.1, "patience": 50, "precondition": True},
     "inpainting": {"noise": 0.01, "solver": "plain", "tol": 1e-14, "max_steps": 1000, "warm_start": False},
@@ -97,6 +106,13 @@ def faces_config(profile: str, task: str, **values: Any) -> FacesConfig:
         common = {name: given[name] for name in DENOISING_SHARES if name in given}
         given["initial"] = faces_config(profile, "denoising", **common)
     return FacesConfig(**chosen | {"task": task} | given)
+
+
+def our_config(profile: str, task: str, **values: Any) -> FacesConfig:
+    """The configuration of `OURS` for a task, with the given values on top; as in `faces_config`."""
+    require_name("profile", profile, FACES_PROFILES)
+    given = {name: value for name, value in values.items() if value is not None}
+    return faces_config(profile, task, **OURS | {"epochs": OURS_EPOCHS[profile]} | given)
 
 
 DENOISING_SHARES = ["dataset", "reduction", "train_images", "test_images", "seed"]

@@ -188,8 +188,14 @@ REFERENCE, KERNELS = RESULTS / "reference", "kernels.json"
 """The figures that are committed, and the file of trained kernels in the folders of some of them."""
 
 
-def save_kernels(run: Run, folder: Path) -> None:
-    """Write the kernels of a run as a small text file with their configuration and provenance."""
+def save_kernels(run: Run, folder: Path, name: str = KERNELS) -> None:
+    """Write the kernels of a run as a small text file with their configuration and provenance.
+
+    Args:
+        run: whose kernels.
+        folder: of the figure.
+        name: of the file, which `trained_kernels` looks for as `kernels*.json`.
+    """
     record = {
         "config": run.config.model_dump(),
         "status": run.status,
@@ -197,7 +203,7 @@ def save_kernels(run: Run, folder: Path) -> None:
         "weights": {name: weight.tolist() for name, weight in run.weights.items()},
         "provenance": run.provenance | {"run": run.key},
     }
-    _write_record(folder / KERNELS, "kernels", record)
+    _write_record(folder / name, "kernels", record)
 
 
 def load_kernels(path: Path) -> Run:
@@ -227,7 +233,7 @@ def trained_kernels(task: str, model: str, filters: int, folder: Path = REFERENC
     Raises:
         ConfigError: there is none.
     """
-    found = [load_kernels(path) for path in sorted(folder.glob(f"fig*/{KERNELS}"))]
+    found = [load_kernels(path) for path in sorted(folder.glob("fig*/kernels*.json"))]
     for run in found:
         if (run.config.task, run.config.model, getattr(run.config, "filters", 0)) == (task, model, filters):
             return run

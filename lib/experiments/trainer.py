@@ -257,7 +257,7 @@ class Trainer:
             len(images),
             train_loss=loss,
             **_solver_metrics("forward", solution),
-            **_solver_metrics("backward", adjoint, series=self.adjoint_solver != self.solver),
+            **_solver_metrics("backward", adjoint, series=self.config.adjoint == "neumann"),
         )
         where = f"above {LOSS_LIMIT:g} in epoch {self.epoch + 1}, step {step + 1}"
         lost = {

@@ -41,11 +41,17 @@ def tv_model(operator: Operator, lam: float, sharpness: float = 100.0) -> FixedP
 
 
 def tv_reconstruction(operator: Operator, tol: float = 1e-5, max_steps: int = 500) -> Method:
-    """Reconstruction by `tv_model` for an operator; the weight is `lambda`, a larger one smooths less."""
+    """Reconstruction by `tv_model` for a convolution; the weight is `lambda`, a larger one smooths less.
+
+    The solves are preconditioned. Without, the residual of a step as short as deblurring needs is below a
+    tolerance of 1e-4 long before the image is near the minimiser: half a decibel away.
+    """
 
     @torch.no_grad()
     def method(f: Tensor, weight: float) -> Tensor:
-        return fixed_point(tv_model(operator, weight).step_map(f), f, Anderson(tol, max_steps)).value
+        model = tv_model(operator, weight)
+        problem = model.problem(f, model.preconditioner(f.shape[-3:]))
+        return fixed_point(problem, f, Anderson(tol, max_steps, memory=10)).value
 
     return method
 

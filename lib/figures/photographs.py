@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from lib.experiments.config import FacesConfig
-from lib.experiments.data import photograph
+from lib.experiments.data import TEST_FACES, photograph
 from lib.experiments.problem import (
     Weights,
     generator,
@@ -32,11 +34,12 @@ from lib.experiments.problem import (
     psnr,
     solve,
 )
-from lib.experiments.profiles import FILTERS, faces_config
-from lib.experiments.runs import Run, get_runs, learned_start
+from lib.experiments.profiles import FILTERS, faces_config, our_config
+from lib.experiments.runs import Run, cores, get_runs, learned_start
 from lib.experiments.store import REPOSITORY, RESULTS, Results, write_atomic
 from lib.figures.baselines import best_weight, chambolle, tv_reconstruction
-from lib.figures.reconstructions import Reconstructions, reconstruct
+from lib.figures.comparison import paired_test
+from lib.figures.reconstructions import Reconstructions, image_quality, reconstruct, test_data
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.kernels import spectral_norm
 from lib.models import MODELS
@@ -72,6 +75,69 @@ def get_face_runs(
     order = sorted(configs, key=lambda name: -configs[name].filters)
     runs = dict(zip(order, get_runs([configs[name] for name in order], results), strict=True))
     return {name: runs[name] for name in configs}
+
+
+def get_our_runs(
+    profile: str, task: str, seeds: Sequence[int], results: Results = None, **values: Any
+) -> dict[str, list[Run]]:
+    """The runs of `OURS`, of both models by name, one for each seed, trained where they are not stored.
+
+    Args:
+        profile, task, values: as in `faces_config`.
+        seeds: of the noise; the kernels start as differences.
+    """
+    configs = [our_config(profile, task, **values, model=m, seed=seed) for m in MODELS for seed in seeds]
+    runs, count = get_runs(configs, results), len(seeds)
+    return {f"{MODEL_NAMES[m]}, ours": runs[i * count : (i + 1) * count] for i, m in enumerate(MODELS)}
+
+
+def photograph_by_photograph(runs: Mapping[str, Sequence[Run]], images: int | None = None) -> pd.DataFrame:
+    """Quality of the input, of total variation and of some models on each photograph, for several seeds.
+
+    Args:
+        runs: for each model the runs, one for each seed, the same seeds for all.
+        images: how many test photographs; when None as many as there are, or those of a folder's run.
+
+    Returns:
+        A row for each `seed` and `photograph`, with columns such as `psnr TV` (dB) and `ssim TV`. The weight
+        of total variation is the best one on training images.
+    """
+    first = next(iter(runs.values()))
+    if images is None:
+        images = TEST_FACES if first[0].config.dataset == "faces" else first[0].config.test_images
+
+    def measured(name: str, run: Run) -> pd.DataFrame:
+        config: Any = run.config.model_copy(update={"test_images": images})
+        u, f = test_data(config)
+        outputs = {"input": lambda: f, "TV": lambda: total_variation(config, f[:, 0])[0]}
+        with torch.no_grad():
+            output = outputs.get(name, lambda: solve(run.model(), f, config).value)()
+        table = pd.DataFrame(image_quality(output, u)).drop(columns="mse").add_suffix(f" {name}")
+        return table.set_index(pd.MultiIndex.from_product([[config.seed], range(1, images + 1)]))
+
+    columns = {"input": first, "TV": first} | dict(runs)
+    with one_thread(), ThreadPoolExecutor(cores()) as pool:
+        parts = [pool.map(partial(measured, name), column) for name, column in columns.items()]
+        table = pd.concat([pd.concat(rows) for rows in parts], axis="columns")
+    ordered = [f"{quantity} {name}" for quantity in ("psnr", "ssim") for name in columns]
+    return table[ordered].rename_axis(["seed", "photograph"])
+
+
+def ahead_of(table: pd.DataFrame, baseline: str = "TV") -> pd.DataFrame:
+    """Medians of `photograph_by_photograph`, and how far each method is ahead of one of them.
+
+    Returns:
+        A row for each method: the medians of `psnr` (dB) and `ssim` over photographs and seeds; and in dB
+        `ahead`, the median over the photographs of a photograph's difference (the median over the seeds),
+        with the ends `low` and `high` of its 95 % bootstrap interval.
+    """
+    rows = {}
+    for name in table.filter(like="psnr ").columns.str.removeprefix("psnr "):
+        difference = (table[f"psnr {name}"] - table[f"psnr {baseline}"]).groupby("photograph").median()
+        test = paired_test(difference.to_numpy(float))
+        rows[name] = {"psnr": table[f"psnr {name}"].median(), "ssim": table[f"ssim {name}"].median()}
+        rows[name] |= {"ahead": test["median"], "low": test["low"], "high": test["high"]}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
 
 def over_seeds(
@@ -129,8 +195,8 @@ def total_variation(config: FacesConfig, observed: Tensor, images: int = 4) -> t
     if config.task == "denoising":
         weight = best_weight(chambolle, f, truth, 0.005, 1.0)
         return chambolle(observed[:, None], weight), f"weight {weight:g}"
-    method = tv_reconstruction(operator, tol=1e-4, max_steps=300)
-    weight = best_weight(method, f, truth, 10.0, 3000.0)
+    method = tv_reconstruction(operator)
+    weight = best_weight(method, f, truth, 10.0, 30_000.0)
     return method(observed[:, None], weight), f"lambda {weight:g}"
 
 
@@ -160,8 +226,11 @@ def photograph_figure(
         for line, row in zip(axes, rows, strict=True):
             for axis, (name, title) in zip(line, row.items(), strict=False):
                 _show(axis, images[name][image], title, None if name == "truth" else truth)
-        experts = ", ".join(f"{count} kernels {size}" for size, (count, _) in FILTERS.items())
-        note(fig, budget(next(iter(result.runs.values())), profile, experts))
+        experts = [f"{count} kernels {size}" for size, (count, _) in FILTERS.items()]
+        configs: list[Any] = [run.config for run in result.runs.values()]
+        learned = [c for c in configs if c.learn_weight]
+        own = {f"ours {c.filters} of {c.filter_size}x{c.filter_size}, {c.epochs} iterations" for c in learned}
+        note(fig, budget(next(iter(result.runs.values())), profile, ", ".join([*experts, *sorted(own)])))
     return fig
 
 
@@ -232,6 +301,7 @@ def kernel_table(run: Run, before: Weights) -> pd.DataFrame:
             norms = {
                 f"norm of {name}": spectral_norm(kernels, direction, 500)[0].item()
                 for name, kernels in weights.items()
+                if name != "lam"
             }
         rows[label] = norms | {"||A - C|| / ||A||": distance(weights)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("kernels")
@@ -243,7 +313,7 @@ def check_kernels(run: Run, table: pd.DataFrame) -> None:
     Raises:
         AssertionError: the kernels are not normalized, or not tied where they should be.
     """
-    for name in run.weights:
+    for name in (name for name in run.weights if name != "lam"):
         worst = (table[f"norm of {name}"] / GRADIENT_NORM - 1).abs().max()
         assert worst <= 0.01, f"norm of {name}: {table[f'norm of {name}'].tolist()}, not {GRADIENT_NORM}"
         print(f"{name} has norm {GRADIENT_NORM:.2f} on the images, before and after, to 1 %")

@@ -17,6 +17,7 @@ from torch import Tensor
 from lib.experiments.config import RunConfig
 from lib.experiments.problem import (
     TEST_BATCH,
+    Config,
     load_images,
     make_operator,
     observe,
@@ -54,11 +55,10 @@ class Reconstructions:
     table: pd.DataFrame
 
 
-def test_data(run: Run) -> tuple[Tensor, Tensor]:
+def test_data(config: Config) -> tuple[Tensor, Tensor]:
     """True test images `u` and their data `f`, `(N, 1, H, W)`."""
-    truth = load_images(run.config)["test"]
-    noise = torch.tensor(run.config.noise)
-    return truth, observe(make_operator(run.config), truth, noise, test_noise(run.config))
+    truth = load_images(config)["test"]
+    return truth, observe(make_operator(config), truth, torch.tensor(config.noise), test_noise(config))
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def reconstruct(runs: Mapping[str, Run]) -> Reconstructions:
     """Reconstruct the test set that all runs share with each model, from the same data, and measure."""
     first, device = next(iter(runs.values())), default_device()
     operator = make_operator(first.config)
-    truth, observed = test_data(first)
+    truth, observed = test_data(first.config)
     rows = {"input": _quality(observed, truth)}
     outputs, forwarded = {}, {}
     for name, run in runs.items():
@@ -87,12 +87,16 @@ def reconstruct(runs: Mapping[str, Run]) -> Reconstructions:
     return Reconstructions(runs, truth.squeeze(1), observed.squeeze(1), outputs, forwarded, table)
 
 
-def _quality(images: Tensor, truth: Tensor) -> dict[str, float]:
-    """Means over the images of PSNR, SSIM and mean squared error; `(N, 1, H, W)` both."""
+def image_quality(images: Tensor, truth: Tensor) -> dict[str, np.ndarray]:
+    """PSNR (dB), SSIM and mean squared error, `(N,)` each, of images `(N, 1, H, W)`."""
     mse = (images - truth).square().mean((-3, -2, -1))
     pairs = zip(images.squeeze(1).numpy(), truth.squeeze(1).numpy(), strict=True)
     ssim = [structural_similarity(image, reference, data_range=2) for image, reference in pairs]
-    return {"psnr": psnr(mse).mean().item(), "ssim": float(np.mean(ssim)), "mse": mse.mean().item()}
+    return {"psnr": psnr(mse).numpy(), "ssim": np.array(ssim), "mse": mse.numpy()}
+
+
+def _quality(images: Tensor, truth: Tensor) -> dict[str, float]:
+    return {name: float(values.mean()) for name, values in image_quality(images, truth).items()}
 
 
 def with_images(result: Reconstructions, name: str, images: Tensor) -> Reconstructions:

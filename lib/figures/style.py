@@ -108,6 +108,8 @@ def save(
     profile: str,
     results: Results = None,
     claims: Sequence[Claim] = (),
+    tables: Mapping[str, pd.DataFrame] | None = None,
+    pictures: Mapping[str, Figure] | None = None,
 ) -> Path:
     """Write `results/<profile>/<name>/` with the figure, its numbers and where they come from.
 
@@ -118,21 +120,23 @@ def save(
         source: the sweep that it was made from, or the runs by the names that they have in the table.
         profile: name of the profile.
         claims: what the figure decides, written as `claims.json` if there are any.
+        tables, pictures: others by name, each written to files of that name.
 
     Returns:
         The figure's folder.
     """
     folder = Path(results or RESULTS) / profile / name
-    files = {f"{name}.csv": table.to_csv().encode()}
+    files = {f"{key}.csv": own.to_csv().encode() for key, own in ({name: table} | dict(tables or {})).items()}
     if claims:
         files["claims.json"] = json.dumps([asdict(claim) for claim in claims], indent=1).encode()
     # Without dates and versions in them the files are the same whenever they are made.
     silent = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
-    for suffix, metadata in silent.items():
-        buffer = io.BytesIO()
-        with plt.rc_context(STYLE):
-            fig.savefig(buffer, format=suffix, metadata=metadata)
-        files[f"{name}.{suffix}"] = buffer.getvalue()
+    for key, own in ({name: fig} | dict(pictures or {})).items():
+        for suffix, metadata in silent.items():
+            buffer = io.BytesIO()
+            with plt.rc_context(STYLE):
+                own.savefig(buffer, format=suffix, metadata=metadata)
+            files[f"{key}.{suffix}"] = buffer.getvalue()
     came_from = source.provenance if isinstance(source, Sweep) else _provenance(source)
     write_with_provenance(folder, files, {"figure": name, "profile": profile, **came_from})
     return folder

@@ -134,7 +134,7 @@ def refresh(name: str) -> Path:
     import nbclient
     import nbformat
 
-    from lib.experiments.runs import KERNELS, REFERENCE
+    from lib.experiments.runs import REFERENCE
     from lib.pages.kernel import OwnKernel
 
     path = notebook_path(name)
@@ -147,10 +147,9 @@ def refresh(name: str) -> Path:
         resources={"metadata": {"path": NOTEBOOKS}},
     ).execute()
     write_atomic(path, nbformat.writes(notebook).encode())
-    for suffix in (f"{name}.png", f"{name}.csv", "claims.json", "provenance.json", KERNELS):
-        made = RESULTS / "quick" / name / suffix
-        if made.exists():
-            write_atomic(REFERENCE / name / suffix, made.read_bytes())
+    for made in sorted((RESULTS / "quick" / name).glob("*")):
+        if made.suffix in (".png", ".csv", ".json"):
+            write_atomic(REFERENCE / name / made.name, made.read_bytes())
     return path
 
 

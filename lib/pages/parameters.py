@@ -24,7 +24,15 @@ from lib.experiments.config import (
     require_name,
     shown,
 )
-from lib.experiments.profiles import FILLING, FILTERS, PROFILES, faces_config, grid, profile_config
+from lib.experiments.profiles import (
+    FILLING,
+    FILTERS,
+    PROFILES,
+    faces_config,
+    grid,
+    our_config,
+    profile_config,
+)
 
 T = TypeVar("T")
 
@@ -35,7 +43,7 @@ def _path(text: str) -> str:
     return text
 
 
-def _growing(values: list[int]) -> list[int]:
+def _growing(values: list[float]) -> list[float]:
     if values != sorted(set(values)):
         raise ValueError("each number larger than the one before")
     return values
@@ -148,11 +156,43 @@ class Photographs(Faces):
 
     image: Index
     seeds: Seeds
+    our_seeds: Seeds
 
     def agree(self, **fixed: Any) -> None:
         for filters, side in FILTERS.values():
             config = self.config(**fixed, filters=filters, filter_size=side)
             _require_index("image", self.image, config.test_images)
+
+
+class Weight(Parameters):
+    """Learned weights on photographs."""
+
+    profile: str
+    dataset: str
+    train_images: int | None
+    test_images: int | None
+    lams: Growing[Positive]
+    lengths: Growing[Annotated[float, Field(ge=0, le=1)]]
+    seed: Seed
+    our_seeds: Seeds
+    results: PathName | None
+
+    def agree(self, **fixed: Any) -> None:
+        for task in ("denoising", "deblurring"):
+            our_config(self.profile, task, **self.of(FacesConfig))
+
+
+class Hypergradients(Parameters):
+    """What takes the place of the adjoint equation's solution."""
+
+    profile: str
+    digit_epochs: Count
+    photograph_epochs: Count
+    seed: Seed
+    results: PathName | None
+
+    def agree(self, **fixed: Any) -> None:
+        require_name("profile", self.profile, PROFILES)
 
 
 class Kernels(Faces):
@@ -266,6 +306,8 @@ DECLARED: dict[str, tuple[type[Parameters], dict[str, Any]]] = {
         {},
     ),
     "theory": (Theory, {}),
+    "weight": (Weight, {}),
+    "hypergradients": (Hypergradients, {}),
     "reconstruct": (Reconstruct, {}),
     "explore": (Explore, {}),
     "scaling": (Scaling, {}),
