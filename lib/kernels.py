@@ -10,6 +10,7 @@ overlap, is the exact adjoint.
 from __future__ import annotations
 
 import itertools
+import math
 from functools import cache
 
 import torch
@@ -202,9 +203,25 @@ def difference_kernels(order: int, count: int, side: int) -> Tensor:
     return kernels
 
 
-def difference_count(order: int, side: int) -> int:
-    """How many kernels of `side x side` `difference_kernels` has."""
-    return len(_differences(order, side))
+def cosine_kernels(count: int, side: int) -> Tensor:
+    """The discrete cosine basis (DCT-II, orthonormal) without its constant, low frequencies first.
+
+    Args:
+        count: how many, at most `side**2 - 1`.
+        side: `k`.
+
+    Returns:
+        `(count, k, k)`.
+    """
+    frequency, x = torch.arange(side)[:, None], torch.arange(side)
+    basis = functional.normalize(torch.cos(math.pi * frequency * (x + 0.5) / side), dim=1)
+    pairs = sorted(itertools.product(range(side), range(side)), key=lambda pair: (sum(pair), pair))
+    return torch.stack([torch.outer(basis[i], basis[j]) for i, j in pairs[1 : count + 1]])
+
+
+def most_kernels(kind: str, side: int) -> int:
+    """How many `initial_kernels` of a kind other than `random` there are of `side x side`."""
+    return side**2 - 1 if kind == "cosine" else len(_differences(1 if kind == "first" else 2, side))
 
 
 @cache
@@ -230,7 +247,7 @@ def initial_kernels(kind: str, count: int, side: int, generator: torch.Generator
     """Kernels `(count, side, side)` to start from, of no particular norm.
 
     Args:
-        kind: `first` or `second` order differences, or `random`, standard normal.
+        kind: `first` or `second` order differences, the `cosine` basis, or `random`, standard normal.
         count, side: how many and how large.
         generator: source of the random numbers.
 
@@ -239,4 +256,6 @@ def initial_kernels(kind: str, count: int, side: int, generator: torch.Generator
     """
     if kind == "random":
         return torch.randn(count, side, side, generator=generator)
+    if kind == "cosine":
+        return cosine_kernels(count, side)
     return difference_kernels(1 if kind == "first" else 2, count, side)

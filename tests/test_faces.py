@@ -141,7 +141,7 @@ def test_bad_initial_kernels_are_refused_by_name(value: Any) -> None:
     """Anything but the three kinds and a configuration; the line says what the kinds are."""
     message = refusal(initial=value)
     assert message.startswith("initial")
-    assert "'first', 'second' or 'random'" in message
+    assert "'first', 'second', 'cosine' or 'random'" in message
 
 
 @pytest.mark.parametrize(

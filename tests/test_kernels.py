@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
+import scipy.fft
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from lib.kernels import (
     correlate_adjoint,
     difference_kernels,
     initial_kernels,
+    most_kernels,
     spectral_norm,
 )
 
@@ -378,6 +381,24 @@ def test_initial_differences_draw_nothing(kind: str) -> None:
     assert torch.equal(generator.get_state(), before)
     with pytest.raises(ValueError, match=r"^filters: got 1000, allowed: at most "):
         initial_kernels(kind, 1000, 3, generator)
+
+
+@pytest.mark.parametrize("side", [3, 5])
+def test_the_cosine_basis_is_scipys(side: int) -> None:
+    """Orthonormal, without the constant, each frequency once and no higher one before a lower one."""
+    most = most_kernels("cosine", side)
+    kernels = initial_kernels("cosine", most, side, torch.Generator())
+    flat = kernels.flatten(1)
+    assert len(flat) == most == side**2 - 1
+    torch.testing.assert_close(flat @ flat.T, torch.eye(most))
+    torch.testing.assert_close(flat.sum(1), torch.zeros(most), rtol=0, atol=1e-6)
+    spectra = scipy.fft.dctn(kernels.numpy(), axes=(1, 2), norm="ortho")
+    found = [np.unravel_index(abs(spectrum).argmax(), spectrum.shape) for spectrum in spectra]
+    for spectrum, frequency in zip(spectra, found, strict=True):
+        assert spectrum[frequency] == pytest.approx(1, abs=1e-6)
+    assert len(set(found)) == most
+    assert [sum(frequency) for frequency in found] == sorted(sum(frequency) for frequency in found)
+    assert torch.equal(initial_kernels("cosine", 4, side, torch.Generator()), kernels[:4])
 
 
 def test_random_initial_kernels_are_standard_normal() -> None:

@@ -459,6 +459,17 @@ def test_a_photograph_that_cannot_be_read_is_refused(trained: dict[str, Run], tm
             reconstruct_photograph(trained["bilevel"], str(tmp_path / name))
 
 
+def test_total_variation_stands_beside_with_its_best_weight(
+    trained: dict[str, Run], png: tuple[Path, Tensor]
+) -> None:
+    """For the noise that is added, or said to be there, on the run's training photographs."""
+    path, _ = png
+    for noise, clean in ((0.1, True), (0.3, True), (0.3, False)):
+        result = reconstruct_photograph(trained["bilevel"], str(path), noise, clean)
+        expected, _ = total_variation(smoke(model="bilevel", noise=noise), result.f[:, 0])
+        assert torch.equal(result.tv, expected)
+
+
 def test_the_noise_of_a_photograph_is_drawn_from_the_seed(trained: dict[str, Run]) -> None:
     first, again, other = (reconstruct_photograph(trained["bilevel"], seed=seed) for seed in (3, 3, 4))
     assert torch.equal(first.f, again.f)
@@ -467,12 +478,13 @@ def test_the_noise_of_a_photograph_is_drawn_from_the_seed(trained: dict[str, Run
 
 
 def test_the_figure_of_a_reconstruction(trained: dict[str, Run], png: tuple[Path, Tensor]) -> None:
-    """Truth, data and reconstruction with their quality; of degraded photographs the last two, without."""
+    """Truth, data and reconstructions with their quality; of degraded photographs without the truth."""
     path, _ = png
     result = reconstruct_photograph(trained["bilevel"], str(path))
     assert result.truth is not None
     fig = photograph_reconstruction_figure(result)
-    pictures = {"truth": result.truth, "data": result.f, "reconstruction": result.solution.value}
+    pictures = {"truth": result.truth, "data": result.f, "total variation": result.tv}
+    pictures |= {"reconstruction": result.solution.value}
     assert [axis.get_title() for axis in fig.axes] == list(pictures)
     for axis, (name, picture) in zip(fig.axes, pictures.items(), strict=True):
         np.testing.assert_array_equal(axis.images[0].get_array(), picture[0, 0])
@@ -486,7 +498,7 @@ def test_the_figure_of_a_reconstruction(trained: dict[str, Run], png: tuple[Path
         )
         assert "".join(text.get_text() for text in axis.texts) == said
     fig = photograph_reconstruction_figure(reconstruct_photograph(trained["bilevel"], str(path), clean=False))
-    assert [axis.get_title() for axis in fig.axes] == ["data", "reconstruction"]
+    assert [axis.get_title() for axis in fig.axes] == ["data", "total variation", "reconstruction"]
     assert not any("dB" in text for text in texts(fig))
 
 
@@ -497,11 +509,12 @@ def test_what_is_said_of_a_reconstruction(
     result = reconstruct_photograph(trained["bilevel"])
     assert result.truth is not None
     solution = replace(result.solution, value=result.truth + 1, status=torch.tensor([Status.MAX_STEPS]))
-    worse = replace(result, f=result.truth + 0.2, solution=solution)
+    worse = replace(result, f=result.truth + 0.2, tv=result.truth - 0.1, solution=solution)
     print_reconstruction(worse)
     print_reconstruction(replace(worse, truth=None))
     ended = "the solve ended as max steps"
-    assert capsys.readouterr().out.splitlines() == [ended, "data: 20.00 dB", "reconstruction: 6.02 dB", ended]
+    said = ["data: 20.00 dB", "total variation: 26.02 dB", "reconstruction: 6.02 dB"]
+    assert capsys.readouterr().out.splitlines() == [ended, *said, ended]
 
 
 def test_a_reconstruction_is_saved(trained: dict[str, Run], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from lib.experiments.profiles import faces_config
 from lib.experiments.runs import Run, code_version
 from lib.experiments.store import REPOSITORY, RESULTS
 from lib.experiments.sweep import Sweep
-from lib.figures import comparison, photographs, reconstructions, theory
+from lib.figures import comparison, hypergradients, photographs, reconstructions, theory, weight
 from lib.figures.reconstructions import Reconstructions
 from lib.models import MODELS
 from lib.regularizer import GRADIENT_NORM
@@ -217,6 +217,25 @@ def check_weights(machine: Machine) -> None:
     reconstructions.check_weights({"naive": run})
 
 
+def check_directions(machine: Machine) -> None:
+    along = {
+        "norm a constant": machine.near(0.7),
+        "through the norm": abs(machine.any(0, st.floats(0, 1e-6))),
+    }
+    losses = pd.DataFrame({name: [machine.near(0.1)] for name in along})
+    weight.check_directions({"denoising": weight.NormDirections(machine.near(45.0), along, losses)})
+
+
+def check_hypergradients(machine: Machine) -> None:
+    runs = {}
+    for case, config in hypergradients.configurations("smoke", 1, 1).items():
+        settled = machine.unconverged() == 0
+        taken = min(machine.number(3.0, settled), config.neumann_steps)
+        history = pd.DataFrame({"backward_steps": [taken], "test_loss": machine.number(0.1, settled)})
+        runs[case] = Run("key", config, machine.status(settled), "why", history, {}, {})
+    hypergradients.check_hypergradients(runs, pd.DataFrame(index=pd.MultiIndex.from_tuples(list(runs))))
+
+
 def check_shares(machine: Machine) -> None:
     rounding = machine.any(0.0, st.floats(-1e-14, 1e-14))
     path = pd.DataFrame(
@@ -226,7 +245,7 @@ def check_shares(machine: Machine) -> None:
 
 
 CHECKS = (check_reconstructions, check_stored_losses, check_sweep, check_kernels)
-CHECKS += (check_weights, check_shares)
+CHECKS += (check_weights, check_shares, check_directions, check_hypergradients)
 
 
 def assert_the_same_everywhere(said: Callable[[Machine], str]) -> None:

@@ -208,8 +208,8 @@ class FacesConfig(TrainingConfig):
         blur: side of the motion kernel in pixels, for deblurring.
         filters: how many kernels `A` and `C` have.
         filter_size: their side in pixels, odd.
-        initial: the kernels to start from: `first` or `second` order differences, `random`, or those that
-            the run of another configuration ended with.
+        initial: the kernels to start from: `first` or `second` order differences, the `cosine` basis,
+            `random` ones, or those that the run of another configuration ended with.
         sharpness: `s` of `sigma(z) = tanh(s z)`.
         learn_weight: whether `lambda` is learned with the kernels, from `lam` on; the step then follows it,
             and `tau` is not used.
@@ -232,7 +232,7 @@ class FacesConfig(TrainingConfig):
     lam: Positive = 18.156
     filters: Annotated[int, Field(ge=1, le=1_000)] = 2
     filter_size: Annotated[int, Field(ge=3, le=31)] = 11
-    initial: Literal["first", "second", "random"] | FacesConfig = "random"
+    initial: Literal["first", "second", "cosine", "random"] | FacesConfig = "random"
     sharpness: Positive = 100.0
     learn_weight: bool = False
     differentiate_norm: bool = False
@@ -268,13 +268,13 @@ class FacesConfig(TrainingConfig):
             )
         if isinstance(self.initial, str) and self.initial != "random":
             # Imported here because a value should be refused at once, and torch takes seconds to come.
-            from lib.kernels import difference_count
+            from lib.kernels import most_kernels
 
-            most = difference_count(1 if self.initial == "first" else 2, self.filter_size)
+            most = most_kernels(self.initial, self.filter_size)
             if self.filters > most:
                 raise ValueError(
-                    f"filters: got {self.filters}, allowed: at most the {most} differences of {self.initial} "
-                    f"order in {self.filter_size}x{self.filter_size}"
+                    f"filters: got {self.filters}, allowed: at most the {most} that start as {self.initial} "
+                    f"in {self.filter_size}x{self.filter_size}"
                 )
         if isinstance(self.initial, FacesConfig):
             for name in ("model", "filters", "filter_size"):

@@ -60,11 +60,11 @@ FACES_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
 }
 """What each profile changes in the defaults for photographs: for all tasks, then for one task."""
 
-OURS: dict[str, Any] = {"filters": 8, "filter_size": 3, "initial": "first", "optimizer": "lbfgs"}
+OURS: dict[str, Any] = {"filters": 8, "filter_size": 3, "initial": "cosine", "optimizer": "lbfgs"}
 OURS |= {"learn_weight": True, "differentiate_norm": True, "sharpness": 200.0}
 OURS |= {"tol": 1e-5, "adjoint_tol": 1e-4, "max_steps": 500, "patience": 50}
-"""Ours for denoising and deblurring: the weight of the data is learned with the kernels, which start as first
-differences, and the training is solved by a quasi-Newton method."""
+"""Ours for denoising and deblurring: the weight of the data is learned with the kernels, which start as the
+cosine basis, and the training is solved by a quasi-Newton method."""
 
 OURS_EPOCHS = {"smoke": 2, "quick": 40, "paper": 200}
 """Iterations of that method in each profile."""

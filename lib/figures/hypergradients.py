@@ -152,7 +152,8 @@ def exact_hypergradient(given: TrainingProblem) -> Tensor:
 
 
 def _flat(given: TrainingProblem, of: Tensor) -> Tensor:
-    parts = torch.autograd.grad(of, list(given.model.parameters()))
+    # The graph of `lambda` is the problem's, for all that is asked of it.
+    parts = torch.autograd.grad(of, list(given.model.parameters()), retain_graph=True)
     return torch.cat([part.flatten() for part in parts])
 
 

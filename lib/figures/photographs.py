@@ -337,6 +337,7 @@ class Photograph:
         truth: the photograph before it was degraded, or None where it came degraded.
         f: the data.
         solution: the fixed point.
+        tv: total variation's reconstruction of the same data, for comparison.
         noise: standard deviation of the noise that was added, 0 where none was.
         image: path of the photograph, or None for a test image of the faces.
     """
@@ -345,6 +346,7 @@ class Photograph:
     truth: Tensor | None
     f: Tensor
     solution: Solution
+    tv: Tensor
     noise: float
     image: str | None = None
 
@@ -359,14 +361,15 @@ def reconstruct_photograph(
     Args:
         run: gives the kernels, the task and the solver.
         image: path of the photograph; None takes a test image of the faces.
-        noise: standard deviation of the noise to add; the run's when None.
+        noise: standard deviation of the noise to add, the run's when None; the weight of total variation is
+            the best one on the run's training images with that noise.
         clean: whether the photograph is to be degraded first; else it is the data.
         seed: of the noise.
 
     Raises:
         DataError: the photograph cannot be read.
     """
-    config = run.config
+    config: Any = run.config
     noise = config.noise if noise is None else noise
     u = load_images(config)["test"][:1] if image is None else photograph(Path(image))
     height, width = u.shape[-2:]
@@ -374,16 +377,17 @@ def reconstruct_photograph(
     n = torch.randn(u.shape, generator=generator(seed, "photograph"))
     f = observe(model.operator, u, torch.tensor(noise), n) if clean else u
     solution = solve(model, f, config)
-    return Photograph(run, u if clean else None, f, solution, noise if clean else 0.0, image)
+    tv, _ = total_variation(config.model_copy(update={"noise": noise}), f[:, 0])
+    return Photograph(run, u if clean else None, f, solution, tv, noise if clean else 0.0, image)
 
 
 def photograph_reconstruction_figure(result: Photograph) -> Figure:
     """The photograph where it is known, the data and the reconstruction, with their quality."""
     pictures = {"truth": result.truth} if result.truth is not None else {}
-    pictures |= {"data": result.f, "reconstruction": result.solution.value}
+    pictures |= {"data": result.f, "total variation": result.tv, "reconstruction": result.solution.value}
     height, width = result.f.shape[-2:]
     with plt.rc_context(STYLE):
-        side = 2.2
+        side = TEXT_WIDTH / len(pictures)
         size = (len(pictures) * side, side * height / width + 0.6)
         fig, axes = plt.subplots(1, len(pictures), figsize=size)
         fig.subplots_adjust(left=0.01, right=0.99, wspace=0.04)
@@ -395,10 +399,11 @@ def photograph_reconstruction_figure(result: Photograph) -> Figure:
 
 
 def print_reconstruction(result: Photograph) -> None:
-    """Print how the solve ended and, where the truth is known, the PSNR of data and reconstruction."""
+    """Print how the solve ended and, where the truth is known, the PSNR of data and reconstructions."""
     print(f"the solve ended as {Status(int(result.solution.status.item())).name.lower().replace('_', ' ')}")
     if result.truth is not None:
-        for name, image in (("data", result.f), ("reconstruction", result.solution.value)):
+        images = {"data": result.f, "total variation": result.tv, "reconstruction": result.solution.value}
+        for name, image in images.items():
             print(f"{name}: {psnr((image - result.truth).square().mean()).item():.2f} dB")
 
 

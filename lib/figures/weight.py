@@ -25,15 +25,16 @@ from lib.figures.reconstructions import test_data
 from lib.figures.style import MODEL_COLORS, STYLE, TEXT_WIDTH, note
 
 ADAM: dict[str, Any] = {"optimizer": "adam", "learning_rate": 0.02, "final_learning_rate": 2e-4}
-ADAM |= {"sharpness": 100.0}
-"""In the place of L-BFGS, with the paper's sharpness."""
+ADAM |= {"sharpness": 100.0, "initial": "first"}
+"""In the place of L-BFGS, with the paper's sharpness and first differences."""
 
 STEPS = {
     "the paper's: random kernels": None,
     "first differences": ADAM | {"learn_weight": False, "differentiate_norm": False},
     "learned weight": ADAM | {"differentiate_norm": False},
     "through the norm": ADAM,
-    "L-BFGS": {"sharpness": 100.0},
+    "L-BFGS": {"sharpness": 100.0, "initial": "first"},
+    "cosine basis": {"sharpness": 100.0},
     "twice the sharpness: ours": {},
 }
 """The way from the paper's setting to ours, one step after the other."""
@@ -210,6 +211,7 @@ def steps_figure(
         ("#009e73", (0, (5, 1))),
         ("#cc79a7", "--"),
         ("#56b4e9", "-"),
+        ("#d55e00", "-."),
         ("k", "-"),
     ]
     with plt.rc_context(STYLE):
@@ -224,7 +226,9 @@ def steps_figure(
             for name, line in (("norm a constant", "--"), ("through the norm", "-")):
                 axis.plot(norm.losses.index, norm.losses[name], line, color="0.2", label=name)
             axis.set(xlabel="length of the step / norm of the kernels")
-            axis.annotate(f"angle {norm.angle:.0f}°", (0.05, 0.08), xycoords="axes fraction", size=8)
+            axis.annotate(
+                f"angle {norm.angle:.0f}°", (0.97, 0.06), xycoords="axes fraction", size=8, ha="right"
+            )
         axes[0, 0].set_ylabel("test PSNR in dB")
         axes[1, 0].set_ylabel("training loss")
         for axis in (axes[0, -1], axes[1, 0]):

@@ -231,7 +231,7 @@ class Reconstruct(Parameters):
     noise: float | None
     clean: bool
     model: str
-    filters: Literal[2, 30]
+    filters: Literal[2, 8, 30]
     seed: int
     results: PathName | None
 
