@@ -9,6 +9,7 @@ from lib.operators import Identity, Mask, Operator
 from lib.products import product
 from lib.regularizer import (
     GRADIENT_NORM,
+    NORM_TOL,
     Activation,
     ConvFieldsOfExperts,
     DenseFieldsOfExperts,
@@ -64,10 +65,10 @@ class FixedPointModel(nn.Module):
         self.weight = nn.Parameter(self.lam.log() / WEIGHT_PACE) if learn_weight else None
         self._follow_weight()
 
-    def refresh(self) -> None:
-        """Called whenever the parameters have changed: measures the kernels' norms, and sets `lambda` and the
-        step `1 / (lambda + gamma max(sigma') N^2)`, with which `T` contracts where `K` loses nothing."""
-        self.regularizer.refresh()
+    def refresh(self, tol: float = NORM_TOL) -> None:
+        """Called when the parameters have changed: measures the kernels' norms to `tol`, sets `lambda`, and
+        the step to `1 / (lambda + gamma max(sigma') N^2)`, with which `T` contracts where `K` loses nothing."""
+        self.regularizer.refresh(tol)
         self._follow_weight()
 
     @torch.no_grad()

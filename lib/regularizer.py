@@ -42,6 +42,9 @@ def _softshrink(z: Tensor, tau: Tensor) -> Tensor:
     return z - torch.clamp(z, -tau, tau)
 
 
+NORM_ITERATIONS, NORM_TOL = 500, 3e-3
+"""Products at most for a norm, and the relative residual at which they end after a small step."""
+
 ACTIVATIONS = {
     "relu": Activation(
         sigma=lambda z, tau: z.relu(),
@@ -133,8 +136,8 @@ class FieldsOfExperts(nn.Module, ABC):
     def weights(self) -> dict[str, Tensor]:
         """The weights that act on images, by name, with the leading dimensions of the stack."""
 
-    def refresh(self) -> None:
-        """Called whenever the parameters have changed."""
+    def refresh(self, tol: float = NORM_TOL) -> None:
+        """Called whenever the parameters have changed; `tol` is for norms that are measured then."""
 
     def require(self, f: Tensor) -> None:
         """Refuse data that the weights cannot act on.
@@ -230,9 +233,6 @@ GRADIENT_NORM = 2.7300944
 
 CACHED = 2**18
 """Experts that a core's cache holds while they are worked on."""
-
-NORM_ITERATIONS, NORM_TOL = 500, 3e-3
-"""Products at most for a norm, and the relative residual at which they end after a small step."""
 
 
 class ConvFieldsOfExperts(FieldsOfExperts):

@@ -39,11 +39,17 @@ def photographs(model: str, task: str, **values: Any) -> Config:
     return our_config("smoke", task, model=model, blur=5, sharpness=20.0, **values)
 
 
-CASES = [(make, task) for make in (digits, photographs) for task in ("denoising", "deblurring")]
+CASES = [
+    (make, task, model)
+    for make in (digits, photographs)
+    for task in ("denoising", "deblurring")
+    for model in MODELS
+    # Its map does not contract, and there is no fixed point to compare with.
+    if (make, task, model) != (digits, "deblurring", "deq")
+]
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("make", "task"), CASES)
+@pytest.mark.parametrize(("make", "task", "model"), CASES)
 def test_the_exact_gradient_is_that_of_finite_differences(make: Any, task: str, model: str) -> None:
     """Along a random direction of all parameters, through both solves in float64."""
     given = training_problem(make(model, task))
@@ -66,8 +72,7 @@ def given_loss(given: hypergradients.TrainingProblem) -> float:
     return (given.u - given.truth).square().mean().item()
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("make", "task"), CASES)
+@pytest.mark.parametrize(("make", "task", "model"), CASES)
 def test_a_smaller_tolerance_is_nearer_to_the_exact_gradient(make: Any, task: str, model: str) -> None:
     """Solved to the end they are the same; longer series are nearer, if the map contracts."""
     config = make(model, task)

@@ -20,10 +20,9 @@ from lib.experiments.config import FacesConfig
 from lib.experiments.problem import load_images, solve
 from lib.experiments.profiles import OURS_EPOCHS, our_config
 from lib.experiments.runs import Run
-from lib.figures import photographs, weight
+from lib.figures import photographs, reconstructions, weight
 from lib.figures.baselines import tv_model, tv_reconstruction
 from lib.figures.comparison import paired_test
-from lib.figures.reconstructions import reconstruct, test_data
 from lib.models import MODELS
 from lib.operators import CircularBlur, diagonal_motion_kernel
 from lib.solvers import Anderson, fixed_point
@@ -77,7 +76,7 @@ def test_each_photograph_is_measured_as_others_measure_it(
     for position, seed in enumerate(SEEDS):
         for name, runs in ours.items():
             config = runs[position].config.model_copy(update={"test_images": 3})
-            truth, f = test_data(config)
+            truth, f = reconstructions.test_data(config)
             assert torch.equal(truth, load_images(config)["test"])
             with torch.no_grad():
                 u = solve(runs[position].model(), f, config).value
@@ -114,7 +113,7 @@ def test_the_lead_is_that_of_the_photographs(table: pd.DataFrame) -> None:
 def test_total_variation_is_solved_to_the_end() -> None:
     """With a weight as deblurring needs it, within a hundredth of a decibel of a solution in float64."""
     config = our_config("smoke", "deblurring", blur=5)
-    truth, f = test_data(config)
+    truth, f = reconstructions.test_data(config)
     operator = CircularBlur(diagonal_motion_kernel(5))
     u = tv_reconstruction(operator)(f, 2000.0)
     model = tv_model(operator, 2000.0).double()
@@ -134,7 +133,9 @@ def test_the_curve_of_the_weight_goes_through_the_run(ours: dict[str, list[Run]]
         run: Any = runs[0]
         lam = run.weights["lam"].item()
         curve = weight.psnr_by_weight(run.config, {name: run.weights}, [lam, 5 * lam])[name]
-        assert curve[lam] == pytest.approx(reconstruct({name: run}).table.loc[name, "psnr"], abs=1e-3)
+        assert curve[lam] == pytest.approx(
+            reconstructions.reconstruct({name: run}).table.loc[name, "psnr"], abs=1e-3
+        )
         assert abs(curve[5 * lam] - curve[lam]) > 0.1
 
 
@@ -143,15 +144,13 @@ def test_the_true_gradient_is_orthogonal_to_the_kernels(
     task: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Their length has no say; the constant norm's gradient has a part along them, and the loss falls along
-    both at first, along the true one at its own rate."""
+    both at first, along the true one the fastest."""
     config = our_config("smoke", task, blur=5)
     step = 1e-4
     norms = weight.norm_directions(config, [0.0, step])
     assert norms.along["through the norm"] < 1e-6 < 0.01 < norms.along["norm a constant"]
-    assert norms.angle == pytest.approx(math.degrees(math.asin(norms.along["norm a constant"])), abs=0.5)
     falls = norms.losses.loc[0.0] - norms.losses.loc[step]
     assert (falls > 0).all()
-    # Only the part across the kernels counts.
     assert falls["norm a constant"] == pytest.approx(
         falls["through the norm"] * math.cos(math.radians(norms.angle)), rel=0.05
     )

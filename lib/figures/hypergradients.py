@@ -108,6 +108,7 @@ def training_problem(config: Config, images: int = 50) -> TrainingProblem:
         images: at most this many of the batch.
     """
     model = make_model([config]).double()
+    model.refresh(tol=0.0)
     truth = load_images(config)["train"][: min(images, config.batch_size)].double()
     n = torch.randn(truth.shape, generator=generator(config.seed, "noise")).double()
     f = observe(model.operator, truth, torch.tensor([config.noise]).double(), n)
@@ -119,7 +120,7 @@ def training_problem(config: Config, images: int = 50) -> TrainingProblem:
 @torch.no_grad()
 def training_loss(given: TrainingProblem) -> float:
     """The loss with the weights that the model has now, solved from `u`."""
-    given.model.refresh()
+    given.model.refresh(tol=0.0)
     P = None if given.problem.precondition is None else given.model.preconditioner(given.u.shape[-3:])
     u = fixed_point(given.model.problem(given.f, P), given.u, EXACT).value
     return (u - given.truth).square().mean().item()
