@@ -67,7 +67,7 @@ class FixedPointModel(nn.Module):
 
     def refresh(self, tol: float = NORM_TOL) -> None:
         """Called when the parameters have changed: measures the kernels' norms to `tol`, sets `lambda`, and
-        the step to `1 / (lambda + gamma max(sigma') N^2)`, with which `T` contracts where `K` loses nothing."""
+        the step `1 / (lambda + gamma max(sigma') N^2)`, with which `T` contracts where `K` loses nothing."""
         self.regularizer.refresh(tol)
         self._follow_weight()
 
