@@ -411,6 +411,10 @@ def test_every_configuration_has_its_partner(profile: str) -> None:
         assert config.model_copy(update={"model": other}) in configs
 
 
+FOLLOWING = ("start", "adjoint")
+"""Parameters whose default follows from the task."""
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_any_parameter_is_a_value_or_an_axis(name: str) -> None:
     """A value fixes a parameter; a list, or a tuple, makes it an axis and leaves the others alone."""
@@ -418,8 +422,7 @@ def test_any_parameter_is_a_value_or_an_axis(name: str) -> None:
     plain = grid("smoke")
 
     def rest(configs: list[RunConfig]) -> dict[str, set[Any]]:
-        # The first iterate follows from the task.
-        own = {"task", "start"} if name == "task" else {name}
+        own = {"task", *FOLLOWING} if name == "task" else {name}
         return {other: found for other, found in levels(configs).items() if other not in own}
 
     for value in values:
@@ -431,7 +434,7 @@ def test_any_parameter_is_a_value_or_an_axis(name: str) -> None:
     assert every == grid("smoke", **{name: values})
     assert levels(every)[name] == set(values)
     assert rest(every) == rest(plain)
-    had = 1 if name == "start" else len(levels(plain)[name])
+    had = 1 if name in FOLLOWING else len(levels(plain)[name])
     assert len(every) == len(set(every)) == len(plain) // had * len(values)
 
 
@@ -514,7 +517,8 @@ def test_any_axis_is_valid_or_refused_by_name(name: str, value: Any) -> None:
         assert configs == grid("smoke")
     else:
         axis = value if isinstance(value, list) else [value]
-        assert levels(configs)[name] == {float(level) if name in FLOATS else level for level in axis}
+        numbers = (*FLOATS, "adjoint_tol")
+        assert levels(configs)[name] == {float(level) if name in numbers else level for level in axis}
 
 
 @pytest.mark.parametrize(

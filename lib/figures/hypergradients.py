@@ -30,7 +30,7 @@ from lib.experiments.profiles import our_config, profile_config
 from lib.experiments.runs import Run, get_runs
 from lib.experiments.store import Results
 from lib.experiments.trainer import COMPLETED
-from lib.figures.style import MODEL_COLORS, MODEL_NAMES, STYLE, TEXT_WIDTH, note
+from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, model_line, note
 from lib.implicit import implicit_fixed_point
 from lib.models import MODELS, FixedPointModel
 from lib.operators import TASKS
@@ -229,38 +229,31 @@ def check_hypergradients(runs: Mapping[tuple[str, str, str], Run], table: pd.Dat
 
 
 def hypergradient_figure(table: pd.DataFrame, text: str) -> Figure:
-    """Test loss, relative to that with the solved equation, over the error of the gradient; a panel per task.
+    """Above, the error of the gradient, below, the test loss over that with the solved equation.
 
     Args:
-        table: what `compare_hypergradients` returned.
+        table: what `compare_hypergradients` returned; a column of panels for each kind of data and task.
         text: for the line below.
     """
-    panels = list(table.groupby("data", sort=False))
+    kinds = list(table.groupby("data", sort=False))
+    positions = np.arange(len(ADJOINTS))
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(2, 3, figsize=(TEXT_WIDTH, 4.6))
-        fig.subplots_adjust(left=0.085, right=0.99, top=0.95, bottom=0.16, wspace=0.32, hspace=0.48)
-        for axis, (data, rows) in zip(axes.flat, panels, strict=False):
+        fig, axes = plt.subplots(2, len(kinds), figsize=(TEXT_WIDTH, 4.4), sharex=True)
+        fig.subplots_adjust(left=0.09, right=0.995, top=0.9, bottom=0.24, wspace=0.42, hspace=0.1)
+        for (above, below), (data, rows) in zip(axes.T, kinds, strict=True):
             for model in MODELS:
-                for (adjoint, row), marker in zip(
-                    rows.xs(model, level="model").iterrows(), "o^vsDP*", strict=True
-                ):
-                    style = {"color": MODEL_COLORS[model], "markersize": 5, "markeredgecolor": "0.2"}
-                    style |= {"markeredgewidth": 0.4}
-                    label = f"{MODEL_NAMES[model]}, {adjoint[-1]}"
-                    axis.plot(
-                        max(row["gradient error"], 1e-8), row["loss ratio"], marker, **style, label=label
-                    )
-            axis.axhline(1, color="0.6", linewidth=0.6, zorder=0)
-            axis.set(xscale="log", title=data)
-            axis.grid(alpha=0.3, linewidth=0.5)
-        for axis in axes[1]:
-            axis.set_xlabel("relative error of the gradient")
-        for axis in axes[:, 0]:
-            axis.set_ylabel("test loss / solved to 1e-5")
-        axes.flat[-1].set_axis_off()
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        axes.flat[-1].legend(
-            handles, labels, loc="center", frameon=False, ncols=2, fontsize=6.5, columnspacing=0.8
-        )
+                own = rows.xs(model, level="model").reindex(list(ADJOINTS), level="adjoint")
+                style = model_line(model) | {"label": MODEL_NAMES[model], "markersize": 3.5}
+                above.semilogy(positions, own["gradient error"], **style)
+                below.plot(positions, own["loss ratio"], **style)
+            above.set_title(str(data).replace(", ", "\n"))
+            below.axhline(1, color="0.6", linewidth=0.6, zorder=0)
+            below.set_xticks(positions, list(ADJOINTS), rotation=90)
+            for axis in (above, below):
+                axis.grid(alpha=0.3, linewidth=0.5)
+                axis.tick_params(labelsize=7)
+        axes[0, 0].set_ylabel("error of the gradient")
+        axes[1, 0].set_ylabel("test loss / solved to 1e-5")
+        axes[0, -1].legend(frameon=False, fontsize=7)
         note(fig, text)
     return fig
