@@ -45,7 +45,7 @@ class RecordedSolves:
     @torch.no_grad()
     def __call__(self, problem: FixedPointProblem, u0: Tensor, solver: Solver) -> Solution:
         pose = problem.pose
-        if self.failed or pose is None or problem.restrict is not None or at_once(u0):
+        if self.failed or pose is None or problem.restrict or solver.max_steps == 0 or at_once(u0):
             return fixed_point(problem, u0, solver)
         tensors = (u0, *problem.data)
         state = [(t.data_ptr(), t.shape) for t in (*self.model.parameters(), *self.model.buffers())]

@@ -334,7 +334,6 @@ def fixed_point(problem: FixedPointProblem | StepMap, u0: Tensor, solver: Solver
         got = f"{tuple(u0.shape)} of {u0.dtype}".replace("torch.", "")
         raise ValueError(f"u0: got {got}, allowed: {layout} of floating point numbers")
     iteration = Iteration(problem, u0, solver)
-    iteration.advance()
-    while iteration.evaluations < solver.max_steps and iteration.running.any():
+    while iteration.evaluations < solver.max_steps and (not iteration.evaluations or iteration.running.any()):
         iteration.advance()
     return iteration.solution()

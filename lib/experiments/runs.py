@@ -19,6 +19,7 @@ from functools import cache, partial
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import pandas as pd
@@ -37,9 +38,10 @@ from lib.experiments.problem import (
     image_shape,
     load_images,
     make_operator,
+    require_device,
     trained_model,
 )
-from lib.experiments.processes import in_processes
+from lib.experiments.processes import at_the_end, in_processes
 from lib.experiments.store import (
     REPOSITORY,
     RESULTS,
@@ -82,6 +84,9 @@ SOLVER_BUFFERS, EXPERT_BUFFERS = 12, 4
 POLL_SECONDS = 2.0
 """Between two looks at the runs that another process is training."""
 
+CHECKPOINT_SECONDS = 60.0
+"""From one checkpoint of a stack to the next at least: what a training that is killed loses, where its epochs
+are shorter. One that is stopped loses nothing but the epoch that it is in."""
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 """Nodes of a syntax tree that may start with a docstring."""
@@ -345,7 +350,8 @@ def train_runs(configs: Sequence[Config], results: Results = None) -> None:
     """Train all configurations that are not stored yet, in stacks, with one process per core.
 
     Runs that another process is training are left to it, and waited for. When one training fails or this
-    process is interrupted, all are stopped; what they trained until their last epoch is resumed next time.
+    process is interrupted, all are stopped; what they trained until their last epoch is resumed next time, or
+    up to a minute less where they were killed.
 
     Raises:
         DataError: the data cannot be had.
@@ -368,6 +374,7 @@ def train_runs(configs: Sequence[Config], results: Results = None) -> None:
     for config in {config.dataset: config for config in waiting}.values():
         load_images(config)
     for config in waiting:
+        require_device(config, default_device())
         if isinstance(config, FacesConfig):
             make_operator(config)
     # The bar goes to the terminal or, in a notebook, into an output that is cleared in the end.
@@ -490,19 +497,37 @@ def _train_together(
         report(Progress(steps=done - reported, ended=tuple(ended)))
         reported = done
 
+    # The last epoch's checkpoints, by member, until they are written.
+    waiting: dict[int, bytes] = {}
+    writing, written = RLock(), -math.inf
+
+    def write() -> None:
+        nonlocal written
+        with writing:
+            for index in list(waiting):
+                write_sealed(run_folder(configs[index], results) / "checkpoint.pt", waiting[index])
+                del waiting[index]
+            written = time.monotonic()
+
     def keep(trainer: Trainer) -> None:
+        with writing:
+            store(trainer)
+
+    def store(trainer: Trainer) -> None:
         ended = [i for i, member in enumerate(trainer.members) if member.status and i not in stored]
         for index in ended:
             _store(trainer.members[index], results)
             stored.add(index)
+            waiting.pop(index, None)
         if trainer.epoch < trainer.config.epochs:
-            for index in trainer.alive:
-                path = run_folder(configs[index], results) / "checkpoint.pt"
-                write_sealed(path, trainer.checkpoint(index))
+            waiting.update({index: trainer.checkpoint(index) for index in trainer.alive})
+            if time.monotonic() - written >= CHECKPOINT_SECONDS:
+                write()
         tell(trainer.members[index].status for index in ended)
 
-    trainer.train(on_epoch=keep, on_step=tell)
-    keep(trainer)
+    with at_the_end(write):
+        trainer.train(on_epoch=keep, on_step=tell)
+        keep(trainer)
 
 
 def run_folder(config: Config, results: Results = None) -> Path:

@@ -187,8 +187,10 @@ class Trainer:
         self.solutions: dict[str, Tensor] = {}
         self.P: Tensor | None = None
         self.solve: Solve = fixed_point if self.device.type == "cpu" else RecordedSolves(self.model)
+        # Number, losses and solver steps of optimizer steps that were not looked at, and when they began.
         self.unseen: list[tuple[int, Tensor, Tensor]] = []
         self.unseen_since = 0.0
+        self.often = self.device.type == "cpu"
         if checkpoints is not None:
             self._restore(checkpoints)
 
@@ -245,13 +247,12 @@ class Trainer:
         if self.warm:
             order, draws = torch.arange(len(images)), generator(seed, "noise")
         meter = _Meter()
-        often = self.device.type == "cpu"
         for indices in order.split(self.config.batch_size):
             batch = images[indices.to(self.device)]
             n = torch.randn(batch.shape, generator=draws).to(self.device)
             self._train_step(batch, n, meter)
             ended = self.step % steps_per_epoch(self.config) == 0
-            if often or ended or len(self.unseen) == LOOK_STEPS:
+            if self.often or ended or len(self.unseen) == LOOK_STEPS:
                 self._look(meter)
                 self._stop_late(meter)
                 if not self.alive:
