@@ -35,7 +35,7 @@ def in_processes(jobs: Sequence[Job], count: int, hear: Callable[[Any], object])
         with interrupts_ignored():
             busy = [stack.enter_context(_process()) for _ in range(min(count, len(jobs)))]
         # Before one of them is waited for, all are told.
-        stack.callback(lambda: [connection.close() for connection in busy])
+        stack.callback(_close, busy)
         while busy:
             for connection in wait(busy):
                 assert isinstance(connection, Connection)
@@ -50,6 +50,11 @@ def in_processes(jobs: Sequence[Job], count: int, hear: Callable[[Any], object])
                     raise RuntimeError("a training process was killed; run again to resume it") from None
                 if told is not None:
                     hear(told)
+
+
+def _close(connections: Sequence[Connection]) -> None:
+    for connection in connections:
+        connection.close()
 
 
 END_SECONDS = 10.0
