@@ -328,6 +328,7 @@ LEVELS: dict[str, tuple[Any, ...]] = {
     "solver": ("plain", "anderson"),
     "neumann_steps": (0, 7),
     "precondition": (True, False),
+    "precision": ("float32", "tf32"),
     "start": ("zero", "data"),
     "tol": (1e-4, 1e-2),
     "max_steps": (20, 30),

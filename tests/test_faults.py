@@ -101,9 +101,10 @@ class Forked:
 
     def wait(self, seconds):
         deadline = time.monotonic() + seconds
-        while self.pid and os.waitpid(self.pid, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
+        while self.pid and time.monotonic() < deadline:
+            if os.waitpid(self.pid, os.WNOHANG) != (0, 0):
+                self.pid = 0
             time.sleep(0.001)
-        self.pid = 0
 
     def kill(self):
         if self.pid:
@@ -141,7 +142,7 @@ def command(arguments, results, out, err, log, clock=False, forked=True, kill=("
     runs.RESULTS = sweep.RESULTS = Path(results)
     runs.Trainer = Logged
     processes.start = Forked if forked else start
-    runs.CHECKPOINT_SECONDS = every
+    runs.CHECKPOINT_SECONDS, processes.END_SECONDS = every, 1
     if clock:
         time.time, time.time_ns = jumping(time.time, 1), jumping(time.time_ns, 10**9)
     return sweeps.main(arguments)

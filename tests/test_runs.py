@@ -128,6 +128,7 @@ OTHER_VALUES: dict[str, Any] = {
     "solver": "plain",
     "neumann_steps": 3,
     "precondition": True,
+    "precision": "tf32",
     "tol": 1e-4,
     "max_steps": 51,
     "memory": 4,
@@ -933,6 +934,14 @@ def test_a_stack_fits_the_memory(config: RunConfig, side: int, one: int, other: 
     assert size(much) == 1 or size(much) * weights <= much / 2
     if kind == "cpu":
         assert size(much, cores=8) == size(much // 8)
+
+
+@pytest.mark.parametrize("model", ["bilevel", "deq"])
+def test_the_weights_are_counted(model: str) -> None:
+    """As many numbers as are learned, and stored."""
+    config = RunConfig(**SMALL | {"model": model})
+    parameters = problem.make_model([config]).parameters()
+    assert runs.weight_count(config) == sum(parameter.numel() for parameter in parameters)
 
 
 def test_a_stack_shrinks_with_the_memory() -> None:

@@ -18,7 +18,7 @@ from lib.experiments.store import RESULTS, DamagedFile, Results, write_atomic
 TORCH = "torch"
 """The file that names the version of torch that all runs of an archive were trained with."""
 
-FILES = ("weights.pt", "run.json")
+RUN_FILES = ("weights.pt", "run.json")
 """Of a run; its record last, for with it the run is there."""
 
 
@@ -37,7 +37,7 @@ def pack(path: Path, torch_version: str, configs: Iterable[Config], results: Res
         archive.writestr(TORCH, torch_version)
         for config in stored:
             folder = run_folder(config, results)
-            for name in FILES:
+            for name in RUN_FILES:
                 archive.write(folder / name, f"{folder.name}/{name}")
     return len(stored)
 
@@ -62,10 +62,10 @@ def take(path: Path, configs: Sequence[Config], results: Results = None) -> str:
     with archive, tempfile.TemporaryDirectory(prefix=".take-", dir=_made(Path(results or RESULTS))) as place:
         names, verified = set(archive.namelist()), list[Config]()
         for config in configs:
-            theirs = [f"{run_key(config, code)}/{name}" for name in FILES]
+            theirs = [f"{run_key(config, code)}/{name}" for name in RUN_FILES]
             if not names.issuperset(theirs) or is_stored(config, results):
                 continue
-            for name, member in zip(FILES, theirs, strict=True):
+            for name, member in zip(RUN_FILES, theirs, strict=True):
                 write_atomic(run_folder(config, place) / name, _read(archive, member, path))
             run = load_run(run_folder(config, place), config)
             origin = None if run is None else [run.provenance.get(name) for name in ("code", "data")]
@@ -75,10 +75,10 @@ def take(path: Path, configs: Sequence[Config], results: Results = None) -> str:
         for config in verified:
             folder = run_folder(config, results)
             with FileLock(_made(folder) / "lock"):
-                for name in FILES if not is_stored(config, results) else ():
+                for name in RUN_FILES if not is_stored(config, results) else ():
                     (run_folder(config, place) / name).replace(folder / name)
-    packed = Counter(name.partition("/")[2] for name in names)[FILES[-1]]
-    if packed and not any(f"{run_key(config, code)}/{FILES[-1]}" in names for config in configs):
+    packed = Counter(name.partition("/")[2] for name in names)[RUN_FILES[-1]]
+    if packed and not any(f"{run_key(config, code)}/{RUN_FILES[-1]}" in names for config in configs):
         raise ConfigError(f"take: got {path}, whose runs are of other code, other data or another grid")
     return f"{len(verified)} of the {packed} runs of {path} taken in, trained with torch {torch_version}"
 

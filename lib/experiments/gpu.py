@@ -28,7 +28,7 @@ from lib.experiments.config import MNIST_SIDE, ConfigError, RunConfig
 from lib.experiments.problem import Config, generator, load_images
 from lib.experiments.profiles import GRID, grid
 from lib.experiments.provenance import write_with_provenance
-from lib.experiments.runs import Progress, is_stored, stacks, train_stack
+from lib.experiments.runs import Progress, code_version, is_stored, stacks, train_stack
 from lib.experiments.store import RESULTS
 from lib.experiments.trainer import Member, Trainer, total_steps
 from lib.solvers import fixed_point
@@ -241,7 +241,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> None:
         if as_in_paper and len(rows) == len(CASES) and all("ms" in row for row in rows):
             said[f"hours of paper, {precision}"] = round(hours(rows), 2)
     print(said)
-    named = [{"device": _name(device)} | row for row in timed]
+    named = [{"device": _name(device), "code": code_version()} | row for row in timed]
     files = {"stacks_gpu.csv": table(named), "agreement_gpu.csv": table(agreed)}
     for path in write_with_provenance(options.out, files, said, "stacks_gpu_provenance.json", device):
         print(path)

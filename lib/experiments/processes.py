@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any
 
 from lib.experiments.store import REPOSITORY
@@ -121,6 +121,10 @@ def serve(descriptor: int) -> None:
         with suppress(EOFError, OSError):
             while True:
                 jobs.put(connection.recv_bytes())
+        # The work may be in the middle of what a last act waits for, and stand still.
+        late = Timer(END_SECONDS, os._exit, (1,))
+        late.daemon = True
+        late.start()
         for act in list(_last_acts):
             with suppress(Exception):
                 act()
