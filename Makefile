@@ -34,8 +34,8 @@ LAB := $(BIN)/python -m jupyterlab --KernelManager.transport_encryption=auto
 .DEFAULT_GOAL := help
 PAGES := first_steps theory weight hypergradients reconstruct explore scaling
 
-.PHONY: help figures $(FIGURES) report $(PAGES) sweep sweep-status sweep-plan test validate bench lab data refresh \
-  lock clean delete-runs
+.PHONY: help figures $(FIGURES) report $(PAGES) sweep sweep-status sweep-plan test validate bench gpu lab data \
+  refresh lock clean delete-runs
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z$$(][^:]*:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -92,6 +92,9 @@ bench: $(INSTALLED) ## times beside other implementations and of stacks, errors,
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_stacks.py $(ARGS)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_tolerances.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_reproducibility.py
+
+gpu: ## a GPU beside the CPU, its times, with Python and torch alone (ARGS="--sweep 10": and trains runs to bring home)
+	@$(or $(PYTHON),python3) -m lib.experiments.bare $(ARGS)
 
 lab: $(INSTALLED) ## JupyterLab on the notebooks (ARGS: its options)
 	@$(LAB) nbs $(ARGS)

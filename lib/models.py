@@ -111,6 +111,8 @@ class FixedPointModel(nn.Module):
             restrict=(lambda images: self.step_map(f.index_select(-4, images))) if conv else None,
             precondition=None if P is None else precondition,
             first_adjoint=start if P is None else precondition,
+            data=(f,) if P is None else (f, P),
+            pose=self.problem,
         )
 
     def step_map(self, f: Tensor) -> StepMap:

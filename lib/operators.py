@@ -48,12 +48,17 @@ class Mask:
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
+        self._moved: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def forward(self, u: Tensor) -> Tensor:
         if u.shape[-2:] != self.mask.shape:
             got, size = ("x".join(map(str, shape)) for shape in (u.shape[-2:], self.mask.shape))
             raise ValueError(f"images: got {got} pixels, allowed: the mask's {size}")
-        return self.mask.to(u) * u
+        # Moved once: a copy from another device would wait for all that this one still has to do.
+        key = (u.dtype, u.device)
+        if key not in self._moved:
+            self._moved[key] = self.mask.to(u)
+        return self._moved[key] * u
 
     def adjoint(self, v: Tensor) -> Tensor:
         return self.forward(v)

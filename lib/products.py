@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -41,3 +43,21 @@ def product(x: Tensor, W: Tensor) -> Tensor:
     if large and x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return cast(Tensor, _LargeProduct.apply(x, W))
     return x @ W
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Products of float32 matrices have this precision in here, whatever is set outside.
+
+    Args:
+        precision: `float32`, or `tf32`, with which a GPU rounds the factors to 10 bits behind the first one.
+    """
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    for setting, chosen in zip(settings, ("tf32" if precision == "tf32" else "ieee", "ieee"), strict=True):
+        setting.fp32_precision = chosen
+    try:
+        yield
+    finally:
+        for setting, chosen in zip(settings, before, strict=True):
+            setting.fp32_precision = chosen

@@ -330,6 +330,7 @@ LEVELS: dict[str, tuple[Any, ...]] = {
     "neumann_steps": (0, 7),
     "adjoint_tol": (1e-4, 1e-2),
     "precondition": (True, False),
+    "precision": ("float32", "tf32"),
     "start": ("zero", "data"),
     "tol": (1e-4, 1e-2),
     "max_steps": (20, 30),

@@ -99,11 +99,20 @@ class Forked:
     def __enter__(self):
         return self
 
+    def wait(self, seconds):
+        deadline = time.monotonic() + seconds
+        while self.pid and time.monotonic() < deadline:
+            if os.waitpid(self.pid, os.WNOHANG) != (0, 0):
+                self.pid = 0
+            time.sleep(0.001)
+
     def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
 
     def __exit__(self, *raised):
-        os.waitpid(self.pid, 0)
+        if self.pid:
+            os.waitpid(self.pid, 0)
 
 def moment():
     if next(MOMENTS) == KILL[1]:
@@ -124,7 +133,7 @@ def jumping(clock, unit):
     calls = iter(range(10**9))
     return lambda: clock() + (-1) ** next(calls) * 36_000 * unit
 
-def command(arguments, results, out, err, log, clock=False, forked=True, kill=("nobody", -1)):
+def command(arguments, results, out, err, log, clock=False, forked=True, kill=("nobody", -1), every=0):
     global LOG, KILL, MOMENTS
     LOG, KILL, MOMENTS = log, kill, itertools.count()
     os.setsid()
@@ -133,6 +142,7 @@ def command(arguments, results, out, err, log, clock=False, forked=True, kill=("
     runs.RESULTS = sweep.RESULTS = Path(results)
     runs.Trainer = Logged
     processes.start = Forked if forked else start
+    runs.CHECKPOINT_SECONDS, processes.END_SECONDS = every, 1
     if clock:
         time.time, time.time_ns = jumping(time.time, 1), jumping(time.time_ns, 10**9)
     return sweeps.main(arguments)

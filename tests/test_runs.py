@@ -49,7 +49,7 @@ from lib.experiments.runs import (
     train_runs,
     train_stack,
 )
-from lib.experiments.store import REPOSITORY, read_sealed
+from lib.experiments.store import REPOSITORY, read_sealed, write_sealed
 from lib.experiments.trainer import Member, Trainer, read_checkpoint, shared, total_steps
 
 SMALL: dict[str, Any] = {
@@ -130,6 +130,7 @@ OTHER_VALUES: dict[str, Any] = {
     "neumann_steps": 3,
     "adjoint_tol": 1e-4,
     "precondition": True,
+    "precision": "tf32",
     "tol": 1e-4,
     "max_steps": 51,
     "memory": 4,
@@ -664,8 +665,10 @@ def train_until(epoch: int, configs: Sequence[RunConfig], results: Path) -> None
         if has_come_to(epoch, configs[0], results):
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        train_stack(configs, results, report)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "CHECKPOINT_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            train_stack(configs, results, report)
 
 
 def watch_trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[RunConfig]]]:
@@ -935,6 +938,14 @@ def test_a_stack_fits_the_memory(config: RunConfig, side: int, one: int, other: 
         assert size(much, cores=8) == size(much // 8)
 
 
+@pytest.mark.parametrize("model", ["bilevel", "deq"])
+def test_the_weights_are_counted(model: str) -> None:
+    """As many numbers as are learned, and stored."""
+    config = RunConfig(**SMALL | {"model": model})
+    parameters = problem.make_model([config]).parameters()
+    assert runs.weight_count(config) == sum(parameter.numel() for parameter in parameters)
+
+
 def test_a_stack_shrinks_with_the_memory() -> None:
     """Between one member and the most there are sizes in between."""
     found = set()
@@ -1090,6 +1101,48 @@ def test_an_interrupted_sweep_stops_quietly(
         after = checkpointed(config, tmp_path)
         assert after["history"][: len(before["history"])] == before["history"]
         assert trained.pop() == (before["epoch"], [config])
+
+
+def test_training_processes_keep_the_last_epoch_when_their_parent_goes(tmp_path: Path) -> None:
+    """Each has written one checkpoint, for the next one was due in a minute, and then that of the end."""
+    with ExitStack() as stack:
+        process, children = sweep_in_a_group(tmp_path, stack)
+        before = [child.cpu_times().user for child in children]
+        wait_for(lambda: all(c.cpu_times().user > b + 1 for c, b in zip(children, before, strict=True)))
+        process.terminate()
+        process.communicate()
+    assert_gone(children)
+    assert all(checkpointed(config, tmp_path)["epoch"] > 1 for config in ENDLESS[: len(children)])
+
+
+def test_checkpoints_are_written_once_a_minute_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first epoch's at once, and what a stop would lose when it comes, whatever stops the training."""
+    written: list[tuple[float, int]] = []
+    now, stop = [0.0], BaseException
+
+    def write(path: Path, content: bytes) -> None:
+        write_sealed(path, content)
+        if path.name == "checkpoint.pt":
+            written.append((now[0], read_checkpoint(content)["epoch"]))
+
+    def report(progress: Progress) -> None:
+        now[0] += 25 * (progress.steps - progress.resumed) / (STEPS // 4)
+        if now[0] > 25 * 9.5:
+            raise stop
+
+    monkeypatch.setattr(runs, "write_sealed", write)
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    config = STACK[0].model_copy(update={"epochs": 20})
+    for stop, epochs in ((KeyboardInterrupt, [1, 4, 7, 9]), (RuntimeError, [10, 13, 16, 18])):
+        now[0] = 0.0
+        with pytest.raises(stop):
+            train_stack([config], tmp_path, report)
+        assert [epoch for _, epoch in written] == epochs
+        assert [time for time, _ in written[:-1]] == pytest.approx([25, 100, 175])
+        assert checkpointed(config, tmp_path)["epoch"] == epochs[-1]
+        written.clear()
 
 
 def test_code_that_changes_during_a_sweep_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

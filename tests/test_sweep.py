@@ -7,6 +7,7 @@ import json
 import runpy
 import shutil
 import sys
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from lib.experiments import __main__ as command
 from lib.experiments import runs, sweep, trainer
@@ -23,6 +25,7 @@ from lib.experiments.data import MNIST_FILES, DataError
 from lib.experiments.profiles import grid
 from lib.experiments.runs import code_version, get_run, run_folder, run_key
 from lib.experiments.sweep import Sweep, duration, get_sweep, plan, status
+from lib.experiments.trainer import Trainer
 
 TINY: dict[str, Any] = {
     "task": ["inpainting", "denoising"],
@@ -324,6 +327,36 @@ def test_the_plan_is_of_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert table["runs"].to_dict() == {("denoising", "deq"): 2, ("denoising", "bilevel"): 2}
     assert (table["seconds per run"] > 0).all()
     assert table["wall"].tolist() == pytest.approx((table["runs"] * table["seconds per run"] / 4).tolist())
+    weights = {
+        model: 2 * 4 * runs.weight_count(RunConfig(**configs[0].model_dump() | {"model": model}))
+        for model in ("deq", "bilevel")
+    }
+    rows = 2 * sweep.ROW_BYTES * (configs[0].epochs + 1)
+    assert table["stored"].tolist() == pytest.approx([(bytes + rows) / 1e9 for bytes in weights.values()])
+    members = [runs.member_bytes(config, torch.device("cpu")) for config in configs[::2]]
+    assert table["memory"].tolist() == pytest.approx([2 * bytes / 1e9 for bytes in members])
+
+
+def test_the_plan_tries_stacks_of_the_size_that_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is trained alone takes the time that it takes alone, however many there are."""
+    sizes: list[int] = []
+
+    class Noted(Trainer):
+        def __init__(self, configs: Sequence[RunConfig], *arguments: Any) -> None:
+            super().__init__(configs, *arguments)
+            sizes.append(len(configs))
+
+    monkeypatch.setattr(sweep, "Trainer", Noted)
+    configs = grid("smoke", **SOLVABLE | {"model": "deq", "noise": [0.01 * k for k in range(10)]})
+    for size in (1, 3, 90):
+        monkeypatch.setattr(runs, "stack_size", lambda config, device, size=size: size)
+        sizes.clear()
+        plan(configs, tmp_path)
+        trained = sorted(map(len, runs.stacks(configs, torch.device("cpu"))))
+        assert set(sizes) <= set(trained)
+        assert 8 <= sum(sizes) <= max(8 + trained[-1], len(configs))
 
 
 def test_the_plan_grows_with_the_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """The grid on the command line: `python -m lib.experiments run --profile quick -p tau "[0.1, 0.5]"`.
 
 `run` trains what is not stored yet, with `--cluster slurm` on more machines, and writes the tables; `status`
-tells what is done, `plan` how long the rest will take.
+tells what is done, `plan` how long the rest will take. `--take` brings in what another machine trained.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from lib.experiments.archive import take
 from lib.experiments.cluster import LocalJobs, job_options, train_on_cluster
 from lib.experiments.config import ConfigError, RunConfig, parse_parameters
 from lib.experiments.data import DataError
@@ -25,12 +27,14 @@ def print_plan(configs: Sequence[RunConfig]) -> None:
         print(f"all {len(configs)} runs are done")
         return
     left = [config for config in configs if read_record(config) is None]
-    shown = table.assign(wall=table["wall"].map(duration)).rename(columns={"wall": "in all"})
+    names = {"wall": "in all", "stored": "GB stored", "memory": "GB of memory"}
+    shown = table.assign(wall=table["wall"].map(duration)).rename(columns=names)
     print(shown.to_string(float_format="{:.2g}".format))
     print(
         f"{len(left)} of {len(configs)} runs are left, in {len(stacks(left, device))} stacks on "
         f"{workers(device)} processes ({device.type}): about {duration(table['wall'].sum())}, and at most "
-        f"{duration(sum(config.time_budget for config in left) / workers(device))} by their time budgets"
+        f"{duration(sum(config.time_budget for config in left) / workers(device))} by their time budgets; "
+        f"{table['stored'].sum():.2g} GB to store, {table['memory'].max() * workers(device):.2g} GB of memory"
     )
 
 
@@ -58,11 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=("run", "status", "plan"))
     parser.add_argument("--profile", default="quick")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("--take", type=Path, help="first take in the runs of this file, which make gpu wrote")
     parser.add_argument("--cluster", default="none", help="where to run: none (here), local or slurm")
     parser.add_argument("--job", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args(arguments)
     try:
         configs = grid(options.profile, **parse_parameters(options.p))
+        if options.take is not None:
+            print(take(options.take, configs))
         if options.command == "run":
             return train(options.profile, configs, job_options(options.cluster, options.job))
         if options.command == "status":

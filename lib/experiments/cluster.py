@@ -1,7 +1,8 @@
 """The sweep as jobs of a cluster: its stacks of runs are trained by Slurm, or by processes that stay.
 
 submitit starts the jobs. They store what they train in the same `results/runs/` as any other training, and
-resume from its checkpoints: a job that is killed, preempted or out of its time loses one epoch at most.
+resume from its checkpoints: a job that is killed loses a minute or an epoch at most, one that is preempted,
+cancelled or out of its time the epoch that it is in.
 
 `results/` and `data/` are on a file system that all machines share. While a run is trained, its folder is
 locked with `flock`, which all of them have to know: NFS 4, NFS 3 with its lock daemon, Lustre mounted with
@@ -199,7 +200,7 @@ class Share(Checkpointable):
             raise RuntimeError("the code of lib was changed after this job was submitted; run again")
         if submitit.JobEnvironment().cluster == "local":
             # submitit ignores it in favour of Slurm's other signals, and nothing else would end the job.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         configs = [RunConfig(**values) for values in self.configs]
         for stack in runs.stacks(configs, runs.default_device()):
             runs.train_stack(stack, self.results, lambda progress: None)

@@ -86,6 +86,7 @@ class TrainingConfig(Checked):
         memory, regularization, beta: of Anderson acceleration.
         patience: evaluations after which a sample whose residual does not fall any more is given up; None
             goes on to `max_steps`.
+        precision: of products of matrices: `float32`, or on a GPU alone `tf32`, whose factors are rounded.
         seed: of every random number.
         time_budget: seconds of training after which the run is stopped and marked `out of time`.
     """
@@ -113,6 +114,7 @@ class TrainingConfig(Checked):
     regularization: Positive = 1e-4
     beta: Annotated[float, Field(gt=0, le=1)] = 1.0
     patience: Count | None = None
+    precision: Literal["float32", "tf32"] = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     time_budget: Positive
 

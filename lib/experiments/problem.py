@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lib.experiments import data
 from lib.experiments.config import ConfigError, FacesConfig, RunConfig, TrainingConfig
-from lib.implicit import NeumannSeries
+from lib.implicit import NeumannSeries, Solve
 from lib.kernels import initial_kernels
 from lib.models import FixedPointModel, build_conv_model, build_model, is_free
 from lib.operators import Operator, forward_operator
@@ -35,6 +35,16 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
     label = "/".join(str(part) for part in (seed, *purpose))
     digest = hashlib.sha256(label.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def require_device(config: TrainingConfig, device: torch.device) -> None:
+    """Refuse a configuration that a device cannot train.
+
+    Raises:
+        ConfigError: names the parameter.
+    """
+    if config.precision == "tf32" and device.type != "cuda":
+        raise ConfigError("precision: got 'tf32', allowed: float32 where there is no GPU")
 
 
 def make_solver(config: TrainingConfig) -> Solver:
@@ -181,7 +191,13 @@ def first_iterate(f: Tensor, config: TrainingConfig) -> Tensor:
     return f if config.start == "data" else torch.zeros_like(f)
 
 
-def solve(model: FixedPointModel, f: Tensor, config: TrainingConfig, P: Tensor | None = None) -> Solution:
+def solve(
+    model: FixedPointModel,
+    f: Tensor,
+    config: TrainingConfig,
+    P: Tensor | None = None,
+    solver: Solve = fixed_point,
+) -> Solution:
     """Reconstruct the data `f`, `(*stack, N, C, H, W)`, with a model and its configuration's solver.
 
     Args:
@@ -189,10 +205,11 @@ def solve(model: FixedPointModel, f: Tensor, config: TrainingConfig, P: Tensor |
         f: data.
         config: of the training.
         P: the model's preconditioner, for a configuration that has one; made when None.
+        solver: what solves, as `fixed_point` does.
     """
     if P is None and is_preconditioned(config):
         P = model.preconditioner(f.shape[-3:])
-    return fixed_point(model.problem(f, P), first_iterate(f, config), make_solver(config))
+    return solver(model.problem(f, P), first_iterate(f, config), make_solver(config))
 
 
 def test_noise(config: Config) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any
 
 from lib.experiments.store import REPOSITORY
@@ -34,6 +34,8 @@ def in_processes(jobs: Sequence[Job], count: int, hear: Callable[[Any], object])
     with ExitStack() as stack:
         with interrupts_ignored():
             busy = [stack.enter_context(_process()) for _ in range(min(count, len(jobs)))]
+        # Before one of them is waited for, all are told.
+        stack.callback(_close, busy)
         while busy:
             for connection in wait(busy):
                 assert isinstance(connection, Connection)
@@ -48,6 +50,31 @@ def in_processes(jobs: Sequence[Job], count: int, hear: Callable[[Any], object])
                     raise RuntimeError("a training process was killed; run again to resume it") from None
                 if told is not None:
                     hear(told)
+
+
+def _close(connections: Sequence[Connection]) -> None:
+    for connection in connections:
+        connection.close()
+
+
+END_SECONDS = 10.0
+"""In which a process that is not needed any more does its last acts."""
+
+_last_acts: list[Callable[[], object]] = []
+
+
+@contextmanager
+def at_the_end(act: Callable[[], object]) -> Iterator[None]:
+    """What is done when the work in here ends before its time: by an exception, or with this process, when
+    the one that it works for goes; then in another thread, at any moment of the work."""
+    _last_acts.append(act)
+    try:
+        yield
+    except BaseException:
+        act()
+        raise
+    finally:
+        _last_acts.remove(act)
 
 
 @contextmanager
@@ -69,6 +96,9 @@ def _process() -> Iterator[Connection]:
         try:
             yield ours
         finally:
+            ours.close()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(END_SECONDS)
             process.kill()
 
 
@@ -83,13 +113,21 @@ def start(descriptor: int) -> subprocess.Popen[bytes]:
 
 
 def serve(descriptor: int) -> None:
-    """Body of such a process. It ends when the connection does, even while it imports what a job needs."""
+    """Body of such a process. It ends when the connection does, with its last acts, even while it imports
+    what a job needs."""
     connection, jobs = Connection(descriptor), SimpleQueue[bytes]()
 
     def listen() -> None:
         with suppress(EOFError, OSError):
             while True:
                 jobs.put(connection.recv_bytes())
+        # The work may be in the middle of what a last act waits for, and stand still.
+        late = Timer(END_SECONDS, os._exit, (1,))
+        late.daemon = True
+        late.start()
+        for act in list(_last_acts):
+            with suppress(Exception):
+                act()
         os._exit(1)
 
     def tell(what: Any) -> None:

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import pandas as pd
@@ -37,9 +38,10 @@ from lib.experiments.problem import (
     image_shape,
     load_images,
     make_operator,
+    require_device,
     trained_model,
 )
-from lib.experiments.processes import in_processes
+from lib.experiments.processes import at_the_end, in_processes
 from lib.experiments.store import (
     REPOSITORY,
     RESULTS,
@@ -61,6 +63,7 @@ from lib.experiments.trainer import (
     total_steps,
 )
 from lib.models import FixedPointModel
+from lib.solvers import FIRST_LOOKS, LOOKS_APART
 
 DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
 
@@ -82,15 +85,23 @@ SOLVER_BUFFERS, EXPERT_BUFFERS = 12, 4
 POLL_SECONDS = 2.0
 """Between two looks at the runs that another process is training."""
 
+CHECKPOINT_SECONDS = 60.0
+"""From one checkpoint of a stack to the next at least: what a training that is killed loses, where its epochs
+are shorter. One that is stopped loses nothing but the epoch that it is in."""
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 """Nodes of a syntax tree that may start with a docstring."""
 
 
-@cache
 def code_version() -> str:
-    """Digest of the code that can change a run's result, without docstrings and comments."""
-    digest = hashlib.sha256(f"torch {version('torch').partition('+')[0]}".encode())
+    """Digest of the code that can change a run's result, without docstrings and comments, and of torch."""
+    return code_with(version("torch"))
+
+
+@cache
+def code_with(torch_version: str) -> str:
+    """The same for another version of torch."""
+    digest = hashlib.sha256(f"torch {torch_version.partition('+')[0]}".encode())
     for file in RESULT_FILES:
         digest.update(syntax((REPOSITORY / "lib" / file).read_text(encoding="utf-8")).encode())
     return digest.hexdigest()[:16]
@@ -116,9 +127,14 @@ def syntax(source: str) -> str:
     return str(told(ast.parse(source)))
 
 
-def run_key(config: Config) -> str:
-    """Key of a run: a digest of its configuration, its data and the code that can change its result."""
-    identity = {"config": config.model_dump(), "data": data_digests(config), "code": code_version()}
+def run_key(config: Config, code: str | None = None) -> str:
+    """Key of a run: a digest of its configuration, its data and the code that can change its result.
+
+    Args:
+        config: its configuration.
+        code: that made it; the present one when None.
+    """
+    identity = {"config": config.model_dump(), "data": data_digests(config), "code": code or code_version()}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -144,11 +160,18 @@ def environment(device: torch.device | str) -> dict[str, Any]:
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     return {
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: _version(name) for name in packages},
         "system": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "accelerator": accelerator,
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 @dataclass(frozen=True)
@@ -255,28 +278,44 @@ def workers(device: torch.device) -> int:
     return cores() if device.type == "cpu" else 1
 
 
-def stack_size(config: Config, device: torch.device) -> int:
-    """How many configurations like this one to train together, at most.
+def member_bytes(config: Config, device: torch.device) -> int:
+    """Memory that a configuration takes in a stack.
 
     A member needs its weights, their gradient and Adam's two moments, and per image of a batch the
-    solver's history and the iterates of a step. Half of the device's free memory is filled, as far as
-    `STACK_NUMBERS` allows. L-BFGS trains one at a time.
+    solver's history and the iterates of a step, on a GPU also those that recorded solves end with.
     """
-    if isinstance(config, FacesConfig) and config.optimizer == "lbfgs":
-        return 1
     height, width = image_shape(config)
     n = height * width
     experts = config.filters if isinstance(config, FacesConfig) else 1
-    weights = 0 if isinstance(config, FacesConfig) else n * n * (2 if config.model == "deq" else 1) + n
     buffers = 2 * config.memory + SOLVER_BUFFERS + EXPERT_BUFFERS * experts
+    if device.type == "cuda":
+        buffers += 2 * (FIRST_LOOKS + config.max_steps // LOOKS_APART)
     images = max(config.batch_size, min(TEST_BATCH, config.test_images)) * n * buffers
-    member = 4 * (4 * weights + images)
+    return 4 * 4 * weight_count(config) + 4 * images
+
+
+def weight_count(config: Config) -> int:
+    """Numbers that a configuration learns; of kernels they do not count."""
+    if isinstance(config, FacesConfig):
+        return 0
+    n = config.size**2
+    return n * n * (2 if config.model == "deq" else 1) + n
+
+
+def stack_size(config: Config, device: torch.device) -> int:
+    """How many configurations like this one to train together, at most.
+
+    Half of the device's free memory is filled, as far as `STACK_NUMBERS` allows. L-BFGS trains one at a time.
+    """
+    if isinstance(config, FacesConfig) and config.optimizer == "lbfgs":
+        return 1
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = psutil.virtual_memory().available // workers(device)
-    largest = STACK_NUMBERS[device.type] // (config.batch_size * n)
-    return max(1, min(largest, free // 2 // member))
+    height, width = image_shape(config)
+    largest = STACK_NUMBERS[device.type] // (config.batch_size * height * width)
+    return max(1, min(largest, free // 2 // member_bytes(config, device)))
 
 
 def stacks(configs: Iterable[Config], device: torch.device) -> list[list[Config]]:
@@ -314,10 +353,10 @@ def get_run(config: Config, results: Results = None) -> Run:
     folder = run_folder(config, results)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        run = _load(folder, config)
+        run = load_run(folder, config)
         if run is None:
             _train([config], results, lambda progress: None)
-            run = _load(folder, config)
+            run = load_run(folder, config)
         if run is None:
             raise DamagedFile(f"{folder}: the run that was just written cannot be read; check the disk")
         return run
@@ -351,7 +390,8 @@ def train_runs(configs: Sequence[Config], results: Results = None) -> None:
     """Train all configurations that are not stored yet, in stacks, with one process per core.
 
     Runs that another process is training are left to it, and waited for. When one training fails or this
-    process is interrupted, all are stopped; what they trained until their last epoch is resumed next time.
+    process is interrupted, all are stopped; what they trained until their last epoch is resumed next time, or
+    up to a minute less where they were killed.
 
     Raises:
         DataError: the data cannot be had.
@@ -374,6 +414,7 @@ def train_runs(configs: Sequence[Config], results: Results = None) -> None:
     for config in {config.dataset: config for config in waiting}.values():
         load_images(config)
     for config in waiting:
+        require_device(config, default_device())
         if isinstance(config, FacesConfig):
             make_operator(config)
     # The bar goes to the terminal or, in a notebook, into an output that is cleared in the end.
@@ -496,19 +537,37 @@ def _train_together(
         report(Progress(steps=done - reported, ended=tuple(ended)))
         reported = done
 
+    # The last epoch's checkpoints, by member, until they are written.
+    waiting: dict[int, bytes] = {}
+    writing, written = RLock(), -math.inf
+
+    def write() -> None:
+        nonlocal written
+        with writing:
+            for index in list(waiting):
+                write_sealed(run_folder(configs[index], results) / "checkpoint.pt", waiting[index])
+                del waiting[index]
+            written = time.monotonic()
+
     def keep(trainer: Trainer) -> None:
+        with writing:
+            store(trainer)
+
+    def store(trainer: Trainer) -> None:
         ended = [i for i, member in enumerate(trainer.members) if member.status and i not in stored]
         for index in ended:
             _store(trainer.members[index], results)
             stored.add(index)
+            waiting.pop(index, None)
         if trainer.epoch < trainer.config.epochs:
-            for index in trainer.alive:
-                path = run_folder(configs[index], results) / "checkpoint.pt"
-                write_sealed(path, trainer.checkpoint(index))
+            waiting.update({index: trainer.checkpoint(index) for index in trainer.alive})
+            if time.monotonic() - written >= CHECKPOINT_SECONDS:
+                write()
         tell(trainer.members[index].status for index in ended)
 
-    trainer.train(on_epoch=keep, on_step=tell)
-    keep(trainer)
+    with at_the_end(write):
+        trainer.train(on_epoch=keep, on_step=tell)
+        keep(trainer)
 
 
 def run_folder(config: Config, results: Results = None) -> Path:
@@ -535,7 +594,8 @@ def read_record(config: Config, results: Results = None) -> dict[str, Any] | Non
     return record
 
 
-def _load(folder: Path, config: Config) -> Run | None:
+def load_run(folder: Path, config: Config) -> Run | None:
+    """The run that is stored in its folder, or None; what cannot be used is set aside."""
     record = read_record(config, folder.parents[1])
     if record is None:
         return None

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 from lib.experiments.config import RunConfig
+from lib.experiments.problem import Config
 from lib.experiments.profiles import grid
 from lib.experiments.provenance import write_with_provenance
 from lib.experiments.runs import (
     DATA_DIGESTS,
     default_device,
+    member_bytes,
     read_record,
     run_folder,
     run_key,
+    stacks,
     train_runs,
+    weight_count,
     workers,
 )
 from lib.experiments.store import RESULTS, Results
-from lib.experiments.trainer import (
-    COMPLETED,
-    DIVERGED,
-    OUT_OF_TIME,
-    Trainer,
-    shared,
-    steps_per_epoch,
-    total_steps,
-)
+from lib.experiments.trainer import COMPLETED, DIVERGED, OUT_OF_TIME, Member, Trainer, shared, total_steps
 
 NOT_RUN, IN_PROGRESS = "not run", "in progress"
 
 TRIED_STEPS, TRIED_MEMBERS = 2, 8
-"""Of each group of configurations, for how many optimizer steps how many are tried."""
+"""Of each group of configurations, for how many optimizer steps how many at least are tried."""
+
+ROW_BYTES = 500
+"""Of an epoch in a record."""
 
 
 @dataclass(frozen=True)
@@ -148,36 +149,51 @@ def status(configs: Sequence[RunConfig], results: Results = None) -> pd.DataFram
 def plan(configs: Sequence[RunConfig], results: Results = None) -> pd.DataFrame:
     """What is left to train, and how long it will take here, from some steps of every kind of run.
 
-    The steps are taken with untrained weights, whose solves may need fewer or more steps than later ones.
-    An evaluation is taken for half a training step per image.
+    The steps are those of stacks as large as they will be trained, with untrained weights, whose solves may
+    need fewer or more steps than later ones. An evaluation is taken for half a training step per image.
 
     Returns:
-        A row per task and model: runs left, seconds per run, and the seconds of all on all processes.
+        A row per task and model: runs left, seconds per run, the seconds of all on all processes, the GB that
+        they will store, and the GB of memory that a stack takes.
     """
     left = [config for config in configs if read_record(config, results) is None]
+    device = default_device()
     groups: dict[RunConfig, list[RunConfig]] = {}
     for config in left:
         groups.setdefault(shared(config), []).append(config)
     rows = []
     for group in tqdm(groups.values(), desc="calibration", leave=False):
-        seconds = min(_seconds_per_run(group), group[0].time_budget)
-        rows.append({"task": group[0].task, "model": group[0].model, "runs": len(group), "seconds": seconds})
-    table = pd.DataFrame(rows, columns=["task", "model", "runs", "seconds"])
-    table["wall"] = table["runs"] * table["seconds"] / workers(default_device())
-    sums = table.groupby(["task", "model"], sort=False)[["runs", "wall"]].sum()
-    sums.insert(1, "seconds per run", sums["wall"] * workers(default_device()) / sums["runs"])
+        trained = stacks(group, device)
+        stored = 4 * weight_count(group[0]) + ROW_BYTES * (group[0].epochs + 1)
+        row: dict[str, Any] = {"task": group[0].task, "model": group[0].model, "runs": len(group)}
+        row |= {"seconds": min(_seconds_per_run(trained, device), group[0].time_budget)}
+        row |= {"stored": len(group) * stored / 1e9}
+        row |= {"memory": max(map(len, trained)) * member_bytes(group[0], device) / 1e9}
+        rows.append(row)
+    columns = ["task", "model", "runs", "seconds", "stored", "memory"]
+    table = pd.DataFrame(rows, columns=columns)
+    table["wall"] = table["runs"] * table["seconds"] / workers(device)
+    kinds = table.groupby(["task", "model"], sort=False)
+    sums = kinds[["runs", "wall", "stored"]].sum().join(kinds["memory"].max())
+    sums.insert(1, "seconds per run", sums["wall"] * workers(device) / sums["runs"])
     return sums
 
 
-def _seconds_per_run(group: Sequence[RunConfig]) -> float:
-    config = group[0]
-    sample = group[:: max(1, len(group) // TRIED_MEMBERS)][:TRIED_MEMBERS]
+def _seconds_per_run(trained: Sequence[list[Config]], device: torch.device) -> float:
+    """Of the configurations of some stacks, from a few of these stacks."""
+    count = math.ceil(TRIED_MEMBERS / len(trained[0]))
+    tried = trained[:: max(1, len(trained) // count)][:count]
+    config = trained[0][0]
     images = min(config.train_images, TRIED_STEPS * config.batch_size)
-    changes = {"train_images": images, "test_images": 1, "epochs": 1, "time_budget": 1e6}
-    trial = [c.model_copy(update=changes) for c in sample]
-    members = Trainer(trial, default_device()).train()
-    spent = sum(member.seconds - member.history[0]["seconds"] for member in members if member.history)
-    per_step = spent / len(members) / steps_per_epoch(trial[0])
+    # On a GPU the first epoch records the solves.
+    epochs = 1 if device.type == "cpu" else 2
+    changes = {"train_images": images, "test_images": 1, "epochs": epochs, "time_budget": 1e6}
+    members, steps = list[Member](), math.ceil(images / config.batch_size)
+    for stack in tried:
+        members += Trainer([c.model_copy(update=changes) for c in stack], device).train()
+    last = [member for member in members if len(member.history) >= epochs]
+    spent = sum(member.seconds - member.history[epochs - 1]["seconds"] for member in last)
+    per_step = spent / len(members) / steps
     evaluations = (config.epochs + 1) * config.test_images / config.batch_size / 2
     return per_step * (total_steps(config) + evaluations)
 

@@ -31,11 +31,14 @@ from lib.experiments.problem import (
     observe,
     one_thread,
     psnr,
+    require_device,
     solve,
     test_noise,
 )
-from lib.implicit import implicit_fixed_point
-from lib.solvers import Solution, Status
+from lib.graphs import RecordedSolves
+from lib.implicit import Solve, implicit_fixed_point
+from lib.products import products_in
+from lib.solvers import Solution, Status, fixed_point
 
 COMPLETED, DIVERGED, OUT_OF_TIME = "completed", "diverged", "out of time"
 
@@ -56,6 +59,9 @@ FARTHEST = 10.0
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state, which a checkpoint holds behind each parameter."""
+
+LOOK_STEPS = 50
+"""Optimizer steps from one look at losses and solver steps to the next where a look makes the device wait."""
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
@@ -118,8 +124,10 @@ class _Meter:
     def keep(self, members: list[int]) -> None:
         self.sums = {name: total[members] for name, total in self.sums.items()}
 
-    def row(self, member: int) -> Metrics:
-        return {name: (total[member] / self.count).item() for name, total in self.sums.items()}
+    def rows(self) -> list[Metrics]:
+        """The means of each member."""
+        means = [(total / self.count).tolist() for total in self.sums.values()]
+        return [dict(zip(self.sums, row, strict=True)) for row in zip(*means, strict=True)]
 
 
 def _solver_metrics(name: str, solution: Solution, series: bool = False) -> dict[str, Tensor]:
@@ -151,6 +159,7 @@ class Trainer:
 
     Raises:
         ValueError: the configurations cannot share a stack, or the checkpoints are of different epochs.
+        ConfigError: the device cannot train them.
     """
 
     def __init__(
@@ -164,6 +173,7 @@ class Trainer:
         if any(shared(config) != shared(self.config) for config in configs):
             raise ValueError(f"a stack's members may differ in {', '.join(STACKED)} only")
         self.device = torch.device(device)
+        require_device(self.config, self.device)
         self.members = [Member(config) for config in configs]
         self.alive = list(range(len(configs)))
         self.epoch = 0
@@ -176,6 +186,11 @@ class Trainer:
         self.warm = isinstance(self.config, FacesConfig) and self.config.warm_start
         self.solutions: dict[str, Tensor] = {}
         self.P: Tensor | None = None
+        self.solve: Solve = fixed_point if self.device.type == "cpu" else RecordedSolves(self.model)
+        # Number, losses and solver steps of optimizer steps that were not looked at, and when they began.
+        self.unseen: list[tuple[int, Tensor, Tensor]] = []
+        self.unseen_since = 0.0
+        self.often = self.device.type == "cpu"
         if checkpoints is not None:
             self._restore(checkpoints)
 
@@ -185,8 +200,10 @@ class Trainer:
             if len(self.members) > 1:
                 raise ValueError(f"configs: got {len(self.members)}, allowed: one at a time for L-BFGS")
             return torch.optim.LBFGS(parameters, 1.0, 1, SEARCH, 0.0, 0.0, LBFGS_MEMORY, "strong_wolfe")
-        # Not fused: that kernel rounds a tensor's last numbers otherwise, and members would not be equal.
-        return torch.optim.Adam(parameters, lr=c.learning_rate, foreach=True, fused=False)
+        # Not fused on a CPU: that kernel rounds a tensor's last numbers otherwise, and members would not be
+        # equal. On a GPU it reads and writes each tensor once, not at every operation.
+        fused = self.device.type != "cpu"
+        return torch.optim.Adam(parameters, lr=c.learning_rate, foreach=not fused, fused=fused)
 
     @one_thread()
     def train(
@@ -203,6 +220,10 @@ class Trainer:
         Returns:
             The members, in the order of their configurations.
         """
+        with products_in(self.config.precision):
+            return self._train(on_epoch, on_step)
+
+    def _train(self, on_epoch: Callable[[Trainer], object], on_step: Callable[[], object]) -> list[Member]:
         loaded = load_images(self.config)
         images, test_images = loaded["train"].to(self.device), loaded["test"].to(self.device)
         if self.epoch == 0:
@@ -230,9 +251,12 @@ class Trainer:
             batch = images[indices.to(self.device)]
             n = torch.randn(batch.shape, generator=draws).to(self.device)
             self._train_step(batch, n, meter)
-            self._stop_late(meter)
-            if not self.alive:
-                break
+            ended = self.step % steps_per_epoch(self.config) == 0
+            if self.often or ended or len(self.unseen) == LOOK_STEPS:
+                self._look(meter)
+                self._stop_late(meter)
+                if not self.alive:
+                    break
             on_step()
         return meter
 
@@ -252,21 +276,33 @@ class Trainer:
         self.model.refresh()
         self.step += 1
         loss, solution, adjoint = evaluation
-        self._charge(start, solution.steps.double().mean(-1) + adjoint.steps.double().mean(-1))
+        if not self.unseen:
+            self.unseen_since = start
+        work = solution.steps.double().mean(-1) + adjoint.steps.double().mean(-1)
+        self.unseen.append((step + 1, loss, work))
         meter.add(
             len(images),
             train_loss=loss,
             **_solver_metrics("forward", solution),
             **_solver_metrics("backward", adjoint, series=self.config.adjoint == "neumann"),
         )
-        where = f"above {LOSS_LIMIT:g} in epoch {self.epoch + 1}, step {step + 1}"
-        lost = {
-            position: f"training loss {value:.3g} {where}"
-            for position, value in enumerate(loss.tolist())
-            if not value <= LOSS_LIMIT
-        }
+
+    def _look(self, meter: _Meter) -> None:
+        """Charge the members with the steps since the last look, and end those whose loss has diverged.
+
+        On a GPU such a member trains on until then, so that its last weights are those of a later step.
+        """
+        steps, losses, work = zip(*self.unseen, strict=True)
+        self.unseen = []
+        self._charge(self.unseen_since, torch.stack(work).sum(0))
+        lost: dict[int, str] = {}
+        for step, values in zip(steps, torch.stack(losses).tolist(), strict=True):
+            where = f"above {LOSS_LIMIT:g} in epoch {self.epoch + 1}, step {step}"
+            for position, value in enumerate(values):
+                if not value <= LOSS_LIMIT:
+                    lost.setdefault(position, f"training loss {value:.3g} {where}")
+        meter.keep([position for position in range(len(self.alive)) if position not in lost])
         self._end(DIVERGED, lost)
-        meter.keep([position for position in range(len(loss)) if position not in lost])
 
     def _evaluate_gradient(self, images: Tensor, f: Tensor) -> Evaluation:
         """Losses `(stack,)` and both solutions with the present weights, whose gradient is left in them."""
@@ -275,11 +311,13 @@ class Trainer:
             last = self.solutions
             problem, u0 = replace(problem, first_adjoint=lambda g: last["backward"]), last["forward"]
         adjoint: list[Solution] = []
-        solution = implicit_fixed_point(problem, u0, self.solver, self.adjoint_solver, adjoint.append)
+        solution = implicit_fixed_point(
+            problem, u0, self.solver, self.adjoint_solver, adjoint.append, self.solve
+        )
         loss = (solution.value - images).square().mean((-4, -3, -2, -1))
         self.optimizer.zero_grad()
         # A member that diverged takes no part in the sum: its NaN stays in its own slice.
-        loss[loss.detach() <= LOSS_LIMIT].sum().backward()
+        torch.where(loss.detach() <= LOSS_LIMIT, loss, 0).sum().backward()
         if self.warm:
             self.solutions = {
                 "forward": _usable(solution, first_iterate(f, self.config)),
@@ -323,7 +361,7 @@ class Trainer:
         P = self.model.preconditioner(images.shape[-3:]) if is_preconditioned(self.config) else None
         for batch, batch_n in zip(images.split(TEST_BATCH), n.split(TEST_BATCH), strict=True):
             f = observe(self.model.operator, batch, self.noise, batch_n)
-            solution = solve(self.model, f, self.config, P)
+            solution = solve(self.model, f, self.config, P, self.solve)
             mse = (solution.value - batch).square().mean((-3, -2, -1))
             meter.add(len(batch), test_loss=mse, test_psnr=psnr(mse), **_solver_metrics("test", solution))
             steps = steps + solution.steps.double().sum(-1)
@@ -333,10 +371,11 @@ class Trainer:
     def _record(self, test: _Meter | None, training: _Meter | None = None) -> None:
         """Add a row to the history of every living member; one whose test loss is absurd has diverged."""
         lost = {}
+        measured = [meter.rows() for meter in (test, training) if meter is not None]
         for position, index in enumerate(self.alive):
             row = {"epoch": self.epoch, "seconds": self.members[index].seconds}
-            for meter in (test, training):
-                row |= {} if meter is None else meter.row(position)
+            for rows in measured:
+                row |= rows[position]
             if test is None or row["test_loss"] <= LOSS_LIMIT:
                 self.members[index].history.append(row)
             else:
@@ -406,7 +445,7 @@ class Trainer:
             tensors = zip(*(state["weights"][name] for state in states), strict=True)
             parameter.data, *moments = (torch.stack(slices).to(self.device) for slices in tensors)
             if moments:
-                step = torch.tensor(float(self.step))
+                step = torch.tensor(float(self.step), device=self.device)
                 self.optimizer.state[parameter] = {"step": step} | dict(zip(MOMENTS, moments, strict=True))
         if "search" in states[0]:
             search = {"state": {0: states[0]["search"]}}
