@@ -64,8 +64,11 @@ from lib.models import FixedPointModel
 
 DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
 
+NO_RESULT_FILES = ("deepinverse.py",)
+"""Files beside the mathematics that no training uses."""
+
 RESULT_FILES = (
-    *sorted(path.name for path in (REPOSITORY / "lib").glob("[a-z]*.py")),
+    *sorted(p.name for p in (REPOSITORY / "lib").glob("[a-z]*.py") if p.name not in NO_RESULT_FILES),
     *(f"experiments/{name}.py" for name in ("data", "problem", "trainer")),
 )
 """Files of `lib` that can change the result of a run: the mathematics, and what trains."""
