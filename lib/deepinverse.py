@@ -20,8 +20,8 @@ from lib.solvers import Solution, Solver
 try:
     import torchvision  # noqa: F401
 except RuntimeError:
-    # DeepInverse imports torchvision. PyPI's is built for CUDA: beside a CPU build of torch its compiled
-    # operators do not load, and its import fails for want of two schemas, of operators that nothing here calls.
+    # DeepInverse imports torchvision. PyPI's is built for CUDA: beside a CPU build of torch its operators do
+    # not load, and its import fails for want of two schemas, of operators that nothing here calls.
     schemas = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -95,8 +95,8 @@ def with_operator(model: FixedPointModel, operator: Any, norm: float = 1.0) -> F
 class FieldPrior(deepinv.optim.Prior):
     """The learned field as the gradient of DeepInverse's prior, for images in [-1, 1].
 
-    With tied weights it is explicit, with `R` as its function. Gradient descent with the data fidelity `L2` of
-    deviation 1 has our step map with `lambda_reg = 1 / lambda` and `stepsize = tau lambda`.
+    With tied weights it is explicit, with `R` as its function. Gradient descent with the data fidelity `L2`
+    of deviation 1 has our step map with `lambda_reg = 1 / lambda` and `stepsize = tau lambda`.
 
     Args:
         model: has the field and its weight `gamma`; one model, whose leading dimension, if any, is 1.
@@ -123,9 +123,9 @@ class FieldPrior(deepinv.optim.Prior):
 class Reconstructor(deepinv.models.Reconstructor):
     """A model as a reconstructor of DeepInverse: `forward(y, physics)`, for its trainer and its metrics.
 
-    Images are in [0, 1], as DeepInverse has them: with `x = (u + 1) / 2` the data are `2 y - A 1` in ours, and
-    a noise of deviation `s` is one of `2 s`. Gradients are implicit ones. In training each call measures the
-    norms of kernels that are normalized (`FixedPointModel.refresh`).
+    Images are in [0, 1], as DeepInverse has them: with `x = (u + 1) / 2` the data are `2 y - A 1` in ours,
+    and a noise of deviation `s` is one of `2 s`. Gradients are implicit ones. In training each call measures
+    the norms of kernels that are normalized (`FixedPointModel.refresh`).
 
     Args:
         model: such as `run.model()`; its `K` is not used, its `lambda` is for the noise of its training.
@@ -171,8 +171,8 @@ class Reconstructor(deepinv.models.Reconstructor):
 def tomography(side: int, angles: int) -> Any:
     """DeepInverse's parallel-beam tomography of norm 1 with the exact adjoint.
 
-    The adjoint differentiates `A` backwards. DeepInverse also has a back-projection that interpolates, which is
-    only near the adjoint: the two inner products differ in the third digit.
+    The adjoint differentiates `A` backwards. DeepInverse also has a back-projection that interpolates, which
+    is only near the adjoint: the two inner products differ in the third digit.
 
     Args:
         side: of the square images in pixels.

@@ -108,6 +108,8 @@ def save(
     profile: str,
     results: Results = None,
     claims: Sequence[Claim] = (),
+    tables: Mapping[str, pd.DataFrame] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `results/<profile>/<name>/` with the figure, its numbers and where they come from.
 
@@ -118,12 +120,14 @@ def save(
         source: the sweep that it was made from, or the runs by the names that they have in the table.
         profile: name of the profile.
         claims: what the figure decides, written as `claims.json` if there are any.
+        tables: more of them, each written as CSV under its name.
+        settings: what it was made with beside the runs, for its provenance.
 
     Returns:
         The figure's folder.
     """
     folder = Path(results or RESULTS) / profile / name
-    files = {f"{name}.csv": table.to_csv().encode()}
+    files = {f"{key}.csv": t.to_csv().encode() for key, t in ({name: table} | dict(tables or {})).items()}
     if claims:
         files["claims.json"] = json.dumps([asdict(claim) for claim in claims], indent=1).encode()
     # Without dates and versions in them the files are the same whenever they are made.
@@ -134,6 +138,8 @@ def save(
             fig.savefig(buffer, format=suffix, metadata=metadata)
         files[f"{name}.{suffix}"] = buffer.getvalue()
     came_from = source.provenance if isinstance(source, Sweep) else _provenance(source)
+    if settings:
+        came_from = came_from | {"settings": dict(settings)}
     write_with_provenance(folder, files, {"figure": name, "profile": profile, **came_from})
     return folder
 
