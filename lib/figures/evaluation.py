@@ -394,7 +394,9 @@ def evaluation_figure(
         text: for the line below.
     """
     by_name = {picture.name: picture for picture in found}
-    chosen = {label: by_name[name] for label, name in ranked(table).items()}
+    # Of few images one may be two of them.
+    labels = {name: label for label, name in reversed(ranked(table).items())}
+    chosen = {labels[name]: by_name[name] for name in reversed(labels)}
     columns = 3 + len(runs)
     side = TEXT_WIDTH / columns
     ratios = [picture.shape[0] / picture.shape[1] for picture in chosen.values()]
@@ -412,9 +414,9 @@ def evaluation_figure(
             for axis, (name, image) in zip(line, images.items(), strict=True):
                 axis.imshow(image.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="antialiased")
                 axis.set(xticks=[], yticks=[])
-                axis.set_title(name if line is axes[0] else "", pad=3)
+                axis.set_title(name, pad=3)
                 if name != "truth":
-                    quality = f"{row[f'psnr {name}']:.1f} dB, {row[f'ssim {name}']:.2f}"
+                    quality = f"{row[f'psnr {name}']:.1f} dB, SSIM {row[f'ssim {name}']:.2f}"
                     axis.set_xlabel(quality, size=7.5, labelpad=2)
             line[0].set_ylabel(f"{label}: {picture.name[:24]}", size=7.5)
         note(fig, text)

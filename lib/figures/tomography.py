@@ -22,7 +22,7 @@ from lib.experiments.data import faces
 from lib.experiments.problem import generator, one_thread, psnr
 from lib.experiments.runs import Run
 from lib.figures.baselines import Method, best_weight, tv_model
-from lib.figures.evaluation import TV, reweighted
+from lib.figures.evaluation import TUNING_IMAGES, TV, reweighted
 from lib.figures.style import STYLE, TEXT_WIDTH, note
 from lib.implicit import implicit_fixed_point
 from lib.models import FixedPointModel, build_conv_model
@@ -36,8 +36,8 @@ FBP = "filtered back-projection"
 FACE = slice(10, 102)
 """Rows of the faces' 112 that make them square."""
 
-TUNING_IMAGES, LAMBDAS = 4, (10.0, 30_000.0)
-"""Training images with which `lambda` is chosen, and where it is looked for."""
+LAMBDAS = (10.0, 30_000.0)
+"""Where the best `lambda` is looked for."""
 
 
 class SystemMatrix:
@@ -141,7 +141,7 @@ def tuned(scans: Scans, run: Run | None) -> tuple[FixedPointModel, float]:
 
 
 @one_thread()
-def train(
+def train_kernels(
     scans: Scans, run: Run, lam: float, epochs: int, learning_rate: float, seed: int
 ) -> FixedPointModel:
     """Train a run's kernels for tomography, and `lambda` with them, by Adam on all training images at once.
@@ -171,6 +171,7 @@ def train(
         lam=lam,
         gamma=config.gamma,
         learn_weight=True,
+        differentiate_norm=True,
     )
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
     decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / epochs))
@@ -196,7 +197,7 @@ def all_models(
     models = {TV: tuned(scans, None)[0]}
     for name, run in runs.items():
         models[f"{name}, from denoising"], lam = tuned(scans, run)
-        models[f"{name}, trained here"] = train(scans, run, lam, epochs, learning_rate, seed)
+        models[f"{name}, trained here"] = train_kernels(scans, run, lam, epochs, learning_rate, seed)
     return models
 
 
@@ -262,6 +263,7 @@ def tomography_figure(images: Mapping[str, Tensor], scans: Scans, image: int, te
                 axis.imshow(picture.numpy(), cmap="gray", aspect="auto", interpolation="nearest")
             else:
                 axis.imshow(picture.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+            axis.set_box_aspect(1)
             axis.set_title(name, pad=3)
             if name not in ("truth", "data"):
                 decibels = psnr((picture - truth).square().mean()).item()
