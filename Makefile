@@ -32,9 +32,9 @@ PYTEST := $(BIN)/python -m pytest -c pyproject.toml
 LAB := $(BIN)/python -m jupyterlab --KernelManager.transport_encryption=auto
 
 .DEFAULT_GOAL := help
-PAGES := first_steps theory weight hypergradients reconstruct explore scaling
+PAGES := first_steps theory weight hypergradients reconstruct evaluate tomography explore scaling
 
-.PHONY: help figures $(FIGURES) report $(PAGES) sweep sweep-status sweep-plan test validate bench gpu lab data \
+.PHONY: help figures $(FIGURES) report $(PAGES) train sweep sweep-status sweep-plan test validate bench gpu lab data \
   refresh lock clean delete-runs
 
 help: ## print the targets
@@ -54,13 +54,18 @@ theory: $(INSTALLED) ## bilevel learning as a deep equilibrium model with tied w
 weight: $(INSTALLED) ## why a learned weight brings the learned models ahead of total variation
 hypergradients: $(INSTALLED) ## which hypergradient a training needs: solved, Neumann series, Jacobian-free
 reconstruct: $(INSTALLED) ## a photograph of your own with the committed kernels: ARGS="-p image photo.jpg"
+evaluate: $(INSTALLED) ## a folder of images with trained kernels: ARGS="-p dataset path/to/BSD68 -p sigma 25"
+tomography: $(INSTALLED) ## a task that the paper does not have, with an operator of DeepInverse
 scaling: $(INSTALLED) ## what a training step costs, by image, kernels, batch and stack
 
-$(FIGURES) first_steps theory weight hypergradients reconstruct scaling: $(INSTALLED)
+$(FIGURES) first_steps theory weight hypergradients reconstruct evaluate tomography scaling: $(INSTALLED)
 	@$(BIN)/python -m lib.pages.notebooks run $@ --profile $(PROFILE) $(ARGS)
 
 explore: $(INSTALLED) ## the grid, one selection at a time, with controls, in JupyterLab (ARGS: its options)
 	@$(LAB) nbs/explore.ipynb $(ARGS)
+
+train: $(INSTALLED) ## one training of your own: ARGS="-p dataset faces -p task deblurring -p model deq"
+	@$(BIN)/python -m lib.experiments train --profile $(PROFILE) $(ARGS)
 
 sweep: $(INSTALLED) ## train the grid of figures 1, 5 and 6, or what is left of it (CLUSTER=local, slurm: as jobs)
 	@$(BIN)/python -m lib.experiments run --profile $(PROFILE) --cluster $(CLUSTER) $(ARGS)

@@ -29,6 +29,7 @@ class NeumannSeries:
     steps: int
     tol: float = 0.0
 
+
 Solve = Callable[[FixedPointProblem, Tensor, Solver], Solution]
 
 

@@ -33,7 +33,6 @@ from itertools import product as pairs
 from statistics import median
 from typing import Any
 
-import cpu_torchvision  # noqa: F401  # or deepinv cannot be imported
 import pandas as pd
 import torch
 from benches import save
@@ -42,6 +41,7 @@ from torch.nn import functional
 from torchdeq import get_deq
 from tqdm import tqdm
 
+from lib.deepinverse import FieldPrior, deepinv
 from lib.experiments.config import FacesConfig, RunConfig
 from lib.experiments.problem import (
     Config,
@@ -62,10 +62,6 @@ from lib.models import MODELS, FixedPointModel
 from lib.operators import TASKS, CircularBlur, Mask
 from lib.products import product
 from lib.solvers import Anderson, Solution, Solver
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import deepinv
 
 REFERENCE = Anderson(tol=1e-10, max_steps=5000, memory=20, regularization=1e-10)
 PRECONDITIONED = "ours, preconditioned"
@@ -260,18 +256,6 @@ def torchdeq(problem: Problem) -> Step:
     return finish(problem, values[-1], float(info["nstep"].max()), lambda: float("nan"))
 
 
-class FieldPrior(deepinv.optim.Prior):
-    """Our field as DeepInverse's prior."""
-
-    def __init__(self, model: FixedPointModel) -> None:
-        super().__init__()
-        self.model = model
-        self.explicit_prior = False
-
-    def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.model.regularizer.field(x[None], self.model.gamma, self.model.tau)[0]
-
-
 def deepinverse(problem: Problem) -> Step:
     model, config, operator = problem.model, problem.config, problem.model.operator
     size = problem.truth.shape[1:]
@@ -281,10 +265,13 @@ def deepinverse(problem: Problem) -> Step:
         physics = deepinv.physics.BlurFFT(size, filter=operator.kernel[None, None])
     else:
         physics = deepinv.physics.Denoising()
+    prior = FieldPrior(model)
+    # Or the function is evaluated in every step.
+    prior.explicit_prior = False
     accelerated = deepinv.optim.optimizers.AndersonAccelerationConfig(config.memory, config.beta, 1e-4)
     solver = deepinv.optim.GD(
         data_fidelity=deepinv.optim.L2(),
-        prior=FieldPrior(model),
+        prior=prior,
         stepsize=float(model.tau),
         lambda_reg=1.0,
         trainable_params=[],

@@ -42,6 +42,9 @@ TOLERANCES = {
 """Relative and absolute one of the columns whose names begin so; others are not compared. A mean squared
 error is known to the square of the solver's tolerance, 0.001."""
 
+PAGES = ("evaluate", "tomography")
+"""Beside the figures those with numbers that are the same everywhere."""
+
 LABELS = ("image", "kernels", "task", "model", "noise")
 """Columns that say which row it is."""
 
@@ -55,10 +58,11 @@ def parameters(record: dict[str, Any]) -> dict[str, Any]:
     """What a figure was made with, by its provenance."""
     if "runs" not in record:
         return {"grid": record["axes"] | record["shared"]}
-    return {
+    runs = {
         run["name"]: {name: value for name, value in run.items() if name not in ("status", "converged")}
         for run in record["runs"].values()
     }
+    return runs | {"settings": record.get("settings")}
 
 
 def incomparable(here: dict[str, Any], there: dict[str, Any]) -> str:
@@ -123,7 +127,7 @@ def grid_differences(
     return differences(runs[columns], reference[columns], reference["key"].map(kept).fillna(False))
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in REFERENCE.glob("fig*")))
+@pytest.mark.parametrize("name", [*sorted(path.name for path in REFERENCE.glob("fig*")), *PAGES])
 def test_a_figure_is_that_of_the_reference(name: str) -> None:
     """Its table, within the tolerances, and its claims' statements."""
     if not (MADE / name / "provenance.json").exists():

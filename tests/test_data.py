@@ -128,7 +128,7 @@ def test_mnist_splits_are_torchvisions(split: str, prefix: str, count: int) -> N
     pixels = idx(DATA / "MNIST" / "raw" / f"{prefix}-images-idx3-ubyte")
     scaled = torch.from_numpy(pixels.astype(np.float32)).div_(127.5).sub_(1)
     assert torch.allclose(images[:, 0], scaled, rtol=0, atol=1e-6)
-    importlib.import_module("cpu_torchvision")
+    importlib.import_module("lib.deepinverse")
     torchvision = importlib.import_module("torchvision")
     theirs = torchvision.datasets.MNIST(DATA, train=split == "train")
     assert np.array_equal(theirs.data.numpy(), pixels)

@@ -6,12 +6,14 @@ import ast
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from lib.experiments.runs import RESULT_FILES
 from lib.experiments.store import REPOSITORY
 
-MATHEMATICS = sorted(f"lib.{path.stem}" for path in (REPOSITORY / "lib").glob("[a-z]*.py"))
+MATHEMATICS = sorted(f"lib.{Path(file).stem}" for file in RESULT_FILES if "/" not in file)
 FIGURES = sorted(f"lib.figures.{path.stem}" for path in (REPOSITORY / "lib" / "figures").glob("[a-z]*.py"))
 
 

@@ -227,6 +227,14 @@ def test_nonsense_is_refused(name: str, parameter: str, tmp_path: Path, no_kerne
         ("fig13", ["initial", "third"], "initial: got 'third', allowed: 'first', "),
         ("fig17", ["shown", "[30]"], "shown: got 30, allowed: 0 to 29"),
         ("reconstruct", ["task", "inpainting"], "task: got 'inpainting', allowed: 'denoising' or "),
+        (
+            "reconstruct",
+            ["run", "mine"],
+            "run: got 'mine', allowed: the key of a run, which make train prints",
+        ),
+        ("evaluate", ["run", "[]"], "run: got an empty list, allowed: one value or more"),
+        ("evaluate", ["largest", "3"], "largest: got 3, allowed: greater than or equal to 7"),
+        ("tomography", ["image", "10"], "image: got 10, allowed: 0 to 9"),
         ("reconstruct", ["clean", "maybe"], "clean: got 'maybe', allowed: a valid boolean"),
         (
             "scaling",
@@ -253,6 +261,9 @@ def test_the_command_refuses_before_any_work(
     [
         ("fig08", {"dataset": "nowhere"}, "dataset: got 'nowhere'"),
         ("reconstruct", {"image": "nowhere.png"}, "nowhere.png cannot be read"),
+        ("reconstruct", {"run": "0" * 20}, "run: got '0+', allowed: the key of a run in "),
+        ("evaluate", {"dataset": "nowhere"}, "dataset: got 'nowhere'"),
+        ("evaluate", {"noise": 0.1, "sigma": 25}, "sigma: got 25 beside noise = 0.1, allowed: one of "),
     ],
 )
 def test_files_that_are_not_there_are_refused(

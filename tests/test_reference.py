@@ -25,7 +25,16 @@ from lib.experiments.profiles import faces_config
 from lib.experiments.runs import Run, code_version
 from lib.experiments.store import REPOSITORY, RESULTS
 from lib.experiments.sweep import Sweep
-from lib.figures import comparison, hypergradients, photographs, reconstructions, theory, weight
+from lib.figures import (
+    comparison,
+    evaluation,
+    hypergradients,
+    photographs,
+    reconstructions,
+    theory,
+    tomography,
+    weight,
+)
 from lib.figures.reconstructions import Reconstructions
 from lib.models import MODELS
 from lib.regularizer import GRADIENT_NORM
@@ -244,8 +253,23 @@ def check_shares(machine: Machine) -> None:
     theory.check_shares(path, {"bilevel 3x3": abs(rounding), "DEQ 3x3": machine.near(0.07)})
 
 
+def check_evaluation(machine: Machine) -> None:
+    found = [evaluation.Picture("a", Path("a.png"), 64, (40, 50), "L", "")]
+    weights = evaluation.WeightChoice(0.1, {evaluation.TV: machine.near(0.06), "DEQ": machine.near(20.0)})
+    row = {"height": 40, "width": 50, "psnr input": 26.02 + machine.any(0.0, st.floats(-1e-3, 1e-3))}
+    row |= {"psnr DEQ": machine.number(30.0, False)}
+    table = pd.DataFrame(row, pd.Index(["a"], name="image"))
+    evaluation.check_evaluation(table, found, weights, "denoising")
+
+
+def check_tomography(machine: Machine) -> None:
+    scans = tomography.scan(8, 4, 0.1, {"test": 1}, 0)
+    tomography.check_tomography(scans, [tomography.tv_model(scans.operator, machine.near(500.0))])
+
+
 CHECKS = (check_reconstructions, check_stored_losses, check_sweep, check_kernels)
 CHECKS += (check_weights, check_shares, check_directions, check_hypergradients)
+CHECKS += (check_evaluation, check_tomography)
 
 
 def assert_the_same_everywhere(said: Callable[[Machine], str]) -> None:

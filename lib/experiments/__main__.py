@@ -1,7 +1,9 @@
-"""The grid on the command line: `python -m lib.experiments run --profile quick -p tau "[0.1, 0.5]"`.
+"""Trainings on the command line: `python -m lib.experiments run --profile quick -p tau "[0.1, 0.5]"`.
 
-`run` trains what is not stored yet, with `--cluster slurm` on more machines, and writes the tables; `status`
-tells what is done, `plan` how long the rest will take. `--take` brings in what another machine trained.
+`run` trains what of the grid is not stored yet, with `--cluster slurm` on more machines, and writes the
+tables; `status` tells what is done, `plan` how long the rest will take. `--take` brings in what another
+machine trained. `train` is one training alone, of digits or, with `-p dataset faces` or a folder of images,
+of photographs.
 """
 
 from __future__ import annotations
@@ -13,10 +15,20 @@ from pathlib import Path
 
 from lib.experiments.archive import take
 from lib.experiments.cluster import LocalJobs, job_options, train_on_cluster
-from lib.experiments.config import ConfigError, RunConfig, parse_parameters
+from lib.experiments.config import ConfigError, FacesConfig, RunConfig, parse_parameters
 from lib.experiments.data import DataError
-from lib.experiments.profiles import grid
-from lib.experiments.runs import default_device, read_record, stacks, train_runs, workers
+from lib.experiments.problem import Config
+from lib.experiments.profiles import faces_config, grid, profile_config
+from lib.experiments.runs import (
+    default_device,
+    get_runs,
+    read_record,
+    run_folder,
+    stacks,
+    train_runs,
+    workers,
+)
+from lib.experiments.store import Results
 from lib.experiments.sweep import duration, load_sweep, plan, status, write_tables
 
 
@@ -57,9 +69,50 @@ def train(profile: str, configs: Sequence[RunConfig], jobs: LocalJobs | None) ->
     return 130 if stopped else 0
 
 
+def one_config(profile: str, pairs: Sequence[tuple[str, str]]) -> Config:
+    """The configuration of one training of digits or of photographs, by the `dataset` among its parameters.
+
+    Args:
+        profile: its name.
+        pairs: names and texts of parameters; of the `task`, denoising when it is not given.
+
+    Raises:
+        ConfigError: a parameter makes no sense.
+    """
+    digits = dict(pairs).get("dataset", "mnist") == "mnist"
+    kind, make = (RunConfig, profile_config) if digits else (FacesConfig, faces_config)
+    types = {name: field.annotation for name, field in kind.model_fields.items()}
+    values = {"task": "denoising"} | parse_parameters(pairs, types)
+    task = values.pop("task")
+    if "profile" in values:
+        raise ConfigError("profile: got it among the parameters, allowed: --profile, or make's PROFILE")
+    config = make(profile, task, **values)
+    # To a profile None is its own value; here it is one that was asked for, such as no `patience`.
+    nothing = {name: None for name, value in values.items() if value is None}
+    return kind(**dict(config) | nothing)
+
+
+def train_one(config: Config, results: Results = None) -> int:
+    """Train one configuration, or find it in the store, and print where it is and what came out."""
+    folder = run_folder(config, results)
+    print(f"run {folder.name}: {config.model}, {config.task}, {config.dataset}", flush=True)
+    try:
+        (run,) = get_runs([config], results)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last epoch", file=sys.stderr)
+        return 130
+    print(f"{run.status} {run.reason}".strip())
+    if len(run.history):
+        shown = ["epoch", "seconds", "train_loss", "test_loss", "test_psnr"]
+        rows = run.history.reindex(columns=shown).dropna(subset="test_loss")
+        print(rows.iloc[sorted({0, len(rows) - 1})].to_string(index=False, float_format="{:.4g}".format))
+    print(folder)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.experiments", description=__doc__)
-    parser.add_argument("command", choices=("run", "status", "plan"))
+    parser.add_argument("command", choices=("run", "status", "plan", "train"))
     parser.add_argument("--profile", default="quick")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--take", type=Path, help="first take in the runs of this file, which make gpu wrote")
@@ -67,6 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--job", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args(arguments)
     try:
+        if options.command == "train":
+            return train_one(one_config(options.profile, options.p))
         configs = grid(options.profile, **parse_parameters(options.p))
         if options.take is not None:
             print(take(options.take, configs))
@@ -77,7 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print_plan(configs)
     except (ConfigError, DataError, OSError, RuntimeError) as error:
-        print(f"sweep: {' '.join(str(error).split())}", file=sys.stderr)
+        name = "train" if options.command == "train" else "sweep"
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from IPython.display import clear_output
 from tqdm import tqdm
 
-from lib.experiments.config import ConfigError, FacesConfig
+from lib.experiments.config import ConfigError, FacesConfig, shown
 from lib.experiments.data import FACES_FILES, MNIST_FILES, photograph_files
 from lib.experiments.problem import (
     TEST_BATCH,
@@ -67,8 +67,11 @@ from lib.solvers import FIRST_LOOKS, LOOKS_APART
 
 DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
 
+NO_RESULT_FILES = ("deepinverse.py",)
+"""Files beside the mathematics that no training uses."""
+
 RESULT_FILES = (
-    *sorted(path.name for path in (REPOSITORY / "lib").glob("[a-z]*.py")),
+    *sorted(p.name for p in (REPOSITORY / "lib").glob("[a-z]*.py") if p.name not in NO_RESULT_FILES),
     *(f"experiments/{name}.py" for name in ("data", "problem", "trainer")),
 )
 """Files of `lib` that can change the result of a run: the mathematics, and what trains."""
@@ -594,19 +597,46 @@ def read_record(config: Config, results: Results = None) -> dict[str, Any] | Non
     return record
 
 
+def stored_kernels(key: str, results: Results = None) -> Run:
+    """The run on photographs of a key in the store, whatever version of the code it was trained by.
+
+    Raises:
+        ConfigError: there is none, or it is one on digits, whose weights fit no other images.
+        DamagedFile: it cannot be used.
+    """
+    store = Path(results or RESULTS) / "runs"
+    if key not in {path.parent.name for path in store.glob("*/run.json")}:
+        raise ConfigError(f"run: got {shown(key)}, allowed: the key of a run in {store}")
+    path = store / key / "run.json"
+    try:
+        record = _read_record(path, "run")
+        if record["config"]["dataset"] != "mnist":
+            return _run(store / key, FacesConfig(**record["config"]), record)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise DamagedFile(f"{path}: {error}") from None
+    raise ConfigError(
+        f"run: got {key}, of digits, allowed: a run on photographs, whose kernels fit any image"
+    )
+
+
 def load_run(folder: Path, config: Config) -> Run | None:
     """The run that is stored in its folder, or None; what cannot be used is set aside."""
     record = read_record(config, folder.parents[1])
     if record is None:
         return None
     try:
-        content = read_sealed(folder / "weights.pt")
-        if record["weights"] != hashlib.sha256(content).hexdigest():
-            raise DamagedFile(f"{folder / 'weights.pt'}: it belongs to another run")
-        weights = torch.load(io.BytesIO(content), weights_only=True)
+        return _run(folder, config, record)
     except (OSError, KeyError, DamagedFile) as error:
         set_aside(folder / "run.json", f"its weights cannot be used ({error})")
         return None
+
+
+def _run(folder: Path, config: Config, record: dict[str, Any]) -> Run:
+    """A run from its record and the weights beside it."""
+    content = read_sealed(folder / "weights.pt")
+    if record["weights"] != hashlib.sha256(content).hexdigest():
+        raise DamagedFile(f"{folder / 'weights.pt'}: it belongs to another run")
+    weights = torch.load(io.BytesIO(content), weights_only=True)
     return Run(
         key=folder.name,
         config=config,

@@ -110,6 +110,7 @@ def save(
     claims: Sequence[Claim] = (),
     tables: Mapping[str, pd.DataFrame] | None = None,
     pictures: Mapping[str, Figure] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `results/<profile>/<name>/` with the figure, its numbers and where they come from.
 
@@ -121,6 +122,7 @@ def save(
         profile: name of the profile.
         claims: what the figure decides, written as `claims.json` if there are any.
         tables, pictures: others by name, each written to files of that name.
+        settings: what it was made with beside the runs, for its provenance.
 
     Returns:
         The figure's folder.
@@ -138,6 +140,8 @@ def save(
                 own.savefig(buffer, format=suffix, metadata=metadata)
             files[f"{key}.{suffix}"] = buffer.getvalue()
     came_from = source.provenance if isinstance(source, Sweep) else _provenance(source)
+    if settings:
+        came_from = came_from | {"settings": dict(settings)}
     write_with_provenance(folder, files, {"figure": name, "profile": profile, **came_from})
     return folder
 

@@ -6,6 +6,7 @@ before it starts a kernel. What a configuration refuses is left to the configura
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -36,10 +37,18 @@ from lib.experiments.profiles import (
 
 T = TypeVar("T")
 
+KEY = re.compile("[0-9a-f]{20}")
+
 
 def _path(text: str) -> str:
     if not text or CONTROL.search(text):
         raise ValueError("the path of a file or a folder")
+    return text
+
+
+def _key(text: str) -> str:
+    if not KEY.fullmatch(text):
+        raise ValueError("the key of a run, which make train prints")
     return text
 
 
@@ -59,6 +68,10 @@ SmallCount = Annotated[int, Field(ge=1, le=1_024)]
 
 Axis = Annotated[list[T], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
 """One value or a list of them."""
+
+
+RunKey = Annotated[str, AfterValidator(_key)]
+RunKeys = Annotated[Axis[RunKey], Field(min_length=1)]
 
 
 def _require_index(name: str, value: int, count: int) -> None:
@@ -232,6 +245,7 @@ class Reconstruct(Parameters):
     clean: bool
     model: str
     filters: Literal[2, 8, 30]
+    run: RunKey | None
     seed: int
     results: PathName | None
 
@@ -240,12 +254,68 @@ class Reconstruct(Parameters):
 
     def folder(self, name: str, results: Path) -> Path:
         # Imported here because a value should be refused at once, and torch takes seconds to come.
-        from lib.experiments.runs import trained_kernels
+        from lib.experiments.runs import stored_kernels, trained_kernels
         from lib.figures.photographs import reconstruction_folder
 
-        run = trained_kernels(self.task, self.model, self.filters)
+        committed = (self.task, self.model, self.filters)
+        run = trained_kernels(*committed) if self.run is None else stored_kernels(self.run, results)
         noise = run.config.noise if self.noise is None else self.noise
         return reconstruction_folder(run, self.image, noise, self.clean, results)
+
+
+class Evaluate(Parameters):
+    """A folder of images with trained kernels."""
+
+    profile: str
+    dataset: PathName
+    task: Literal["denoising", "inpainting", "deblurring"]
+    filters: Literal[2, 30]
+    run: RunKeys | None
+    noise: Annotated[float, Field(ge=0, le=10)] | None
+    sigma: Annotated[float, Field(ge=0, le=255)] | None
+    tune: bool
+    largest: Annotated[int, Field(ge=7, le=65_536)] | None
+    seed: Seed
+    results: PathName | None
+
+    def agree(self, **fixed: Any) -> None:
+        require_name("profile", self.profile, PROFILES)
+        if self.noise is not None and self.sigma is not None:
+            raise ConfigError(
+                f"sigma: got {self.sigma:g} beside noise = {self.noise:g}, allowed: one of the two"
+            )
+
+    def folder(self, name: str, results: Path) -> Path:
+        # Imported here because a value should be refused at once, and torch takes seconds to come.
+        from lib.figures.evaluation import deviation, evaluation_name
+
+        noise = deviation(self.noise, self.sigma)
+        return (
+            results
+            / self.profile
+            / evaluation_name(self.dataset, self.task, self.filters, self.run, noise, self.tune)
+        )
+
+
+class Tomography(Parameters):
+    """Kernels learned on denoising and trained for tomography."""
+
+    profile: str
+    side: Annotated[int, Field(ge=16, le=92)]
+    angles: Annotated[int, Field(ge=1, le=360)]
+    noise: Annotated[float, Field(ge=0, le=10)]
+    filters: Literal[2, 30]
+    train_images: Annotated[int, Field(ge=1, le=300)]
+    test_images: Annotated[int, Field(ge=1, le=100)]
+    epochs: Count
+    learning_rate: Annotated[float, Field(gt=0, le=10)]
+    image: Index
+    seed: Seed
+    results: PathName | None
+
+    def agree(self, **fixed: Any) -> None:
+        require_name("profile", self.profile, PROFILES)
+        _require_index("image", self.image, self.test_images)
 
 
 class Explore(Parameters):
@@ -309,6 +379,8 @@ DECLARED: dict[str, tuple[type[Parameters], dict[str, Any]]] = {
     "weight": (Weight, {}),
     "hypergradients": (Hypergradients, {}),
     "reconstruct": (Reconstruct, {}),
+    "evaluate": (Evaluate, {}),
+    "tomography": (Tomography, {}),
     "explore": (Explore, {}),
     "scaling": (Scaling, {}),
 }
