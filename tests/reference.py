@@ -42,10 +42,13 @@ TOLERANCES = {
 """Relative and absolute one of the columns whose names begin so; others are not compared. A mean squared
 error is known to the square of the solver's tolerance, 0.001."""
 
-PAGES = ("evaluate", "tomography")
+PAGES = ("evaluate", "tomography", "weight")
 """Beside the figures those with numbers that are the same everywhere."""
 
-LABELS = ("image", "kernels", "task", "model", "noise")
+OURS = "photographs.csv"
+"""Beside a figure, ours and total variation photograph by photograph."""
+
+LABELS = ("image", "kernels", "task", "model", "noise", "seed", "photograph")
 """Columns that say which row it is."""
 
 
@@ -100,12 +103,17 @@ def figure_differences(made: Path, reference: Path) -> list[str]:
     here, there = (pd.read_csv(folder / name) for folder in (made, reference))
     runs = {run["name"]: run["converged"] for run in provenance(reference).get("runs", {}).values()}
     if "image" in there:
-        held = there["image"].map(runs).fillna(True).astype(bool)
+        named = there["task"] + ", " + there["image"] if "task" in there else there["image"]
+        held = named.map(runs).fillna(True).astype(bool)
         if "unconverged" in there:
             held &= ~(there["unconverged"] >= 0.05)
     else:
         held = pd.Series(bool(runs) and all(runs.values()), there.index)
     found = differences(here, there, held)
+    if (reference / OURS).exists():
+        here, there = (pd.read_csv(folder / OURS) for folder in (made, reference))
+        own = all(converged for run, converged in runs.items() if ", ours" in run)
+        found += differences(here, there, pd.Series(own, there.index))
     if (reference / "claims.json").exists():
         claims, expected = (json.loads((f / "claims.json").read_bytes()) for f in (made, reference))
         said, known = ([(c["statement"], c["rule"]) for c in some] for some in (claims, expected))

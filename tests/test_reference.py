@@ -374,6 +374,21 @@ def test_rows_and_columns_are_the_same(other: pd.DataFrame, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("converged", [True, False])
+def test_photographs_are_compared_where_ours_converged(converged: bool, tmp_path: Path) -> None:
+    """Photograph by photograph, and whatever became of other runs."""
+    kept = {"name": "DEQ, ours", "status": "completed", "converged": converged}
+    others = {"name": "deq", "status": "completed", "converged": False}
+    folders = [write_figure(tmp_path / n, QUALITY, runs={"a": kept, "b": others}) for n in ("made", "there")]
+    table = pd.DataFrame({"seed": [0, 0], "photograph": [1, 2], "psnr DEQ, ours": [31.0, 32.0]})
+    for folder in folders:
+        table.to_csv(folder / reference.OURS, index=False)
+    assert reference.figure_differences(*folders) == []
+    table.assign(**{"psnr DEQ, ours": [31.0, 32.2]}).to_csv(folders[0] / reference.OURS, index=False)
+    found = reference.figure_differences(*folders)
+    assert found == (["0, 2: psnr DEQ, ours 32.2, reference 32.0"] if converged else [])
+
+
+@pytest.mark.parametrize("converged", [True, False])
 def test_kernels_are_those_of_their_run(converged: bool, tmp_path: Path) -> None:
     """The run's solves decide on both rows."""
     runs = {"key": {"name": "DEQ", "status": "completed", "converged": converged}}
