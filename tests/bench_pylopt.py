@@ -47,19 +47,19 @@ OURS = faces_config(
     patience=50,
     tol=1e-5,
     test_images=100,
-    test_every=1,
+    test_every=2,
 )
 
 LONGER, MOST = 10, 900.0
-"""PyLOpt trains ten times as long as we do, and no more than a quarter of an hour."""
+"""PyLOpt trains until it stalls, ten times as long as we do and a quarter of an hour at most."""
 
 LBFGS = {"method": "lbfgs", "max_iter": 5, "history_size": 20, "line_search_fn": "strong_wolfe"}
 ADAM = {"method": "adam", "lr": [0.3, 0.1], "alternating": True}
-TUNED: dict[str, Any] = {"dct": False, "scale": 10.0, "weight": 1.0, "upper": LBFGS}
-TUNED |= {"lower": {"max_num_iterations": 300, "rel_tol": 1e-4, "lip_const": 1e3}, "cg": {"abs_tol": 1e-2}}
+TUNED: dict[str, Any] = {"dct": True, "scale": 20.0, "weight": 0.3, "upper": LBFGS}
+TUNED |= {"lower": {"max_num_iterations": 300, "rel_tol": 1e-3, "lip_const": 1e3}, "cg": {"abs_tol": 0.1}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "L-BFGS": TUNED,
-    "L-BFGS, its kernels": TUNED | {"dct": True},
+    "L-BFGS, our kernels": TUNED | {"dct": False},
     "Adam": TUNED | {"upper": ADAM},
 }
 """Options of `pylopt_training.py`."""
@@ -81,7 +81,8 @@ def ours() -> list[dict[str, float]]:
     rows = [{"iteration": 0, "seconds": 0.0}]
     trainer = TimedTrainer([OURS])
     (member,) = trainer.train(lambda t: rows.append({"iteration": t.epoch, "seconds": t.spent}))
-    return [row | {"psnr": said["test_psnr"]} for row, said in zip(rows, member.history, strict=True)]
+    tested = zip(rows, member.history, strict=True)
+    return [row | {"psnr": said["test_psnr"]} for row, said in tested if "test_psnr" in said]
 
 
 def pylopt(data: Path, options: dict[str, Any]) -> list[dict[str, float]]:
@@ -132,12 +133,13 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 def main() -> int:
     packages = install()
     rows = [{"method": "ours", "variant": "L-BFGS"} | row for row in ours()]
-    limit = min(LONGER * rows[-1]["seconds"], MOST)
+    ended = rows[-1]["seconds"]
+    limits = {"least": ended, "most": min(LONGER * ended, MOST)}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.pt"
         torch.save(tensors(), data)
         for name, options in tqdm(VARIANTS.items(), desc="PyLOpt"):
-            trained = pylopt(data, options | {"seconds": limit})
+            trained = pylopt(data, options | limits)
             rows += [{"method": "PyLOpt", "variant": name} | row for row in trained]
     table = pd.DataFrame(rows)
     said = {"ours": OURS.model_dump(), "variants": VARIANTS, "packages": packages}

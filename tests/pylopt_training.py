@@ -3,13 +3,15 @@
     python tests/pylopt_training.py DATA OPTIONS
 
 DATA is a file of tensors `train`, `test` and their data `f_train`, `f_test`, `(N, 1, H, W)` with images in
-[0, 1], `kernels` to start from, `(8, 1, 3, 3)`, and `noise`, their deviation. OPTIONS are JSON:
-`seconds` of processor time to train, `scale` of the kernels, `dct` or None for PyLOpt's own ones, `weight` of
-every expert, and the options of the `lower` level, of `cg` and of the `upper` level with its `method`.
+[0, 1], `kernels` to start from, `(8, 1, 3, 3)`, and `noise`, the deviation of the data. OPTIONS are JSON: the
+`least` and the `most` seconds of processor time to train, `dct` for PyLOpt's kernels in the place of those,
+their `scale`, the `weight` of every expert, and the options of the `lower` level, of `cg` and of the `upper`
+level with its `method`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
@@ -45,6 +47,9 @@ LOWER = OPTIONS["lower"] | {"prox": DenoisingProx(NOISE), "batch_optimisation": 
 APART = 1.1
 """Evaluations are as far apart as training has become longer by this factor."""
 
+GAIN = 0.01
+"""A training that gained fewer dB than this in the second half of its time has stalled."""
+
 
 class Observed(MeasurementModel):
     """Data that are given, where PyLOpt draws them anew in every iteration."""
@@ -70,7 +75,8 @@ class Clock(Callback):
     """Processor time of the training alone, and the test images' PSNR in dB."""
 
     def __init__(self) -> None:
-        self.seconds = self.evaluated = 0.0
+        self.seconds = 0.0
+        self.evaluations: list[tuple[float, float]] = []
 
     def evaluate(self, step: int, regulariser: FieldsOfExperts) -> None:
         energy = Energy(Observed(DATA["test"], torch.nn.Identity(), NOISE), regulariser, 1.0)
@@ -78,7 +84,12 @@ class Clock(Callback):
         mse = (u - DATA["test"]).square().mean((-3, -2, -1))
         psnr = -10 * torch.log10(mse).mean().item()
         print(json.dumps({"iteration": step, "seconds": self.seconds, "psnr": psnr}), flush=True)
-        self.evaluated = self.seconds
+        self.evaluations.append((self.seconds, psnr))
+
+    def stalled(self) -> bool:
+        best = max(psnr for _, psnr in self.evaluations)
+        earlier = max(psnr for seconds, psnr in self.evaluations if seconds <= self.seconds / 2)
+        return self.seconds >= OPTIONS["least"] and best < earlier + GAIN
 
     def on_train_begin(self, regulariser: FieldsOfExperts, **_: Any) -> None:
         self.evaluate(0, regulariser)
@@ -86,10 +97,10 @@ class Clock(Callback):
 
     def on_step(self, step: int, regulariser: FieldsOfExperts, loss: Tensor, **_: Any) -> None:
         self.seconds += time.process_time() - self.mark
-        finished = self.seconds >= OPTIONS["seconds"]
-        if finished or self.seconds >= APART * self.evaluated:
+        finished = self.seconds >= OPTIONS["most"]
+        if finished or self.seconds >= APART * self.evaluations[-1][0]:
             self.evaluate(step, regulariser)
-        if finished:
+        if finished or self.stalled():
             raise Finished
         self.mark = time.process_time()
 
@@ -115,13 +126,12 @@ def main() -> int:
             options_solver=OPTIONS["cg"],
             path_to_experiments_dir=folder,
         )
-        images = Photographs()
-        try:
+        with contextlib.suppress(Finished):
             bilevel.learn(
                 regulariser,
                 1.0,
                 lambda truth, u: 0.5 * (u - truth).square().sum(),
-                images,
+                Photographs(),
                 method,
                 OPTIONS["upper"] | {"max_num_iterations": sys.maxsize},
                 batch_size=len(DATA["train"]),
@@ -129,8 +139,7 @@ def main() -> int:
                 device=torch.device("cpu"),
                 callbacks=[Clock()],
             )
-        except Finished:
-            return 0
+    return 0
 
 
 if __name__ == "__main__":
