@@ -90,6 +90,7 @@ bench: $(INSTALLED) ## times beside other implementations and of stacks, errors,
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_stacks.py $(ARGS)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_tolerances.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_reproducibility.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_pylopt.py
 
 lab: $(INSTALLED) ## JupyterLab on the notebooks (ARGS: its options)
 	@$(LAB) nbs $(ARGS)
