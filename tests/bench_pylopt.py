@@ -100,7 +100,7 @@ def install() -> list[str]:
         venv.create(ENVIRONMENT, clear=True, symlinks=True, with_pip=True)
         subprocess.run([*pip, "install", "-q", "-c", ROOT / "requirements.lock", *PACKAGES], check=True)
         made.write_text("\n".join(PACKAGES))
-    return subprocess.run([*pip, "freeze"], check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    return subprocess.run([*pip, "freeze"], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
 
 
 def tensors() -> dict[str, Any]:
