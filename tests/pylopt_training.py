@@ -1,0 +1,146 @@
+"""One training by PyLOpt, in an environment of its own (`bench_pylopt.py`): a line of JSON per evaluation.
+
+    python tests/pylopt_training.py DATA OPTIONS
+
+DATA is a file of tensors `train`, `test` and their data `f_train`, `f_test`, `(N, 1, H, W)` with images in
+[0, 1], `kernels` to start from, `(8, 1, 3, 3)`, and `noise`, the deviation of the data. OPTIONS are JSON: the
+`least` and the `most` seconds of processor time to train, `dct` for PyLOpt's kernels in the place of those,
+their `scale`, the `weight` of every expert, and the options of the `lower` level, of `cg` and of the `upper`
+level with its `method`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import cpu_torchvision  # noqa: F401  # or pylopt cannot be imported
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+# PyPI's package of splines wants to compile sources that it does not contain; Student-t potentials need none.
+splines = types.ModuleType("quartic_bspline_extension.functions")
+splines.QuarticBSplineFunction = None  # type: ignore[attr-defined]
+sys.modules |= {"quartic_bspline_extension": splines, splines.__name__: splines}
+
+from pylopt.bilevel_problem import BilevelOptimisation, solve_bilevel  # noqa: E402
+from pylopt.bilevel_problem.callbacks import Callback  # noqa: E402
+from pylopt.energy import Energy, MeasurementModel  # noqa: E402
+from pylopt.lower_problem.solve_lower import solve_lower  # noqa: E402
+from pylopt.optimise.proximal_maps.ProximalOperator import DenoisingProx  # noqa: E402
+from pylopt.regularisers.fields_of_experts import FieldsOfExperts, ImageFilter  # noqa: E402
+from pylopt.regularisers.fields_of_experts.potential import StudentT  # noqa: E402
+
+DATA = torch.load(sys.argv[1], weights_only=True)
+OPTIONS = json.loads(sys.argv[2])
+NOISE, METHOD = DATA["noise"], "napg"
+LOWER = OPTIONS["lower"] | {"prox": DenoisingProx(NOISE), "batch_optimisation": False}
+
+APART = 1.1
+"""Evaluations are as far apart as training has become longer by this factor."""
+
+GAIN = 0.01
+"""A training that gained fewer dB than this in the second half of its time has stalled."""
+
+
+class Observed(MeasurementModel):
+    """Data that are given, where PyLOpt draws them anew in every iteration."""
+
+    def make_noisy_observation(self) -> Tensor:
+        split = next(split for split in ("train", "test") if torch.equal(self.u_clean, DATA[split]))
+        f: Tensor = DATA[f"f_{split}"]
+        return f
+
+
+class Photographs(IterableDataset[Tensor]):
+    """Batch after batch the same whole images, where PyLOpt cuts random pieces out of random ones."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return itertools.cycle(image[None] for image in DATA["train"])
+
+
+class Finished(Exception):
+    pass
+
+
+class Clock(Callback):
+    """Processor time of the training alone, and the test images' PSNR in dB."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.evaluations: list[tuple[float, float]] = []
+
+    def evaluate(self, step: int, regulariser: FieldsOfExperts) -> None:
+        energy = Energy(Observed(DATA["test"], torch.nn.Identity(), NOISE), regulariser, 1.0)
+        u = solve_lower(energy, METHOD, LOWER).solution.detach()
+        mse = (u - DATA["test"]).square().mean((-3, -2, -1))
+        psnr = -10 * torch.log10(mse).mean().item()
+        print(json.dumps({"iteration": step, "seconds": self.seconds, "psnr": psnr}), flush=True)
+        self.evaluations.append((self.seconds, psnr))
+
+    def stalled(self) -> bool:
+        best = max(psnr for _, psnr in self.evaluations)
+        earlier = max(psnr for seconds, psnr in self.evaluations if seconds <= self.seconds / 2)
+        return self.seconds >= OPTIONS["least"] and best < earlier + GAIN
+
+    def on_train_begin(self, regulariser: FieldsOfExperts, **_: Any) -> None:
+        self.evaluate(0, regulariser)
+        self.mark = time.process_time()
+
+    def on_step(self, step: int, regulariser: FieldsOfExperts, loss: Tensor, **_: Any) -> None:
+        self.seconds += time.process_time() - self.mark
+        finished = self.seconds >= OPTIONS["most"]
+        if finished or self.seconds >= APART * self.evaluations[-1][0]:
+            self.evaluate(step, regulariser)
+        if finished or self.stalled():
+            raise Finished
+        self.mark = time.process_time()
+
+    def on_train_end(self) -> None:
+        pass
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    solve_bilevel.MeasurementModel = Observed
+    filters = ImageFilter(3, 1, init_options={"mode": "dct", "multiplier": OPTIONS["scale"]}).float()
+    if not OPTIONS["dct"]:
+        filters.filter_tensor.data.copy_(OPTIONS["scale"] * DATA["kernels"])
+    potential = StudentT(len(DATA["kernels"]), {"mode": "uniform", "multiplier": OPTIONS["weight"]})
+    regulariser = FieldsOfExperts(potential, filters)
+    method = OPTIONS["upper"].pop("method")
+    with tempfile.TemporaryDirectory() as folder:
+        bilevel = BilevelOptimisation(
+            METHOD,
+            LOWER,
+            torch.nn.Identity(),
+            NOISE,
+            options_solver=OPTIONS["cg"],
+            path_to_experiments_dir=folder,
+        )
+        with contextlib.suppress(Finished):
+            bilevel.learn(
+                regulariser,
+                1.0,
+                lambda truth, u: 0.5 * (u - truth).square().sum(),
+                Photographs(),
+                method,
+                OPTIONS["upper"] | {"max_num_iterations": sys.maxsize},
+                batch_size=len(DATA["train"]),
+                crop_size=-1,
+                device=torch.device("cpu"),
+                callbacks=[Clock()],
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
