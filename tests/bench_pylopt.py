@@ -24,7 +24,7 @@ from benches import save
 from tqdm import tqdm
 
 from lib.experiments.problem import generator, load_images, make_model, observe, one_thread, test_noise
-from lib.experiments.profiles import faces_config
+from lib.experiments.profiles import our_config
 from lib.experiments.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,22 +33,7 @@ PACKAGES = ["pylopt==1.0.0", "quartic_bspline_extension==0.3.0", "confuse==2.3.0
 PACKAGES += ["opencv-python-headless==5.0.0.93", "PyQt5==5.15.11", "pandas", "tensorboard==2.21.0"]
 """PyLOpt and what it imports; the others have the versions of `requirements.lock`."""
 
-OURS = faces_config(
-    "quick",
-    "denoising",
-    model="bilevel",
-    learn_weight=True,
-    differentiate_norm=True,
-    optimizer="lbfgs",
-    initial="first",
-    filters=8,
-    filter_size=3,
-    precondition=True,
-    patience=50,
-    tol=1e-5,
-    test_images=100,
-    test_every=2,
-)
+OURS = our_config("quick", "denoising", model="bilevel", test_images=100, test_every=2)
 
 LONGER, MOST = 10, 900.0
 """PyLOpt trains until it stalls, ten times as long as we do and a quarter of an hour at most."""
