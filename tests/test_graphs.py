@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lib import graphs, solvers
 from lib.experiments.config import ConfigError, RunConfig
@@ -76,7 +76,8 @@ class Tape(TorchDispatchMode):
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        # The memory, not a parameter that may get another one.
+        args, kwargs = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, (args, kwargs or {}))
         if func._schema.is_mutable:
             target = kwargs.get("out", args[0])
             self._save(target)

@@ -224,11 +224,11 @@ FAULTS = [
         "test_graphs.py::test_replaced_weights_are_not_forgotten",
     ),
     Fault(
-        "a sample that has stopped goes on where it is not left out",
+        "a solve asks the device in every evaluation",
         "solvers",
-        "kept = running & (diverged",
-        "kept = (diverged",
-        "test_graphs.py::test_the_masked_form_is_the_plain_one_sample_by_sample",
+        "yes if at_once(condition) and condition.all()",
+        "yes if condition.all()",
+        "test_graphs.py::test_between_the_looks_nothing_is_asked",
     ),
     Fault(
         "an image is left out while one of its stack runs",
