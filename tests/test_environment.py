@@ -64,8 +64,8 @@ def test_installed_is_what_is_locked() -> None:
 
 
 def test_the_contract_of_the_mathematics_names_all_that_is_not_torch() -> None:
-    """Whatever the floors above import from outside is forbidden to the mathematics, and but for its own to the
-    module that imports DeepInverse."""
+    """Whatever the floors above import from outside is forbidden to the mathematics, and all but
+    DeepInverse and torchvision to the one module that imports them."""
     graph = grimp.build_graph("lib", include_external_packages=True, cache_dir=None)
     outside = {name for name in graph.modules if name.partition(".")[0] not in ("lib", "torch")}
     _, with_deepinverse, _, contract = PROJECT["tool"]["importlinter"]["contracts"]

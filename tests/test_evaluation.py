@@ -64,6 +64,7 @@ def test_every_image_is_there_at_its_own_size(folder: Path, capsys: pytest.Captu
     found = pictures(str(folder), list(RUNS.values()))
     assert {p.name: p.shape for p in found} == {"a": (40, 30), "b": (32, 48), "c": (112, 92)}
     assert all(picture.read().shape[-2:] == picture.shape for picture in found)
+    capsys.readouterr()
     evaluation.print_pictures(found)
     assert capsys.readouterr().out == "3 images, 40x30 to 112x92 pixels\nin colour, made grey: b (1)\n"
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import skimage.data
 import torch
+from IPython.display import clear_output
 from matplotlib.figure import Figure
 from PIL import Image, ImageMode
 from skimage.metrics import structural_similarity
@@ -47,6 +49,9 @@ SMALLEST = 7
 
 TV, INPUT = "total variation", "input"
 
+DETAIL = 128
+"""Side in pixels of what of an image is drawn: its middle, in which single pixels can be seen."""
+
 TUNING_IMAGES = 4
 """Training images with which weights are chosen."""
 
@@ -56,6 +61,17 @@ TV_LAMBDAS = (10.0, 3000.0)
 
 LAMBDA_RANGE = 100.0
 """Up to which factor from `(trained noise / noise)^2` the data weight of kernels is looked for."""
+
+
+Item = TypeVar("Item")
+
+
+def progress(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """The items, with a bar of how many are done; a notebook's cell loses it and its output in the end."""
+    interval = 0.2 if sys.stderr.isatty() else 5.0
+    yield from tqdm(items, desc=what, mininterval=interval, leave=False, delay=2)
+    if "ipykernel" in sys.modules:
+        clear_output()
 
 
 @dataclass(frozen=True)
@@ -122,7 +138,7 @@ def pictures(dataset: str, runs: Sequence[Run], largest: int | None = None) -> l
     files = image_files(dataset)
     stems = [path.stem for path in files]
     found = []
-    for path in tqdm(files, desc="reading", leave=False, delay=2):
+    for path in progress(files, "reading"):
         side = largest or UNBOUNDED
         height, width = photograph(path, side).shape[-2:]
         if largest is None and height * width > MEGAPIXEL:
@@ -336,7 +352,7 @@ def evaluate(
     method; of the kernels' solves `steps` and `status`."""
     rows = {
         picture.name: reconstruct_picture(picture, runs, weights, seed)[1]
-        for picture in tqdm(found, desc="reconstructing", leave=False, delay=2)
+        for picture in progress(found, "reconstructing")
     }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("image")
 
@@ -388,6 +404,8 @@ def evaluation_figure(
 ) -> Figure:
     """The best, the median and the worst image in rows: truth, input and each method, with its quality.
 
+    Of an image its middle is drawn; the quality is that of the whole.
+
     Args:
         found, runs, weights, seed: as in `evaluate`.
         table: what it returned.
@@ -399,7 +417,7 @@ def evaluation_figure(
     chosen = {labels[name]: by_name[name] for name in reversed(labels)}
     columns = 3 + len(runs)
     side = TEXT_WIDTH / columns
-    ratios = [picture.shape[0] / picture.shape[1] for picture in chosen.values()]
+    ratios = [min(p.shape[0], DETAIL) / min(p.shape[1], DETAIL) for p in chosen.values()]
     height = side * sum(ratios) + 0.36 * len(chosen) + 0.45
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(
@@ -412,7 +430,10 @@ def evaluation_figure(
         for line, (label, picture) in zip(axes, chosen.items(), strict=True):
             images, row = reconstruct_picture(picture, runs, weights, seed)
             for axis, (name, image) in zip(line, images.items(), strict=True):
-                axis.imshow(image.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="antialiased")
+                detail = image[
+                    tuple(slice(max(0, (n - DETAIL) // 2), (n + DETAIL) // 2) for n in image.shape)
+                ]
+                axis.imshow(detail.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
                 axis.set_title(name, pad=3)
                 if name != "truth":

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from skimage.metrics import structural_similarity
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from lib.deepinverse import PhysicsOperator, tomography, with_operator
 from lib.experiments.config import FacesConfig
@@ -22,7 +21,7 @@ from lib.experiments.data import faces
 from lib.experiments.problem import generator, one_thread, psnr
 from lib.experiments.runs import Run
 from lib.figures.baselines import Method, best_weight, tv_model
-from lib.figures.evaluation import TUNING_IMAGES, TV, reweighted
+from lib.figures.evaluation import TUNING_IMAGES, TV, progress, reweighted
 from lib.figures.style import STYLE, TEXT_WIDTH, note
 from lib.implicit import implicit_fixed_point
 from lib.models import FixedPointModel, build_conv_model
@@ -176,7 +175,7 @@ def train_kernels(
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
     decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / epochs))
     start, adjoints = scans.operator.adjoint(f), list[Solution]()
-    for _ in tqdm(range(epochs), desc=f"{config.model} tomography", leave=False, delay=2):
+    for _ in progress(range(epochs), f"{config.model} tomography"):
         problem = model.problem(f)
         if adjoints:
             problem = replace(problem, first_adjoint=partial(_last, adjoints[-1]))
@@ -195,7 +194,7 @@ def all_models(
 ) -> dict[str, FixedPointModel]:
     """Total variation, and of each run its kernels as they are and trained for tomography, by name."""
     models = {TV: tuned(scans, None)[0]}
-    for name, run in runs.items():
+    for name, run in progress(list(runs.items()), "models"):
         models[f"{name}, from denoising"], lam = tuned(scans, run)
         models[f"{name}, trained here"] = train_kernels(scans, run, lam, epochs, learning_rate, seed)
     return models
