@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lib.kernels import difference_kernels
 from lib.models import FixedPointModel, build_conv_model
-from lib.operators import Operator
+from lib.operators import Mask, Operator
 from lib.regularizer import smoothed_sign
 from lib.solvers import Anderson, fixed_point
 
@@ -41,17 +41,18 @@ def tv_model(operator: Operator, lam: float, sharpness: float = 100.0) -> FixedP
 
 
 def tv_reconstruction(operator: Operator, tol: float = 1e-5, max_steps: int = 500) -> Method:
-    """Reconstruction by `tv_model` for a convolution; the weight is `lambda`, a larger one smooths less.
+    """Reconstruction by `tv_model` for an operator; the weight is `lambda`, a larger one smooths less.
 
-    The solves are preconditioned. Without, the residual of a step as short as deblurring needs is below a
-    tolerance of 1e-4 long before the image is near the minimiser: half a decibel away.
+    The solves are preconditioned where `K` is a convolution. Without, the residual of a step as short as
+    deblurring needs is below a tolerance of 1e-4 long before the image is near the minimiser: half a decibel
+    away.
     """
 
     @torch.no_grad()
     def method(f: Tensor, weight: float) -> Tensor:
         model = tv_model(operator, weight)
-        problem = model.problem(f, model.preconditioner(f.shape[-3:]))
-        return fixed_point(problem, f, Anderson(tol, max_steps, memory=10)).value
+        P = None if isinstance(operator, Mask) else model.preconditioner(f.shape[-3:])
+        return fixed_point(model.problem(f, P), f, Anderson(tol, max_steps, memory=10)).value
 
     return method
 

@@ -56,7 +56,7 @@ TUNING_IMAGES = 4
 """Training images with which weights are chosen."""
 
 TV_WEIGHTS = {"denoising": (0.005, 1.0)}
-TV_LAMBDAS = (10.0, 3000.0)
+TV_LAMBDAS = (10.0, 30_000.0)
 """Where the weight of total variation is looked for: of scikit-image's in denoising, else `lambda`."""
 
 LAMBDA_RANGE = 100.0
@@ -236,7 +236,7 @@ def tv_method(config: FacesConfig, shape: tuple[int, int]) -> Method:
     """Total variation: scikit-image's in denoising, else our lower level with finite differences."""
     if config.task == "denoising":
         return chambolle
-    return tv_reconstruction(make_operator(config, shape), tol=1e-4, max_steps=300)
+    return tv_reconstruction(make_operator(config, shape))
 
 
 @dataclass(frozen=True)
@@ -451,7 +451,7 @@ def evaluation_name(
     given = {
         Path(dataset).name[:60]: dataset != SCIKIT_IMAGE,
         "-".join(key[:8] for key in _listed(keys or [])): keys is not None,
-        f"{task}-{filters}": keys is None and (task, filters) != ("denoising", 30),
+        f"{task}-{filters}": keys is None and (task, filters) != ("denoising", 8),
         f"noise-{noise or 0:.4g}": noise is not None,
         "as-trained": not tune,
     }

@@ -269,7 +269,7 @@ class Evaluate(Parameters):
     profile: str
     dataset: PathName
     task: Literal["denoising", "inpainting", "deblurring"]
-    filters: Literal[2, 30]
+    filters: Literal[2, 8, 30]
     run: RunKeys | None
     noise: Annotated[float, Field(ge=0, le=10)] | None
     sigma: Annotated[float, Field(ge=0, le=255)] | None
@@ -304,7 +304,7 @@ class Tomography(Parameters):
     side: Annotated[int, Field(ge=16, le=92)]
     angles: Annotated[int, Field(ge=1, le=360)]
     noise: Annotated[float, Field(ge=0, le=10)]
-    filters: Literal[2, 30]
+    filters: Literal[2, 8, 30]
     train_images: Annotated[int, Field(ge=1, le=300)]
     test_images: Annotated[int, Field(ge=1, le=100)]
     epochs: Count
