@@ -100,7 +100,7 @@ def figure_differences(made: Path, reference: Path) -> list[str]:
     here, there = (pd.read_csv(folder / name) for folder in (made, reference))
     runs = {run["name"]: run["converged"] for run in provenance(reference).get("runs", {}).values()}
     if "image" in there:
-        held = there["image"].map(runs).fillna(True).astype(bool)
+        held = pd.Series([runs.get(image, True) for image in there["image"]], there.index, dtype=bool)
         if "unconverged" in there:
             held &= ~(there["unconverged"] >= 0.05)
     else:
