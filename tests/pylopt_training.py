@@ -21,10 +21,19 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-import cpu_torchvision  # noqa: F401  # or pylopt cannot be imported
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
+
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:
+    # As in `lib/deepinverse.py`: PyLOpt imports it, and calls none of the operators that do not load.
+    schemas = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for module in [name for name in sys.modules if name.startswith("torchvision")]:
+        del sys.modules[module]
 
 # PyPI's package of splines wants to compile sources that it does not contain; Student-t potentials need none.
 splines = types.ModuleType("quartic_bspline_extension.functions")

@@ -104,7 +104,7 @@ def figure_differences(made: Path, reference: Path) -> list[str]:
     runs = {run["name"]: run["converged"] for run in provenance(reference).get("runs", {}).values()}
     if "image" in there:
         named = there["task"] + ", " + there["image"] if "task" in there else there["image"]
-        held = named.map(runs).fillna(True).astype(bool)
+        held = pd.Series([runs.get(name, True) for name in named], there.index, dtype=bool)
         if "unconverged" in there:
             held &= ~(there["unconverged"] >= 0.05)
     else:

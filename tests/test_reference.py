@@ -414,6 +414,7 @@ def test_what_was_made_otherwise_is_not_compared() -> None:
     assert reference.incomparable(made | {"runs": {"other": run | {"status": "diverged"}}}, made) == ""
     assert "code" in reference.incomparable(made | {"code": "another"}, made)
     assert "parameters" in reference.incomparable(made | {"runs": {"key": run | {"noise": 0.5}}}, made)
+    assert "parameters" in reference.incomparable(made | {"settings": {"angles": 5}}, made)
     swept = {"axes": {"noise": [0.1, 0.5]}, "shared": {"tau": 0.5}, "code": code_version()}
     assert reference.incomparable(swept, swept) == ""
     assert "parameters" in reference.incomparable(swept | {"shared": {"tau": 0.9}}, swept)
