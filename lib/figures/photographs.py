@@ -217,10 +217,10 @@ def photograph_figure(
     columns = max(len(row) for row in rows)
     side = min(1.6, TEXT_WIDTH / columns)
     with plt.rc_context(STYLE):
-        size = (max(columns * side, 4.6), len(rows) * (side * aspect + 0.36) + 0.35)
+        size = (max(columns * side, 4.6), len(rows) * (side * aspect + 0.36) + 0.47)
         fig, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
         fig.subplots_adjust(left=0.01, right=0.99, wspace=0.04, hspace=0.36 / (side * aspect))
-        fig.subplots_adjust(top=1 - 0.2 / fig.get_figheight(), bottom=0.5 / fig.get_figheight())
+        fig.subplots_adjust(top=1 - 0.2 / fig.get_figheight(), bottom=0.62 / fig.get_figheight())
         for axis in axes.flat:
             axis.set_axis_off()
         for line, row in zip(axes, rows, strict=True):
