@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -87,12 +88,12 @@ def reconstruct(runs: Mapping[str, Run]) -> Reconstructions:
     return Reconstructions(runs, truth.squeeze(1), observed.squeeze(1), outputs, forwarded, table)
 
 
-def image_quality(images: Tensor, truth: Tensor) -> dict[str, np.ndarray]:
+def image_quality(images: Tensor, truth: Tensor) -> dict[str, Any]:
     """PSNR (dB), SSIM and mean squared error, `(N,)` each, of images `(N, 1, H, W)`."""
     mse = (images - truth).square().mean((-3, -2, -1))
     pairs = zip(images.squeeze(1).numpy(), truth.squeeze(1).numpy(), strict=True)
     ssim = [structural_similarity(image, reference, data_range=2) for image, reference in pairs]
-    return {"psnr": psnr(mse).numpy(), "ssim": np.array(ssim), "mse": mse.numpy()}
+    return {"psnr": psnr(mse), "ssim": np.array(ssim), "mse": mse}
 
 
 def _quality(images: Tensor, truth: Tensor) -> dict[str, float]:
