@@ -34,7 +34,7 @@ from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, model_line, note
 from lib.implicit import implicit_fixed_point
 from lib.models import MODELS, FixedPointModel
 from lib.operators import TASKS
-from lib.solvers import Anderson, FixedPointProblem, PlainIteration, fixed_point
+from lib.solvers import Anderson, FixedPointProblem, PlainIteration, Solver, fixed_point
 
 ADJOINTS: dict[str, dict[str, Any]] = {
     "solved to 1e-5": {"adjoint": "solved", "adjoint_tol": 1e-5},
@@ -118,11 +118,11 @@ def training_problem(config: Config, images: int = 50) -> TrainingProblem:
 
 
 @torch.no_grad()
-def training_loss(given: TrainingProblem) -> float:
+def training_loss(given: TrainingProblem, solver: Solver = EXACT) -> float:
     """The loss with the weights that the model has now, solved from `u`."""
     given.model.refresh(tol=0.0)
     P = None if given.problem.precondition is None else given.model.preconditioner(given.u.shape[-3:])
-    u = fixed_point(given.model.problem(given.f, P), given.u, EXACT).value
+    u = fixed_point(given.model.problem(given.f, P), given.u, solver).value
     return (u - given.truth).square().mean().item()
 
 

@@ -23,6 +23,7 @@ from lib.figures.comparison import paired_test
 from lib.figures.hypergradients import exact_hypergradient, training_loss, training_problem
 from lib.figures.reconstructions import test_data
 from lib.figures.style import MODEL_COLORS, STYLE, TEXT_WIDTH, note
+from lib.solvers import Anderson
 
 ADAM: dict[str, Any] = {"optimizer": "adam", "learning_rate": 0.02, "final_learning_rate": 2e-4}
 ADAM |= {"sharpness": 100.0, "initial": "first"}
@@ -122,18 +123,19 @@ class NormDirections:
 
 
 @one_thread()
-def norm_directions(config: FacesConfig, lengths: Sequence[float]) -> NormDirections:
+def norm_directions(config: FacesConfig, lengths: Sequence[float], images: int = 2) -> NormDirections:
     """Both gradients of the kernels `A` of a bilevel model, and the loss along them.
 
     Args:
         config: gives the kernels at the start, the data and `lambda`.
         lengths: of the steps, relative to the kernels' norm.
+        images: how many of the training images the loss is taken over.
     """
     names = {"norm a constant": False, "through the norm": True}
     gradients = {}
     for name, differentiated in names.items():
         own = config.model_copy(update={"learn_weight": False, "differentiate_norm": differentiated})
-        given = training_problem(own, own.train_images)
+        given = training_problem(own, images)
         gradients[name] = exact_hypergradient(given)
     kernels = given.model.regularizer.A
     A = kernels.detach().clone()
@@ -143,7 +145,7 @@ def norm_directions(config: FacesConfig, lengths: Sequence[float]) -> NormDirect
         direction = (gradient / gradient.norm() * A.norm()).view_as(A)
         for length in lengths:
             kernels.data = A - length * direction
-            losses[name].append(training_loss(given))
+            losses[name].append(training_loss(given, Anderson(1e-8, 1_000, memory=10)))
     cosine = torch.nn.functional.cosine_similarity(constant, through, dim=0)
     return NormDirections(
         angle=math.degrees(math.acos(cosine.clamp(-1, 1).item())),
