@@ -131,7 +131,7 @@ def grid_differences(
     if not runs[names].equals(reference[names]):
         return ["other configurations"]
     kept = {key: has_converged(rows) for key, rows in reference_epochs.groupby("key")}
-    columns = [*LABELS[2:], "test_loss"]
+    columns = ["task", "model", "noise", "test_loss"]
     return differences(runs[columns], reference[columns], reference["key"].map(kept).fillna(False))
 
 

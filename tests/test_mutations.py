@@ -334,7 +334,7 @@ FAULTS = [
     Fault(
         "the key does not know the code",
         "experiments/runs",
-        'data_digests(config), "code": code_version()}',
+        'data_digests(config), "code": code or code_version()}',
         "data_digests(config)}",
         "test_runs.py::test_the_key_depends_on_the_code",
     ),

@@ -164,9 +164,9 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the sources that `code_version` reads."""
     shutil.copytree(REPOSITORY / "lib", tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(runs, "REPOSITORY", tmp_path)
-    code_version.cache_clear()
+    runs.code_with.cache_clear()
     yield tmp_path / "lib"
-    code_version.cache_clear()
+    runs.code_with.cache_clear()
 
 
 @pytest.fixture
@@ -299,11 +299,11 @@ def test_the_key_depends_on_the_code(sources: Path) -> None:
     source = path.read_text()
     path.write_text(source.replace("mask[: -(-height // 3)] = 0", "mask[: -(-height // 4)] = 0"))
     assert path.read_text() != source
-    code_version.cache_clear()
+    runs.code_with.cache_clear()
     assert code_version() != version
     assert run_key(CONFIG) != key
     path.write_text(source)
-    code_version.cache_clear()
+    runs.code_with.cache_clear()
     assert (code_version(), run_key(CONFIG)) == (version, key)
 
 
@@ -316,7 +316,7 @@ def test_the_code_version_ignores_comments_and_docstrings(sources: Path) -> None
     edited = edited.replace("    return mask\n", "\n    # As in the paper.\n    return mask  # (H, W)\n", 1)
     assert edited.count("Nothing is lost") == edited.count("As in the paper") == 1
     path.write_text(edited + "\n\n# The end.\n")
-    code_version.cache_clear()
+    runs.code_with.cache_clear()
     assert code_version() == version
 
 
@@ -329,7 +329,7 @@ def test_the_files_that_can_change_a_result_count_and_no_others(
     for path in sources.rglob("*.py"):
         source = path.read_text()
         path.write_text(source + "\nNEW = 1\n")
-        code_version.cache_clear()
+        runs.code_with.cache_clear()
         if code_version() != version:
             counting.add(str(path.relative_to(sources)))
         path.write_text(source)
@@ -586,8 +586,15 @@ print(json.dumps([run.key, run.provenance, run.history["test_loss"].tolist(), os
     assert first[0] == run_key(CONFIG)
 
 
+@pytest.fixture
+def own_children() -> Callable[[], list[psutil.Process]]:
+    """The processes that this one has started in a test and that have not ended."""
+    before = set(psutil.Process().children())
+    return lambda: [child for child in psutil.Process().children() if child not in before]
+
+
 def test_runs_trained_at_the_same_time_are_those_trained_alone(
-    results: Path, stored: tuple[Path, Run]
+    results: Path, stored: tuple[Path, Run], own_children: Callable[[], list[psutil.Process]]
 ) -> None:
     """Several requests, one made twice, come back in their order, as single ones, and are loaded then."""
     configs = [CONFIG.model_copy(update=values) for values in ({"seed": 1}, {}, {"model": "bilevel"})]
@@ -600,10 +607,12 @@ def test_runs_trained_at_the_same_time_are_those_trained_alone(
     assert_same_bits(found[2], alone)
     assert found[2].provenance == found[3].provenance
     assert [run.provenance for run in get_runs(configs, results)] == [run.provenance for run in found]
-    assert psutil.Process().children() == []
+    assert own_children() == []
 
 
-def test_a_failed_training_is_reported_in_one_line_and_stops_the_others(tmp_path: Path) -> None:
+def test_a_failed_training_is_reported_in_one_line_and_stops_the_others(
+    tmp_path: Path, own_children: Callable[[], list[psutil.Process]]
+) -> None:
     """The line says which training failed and why; the one beside it is stopped, not waited for."""
     (folder_of(CONFIG, tmp_path) / "checkpoint.pt").mkdir(parents=True)
     with pytest.raises(
@@ -611,23 +620,25 @@ def test_a_failed_training_is_reported_in_one_line_and_stops_the_others(tmp_path
     ) as caught:
         get_runs([CONFIG, *ENDLESS], tmp_path)
     assert len(str(caught.value).splitlines()) == 1
-    assert psutil.Process().children() == []
+    assert own_children() == []
 
 
-def test_a_killed_training_process_is_reported(tmp_path: Path) -> None:
+def test_a_killed_training_process_is_reported(
+    tmp_path: Path, own_children: Callable[[], list[psutil.Process]]
+) -> None:
     """When the system kills one, the error says so and that the work is not lost; the others are stopped."""
     path = run_folder(ENDLESS[0], tmp_path) / "checkpoint.pt"
 
     def kill() -> None:
         wait_for(path.exists)
-        psutil.Process().children()[0].kill()
+        own_children()[0].kill()
 
     killer = Thread(target=kill)
     killer.start()
     with pytest.raises(RuntimeError, match=r"^a training process was killed; run again to resume it$"):
         train_runs(ENDLESS[:1], tmp_path)
     killer.join()
-    assert psutil.Process().children() == []
+    assert own_children() == []
     assert path.exists()
     assert not is_stored(ENDLESS[0], tmp_path)
 
