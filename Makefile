@@ -38,8 +38,8 @@ PAGES := first_steps theory weight hypergradients reconstruct evaluate tomograph
   refresh lock clean delete-runs
 
 help: ## print the targets
-	@awk -F ':.*## ' '/^[a-z$$(][^:]*:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "make figNN         one of them: $(FIGURES); with other parameters: make fig02 ARGS=\"-p gamma 0.5\""
+	@awk -F ':.*## ' '/^[a-z$$(][^:]*:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "make figNN           one of them: $(FIGURES); with other parameters: make fig02 ARGS=\"-p gamma 0.5\""
 	@echo "PROFILE=smoke, quick (the default) or paper chooses the size of the experiments"
 
 figures: $(INSTALLED) ## all figures, into results/$(PROFILE)/, and the page that shows them
