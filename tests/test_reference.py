@@ -388,6 +388,19 @@ def test_photographs_are_compared_where_ours_converged(converged: bool, tmp_path
     assert found == (["0, 2: psnr DEQ, ours 32.2, reference 32.0"] if converged else [])
 
 
+@pytest.mark.parametrize(("optimizer", "apart"), [("adam", 0.15), ("lbfgs", 0.15), ("lbfgs", 0.65)])
+def test_what_a_line_search_trained_may_be_farther_away(optimizer: str, apart: float, tmp_path: Path) -> None:
+    """By its factor, and no other row."""
+    runs = {"a": {"name": "bilevel", "optimizer": optimizer, "status": "completed", "converged": True}}
+    far = QUALITY.assign(psnr=QUALITY["psnr"] + np.array([0, apart, 0, 0]))
+    here, there = (write_figure(tmp_path / n, t, runs=runs) for n, t in (("a", far), ("b", QUALITY)))
+    found = reference.figure_differences(here, there)
+    assert len(found) == (apart > 0.1 * (reference.SEARCH if optimizer == "lbfgs" else 1))
+    other = QUALITY.assign(psnr=QUALITY["psnr"] + np.array([0.15, 0, 0, 0]))
+    other.to_csv(here / "fig.csv")
+    assert len(reference.figure_differences(here, there)) == 1
+
+
 @pytest.mark.parametrize("converged", [True, False])
 def test_kernels_are_those_of_their_run(converged: bool, tmp_path: Path) -> None:
     """The run's solves decide on both rows."""
