@@ -22,6 +22,7 @@ from lib.experiments.problem import generator, one_thread, psnr
 from lib.experiments.runs import Run
 from lib.figures.baselines import Method, best_weight, tv_model
 from lib.figures.evaluation import TUNING_IMAGES, TV, progress, reweighted
+from lib.figures.reconstructions import image_quality
 from lib.figures.style import STYLE, TEXT_WIDTH, note
 from lib.implicit import implicit_fixed_point
 from lib.models import FixedPointModel, build_conv_model
@@ -229,11 +230,8 @@ def compare(scans: Scans, models: Mapping[str, FixedPointModel]) -> tuple[pd.Dat
             "unconverged": 1 - solution.fraction(Status.CONVERGED),
         }
     for name, solved in solves.items():
-        mse = (images[name] - truth).square().mean((-3, -2, -1))
-        pairs = zip(images[name][:, 0].numpy(), truth[:, 0].numpy(), strict=True)
-        ssim = [structural_similarity(image, reference, data_range=2) for image, reference in pairs]
-        quality = {"psnr": psnr(mse).mean().item(), "ssim": sum(ssim) / len(ssim), "mse": mse.mean().item()}
-        rows[name] = quality | solved
+        quality = image_quality(images[name], truth)
+        rows[name] = {measure: float(values.mean()) for measure, values in quality.items()} | solved
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("image"), images
 
 
