@@ -18,6 +18,8 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
         "inpainting": {"epochs": 2},
         "deblurring": {"epochs": 2},
     },
+    # The paper's images and a tenth of its epochs: a night on two cores.
+    "overnight": {"all": {"epochs": 10}, "denoising": {"noise": 0.5}},
     # The paper's sizes, which are the defaults of `RunConfig`.
     "paper": {"all": {}, "denoising": {"noise": 0.5}},
 }
@@ -55,7 +57,8 @@ FACES_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
         "inpainting": {"reduction": 2, "epochs": 60, "max_steps": 200}
         | {"learning_rate": 0.03, "final_learning_rate": 3e-3},
     },
-    # The paper's sizes, which are the defaults of `FacesConfig`.
+    # The paper's sizes, which are the defaults of `FacesConfig`; they take a night as well.
+    "overnight": {"all": {}},
     "paper": {"all": {}},
 }
 """What each profile changes in the defaults for photographs: for all tasks, then for one task."""
@@ -66,7 +69,7 @@ OURS |= {"tol": 1e-5, "adjoint_tol": 1e-4, "max_steps": 500, "patience": 50}
 """Ours for denoising and deblurring: the weight of the data is learned with the kernels, which start as the
 cosine basis, and the training is solved by a quasi-Newton method."""
 
-OURS_EPOCHS = {"smoke": 2, "quick": 40, "paper": 200}
+OURS_EPOCHS = {"smoke": 2, "quick": 28, "overnight": 200, "paper": 200}
 """Iterations of that method in each profile."""
 
 FACES_TASKS: dict[str, dict[str, Any]] = {
@@ -137,6 +140,8 @@ SWEEPS: dict[str, dict[str, Any]] = {
     # A short training of a third of the grid: 80 steps on images of half the resolution.
     "quick": {"tau": (0.1, 0.9), "size": 14, "train_images": 320, "test_images": 100}
     | {"batch_size": 20, "epochs": 5, "time_budget": 600.0},
+    # The same third of the grid, 500 steps on images as large as the paper's.
+    "overnight": {"tau": (0.1, 0.9), "train_images": 10_000, "test_images": 1_000, "epochs": 5},
     # The paper's sizes, which are the defaults of `RunConfig`.
     "paper": {},
 }
