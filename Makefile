@@ -35,12 +35,12 @@ LAB := $(BIN)/python -m jupyterlab --KernelManager.transport_encryption=auto
 PAGES := first_steps theory weight hypergradients reconstruct evaluate tomography explore scaling
 
 .PHONY: help figures $(FIGURES) report $(PAGES) train sweep sweep-status sweep-plan test validate bench gpu lab data \
-  refresh lock clean delete-runs
+  refresh keep lock clean delete-runs
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z$$(][^:]*:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "make figNN           one of them: $(FIGURES); with other parameters: make fig02 ARGS=\"-p gamma 0.5\""
-	@echo "PROFILE=smoke, quick (the default) or paper chooses the size of the experiments"
+	@echo "PROFILE=smoke, quick (the default), overnight or paper chooses the size of the experiments"
 
 figures: $(INSTALLED) ## all figures, into results/$(PROFILE)/, and the page that shows them
 	@status=0; $(BIN)/python -m lib.pages.notebooks run $(FIGURES) --profile $(PROFILE) $(ARGS) || status=$$?; \
@@ -113,11 +113,14 @@ refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to 
 	@$(BIN)/python -m lib.pages.explore collect
 	@$(BIN)/python -m lib.pages.notebooks refresh $(PAGES)
 
+keep: $(INSTALLED) ## copy the figures of PROFILE=overnight, and the runs behind them, to where they are committed
+	@$(BIN)/python -m lib.pages.notebooks keep $(FIGURES) --profile $(PROFILE)
+
 lock: ## resolve environment.yml anew into requirements.lock, for all versions of Python (PYTHONS: where they are)
 	@$(firstword $(PYTHONS)) .ci/lock.py $(PYTHONS)
 
 clean: ## remove the environment and the figures that were made, but no trained run
-	rm -rf $(VENV) results/smoke results/quick results/paper $(addprefix results/,$(PAGES))
+	rm -rf $(VENV) results/smoke results/quick results/overnight results/paper $(addprefix results/,$(PAGES))
 
 delete-runs: ## remove all trained runs
 	rm -rf results/runs results/jobs

@@ -248,11 +248,11 @@ def test_every_profile_is_valid_for_every_task(profile: str, task: str) -> None:
 
 
 def test_the_profiles_differ_in_size() -> None:
-    """Each of `smoke`, `quick` and `paper` costs more image passes than the one before."""
+    """Each of `smoke`, `quick`, `overnight` and `paper` costs more image passes than the one before."""
     for task in TASKS:
         costs = [
             config.train_images * config.epochs * config.size**2
-            for config in (profile_config(profile, task) for profile in ("smoke", "quick", "paper"))
+            for config in (profile_config(profile, task) for profile in PROFILES)
         ]
         assert costs == sorted(set(costs))
 
@@ -281,10 +281,10 @@ def test_a_default_that_follows_from_a_wrong_value_is_no_second_problem() -> Non
 @pytest.mark.parametrize("profile", ["Quick", "", None, 3])
 @pytest.mark.parametrize("make", [profile_config, faces_config, lambda profile, task: grid(profile)])
 def test_an_unknown_profile_is_refused(make: Callable[[Any, str], object], profile: Any) -> None:
-    """The line names the profile that was asked for and the three that exist."""
+    """The line names the profile that was asked for and the four that exist."""
     with pytest.raises(ConfigError) as caught:
         make(profile, "denoising")
-    assert str(caught.value) == f"profile: got {profile!r}, allowed: smoke, quick, paper"
+    assert str(caught.value) == f"profile: got {profile!r}, allowed: smoke, quick, overnight, paper"
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -27,12 +27,12 @@ from lib.experiments.problem import load_images, make_operator
 from lib.experiments.profiles import grid
 from lib.experiments.runs import get_run, run_key
 from lib.experiments.store import DamagedFile
-from lib.experiments.sweep import Sweep, get_sweep, load_sweep
+from lib.experiments.sweep import Sweep, get_sweep, load_sweep, load_table, table_folder
 from lib.figures.reconstructions import reconstruct
 from lib.figures.style import MODEL_COLORS
 from lib.models import MODELS
 from lib.pages import explore, notebooks
-from lib.pages.explore import axes, collect, explorer, load, main, panel, select, table_folder, write_table
+from lib.pages.explore import axes, collect, explorer, main, panel, select, write_table
 
 VALUES: dict[str, Any] = {
     "task": ["inpainting", "denoising"],
@@ -72,7 +72,7 @@ def record(config: RunConfig) -> dict[str, Any] | None:
         history = history[:1] if config.sigma == "relu" else []
     if config.noise == 0.5 and config.gamma == 0.1 and config.tau == 0.5 and config.model == "deq":
         return None
-    provenance = {"seconds": 2.0, "environment": {"accelerator": "none"}}
+    provenance = {"seconds": 2.0, "environment": {"accelerator": "none"}, "code": "here"}
     return {"status": status, "reason": reason, "history": history, "provenance": provenance}
 
 
@@ -129,10 +129,10 @@ def drawn_lines(axes: Axes) -> dict[tuple[str, str], list[tuple[float, float]]]:
 
 def test_what_is_written_is_what_is_loaded(results: Path) -> None:
     """Tables, images and provenance come back as they were, without the columns that are left out."""
-    table = load("quick", results)
+    table = load_table("quick", results)
     pd.testing.assert_frame_equal(table.runs, TABLE.runs[list(table.runs)], check_dtype=False)
     pd.testing.assert_frame_equal(table.epochs, TABLE.epochs.reindex(columns=table.epochs.columns))
-    assert (table.profile, set(table.provenance["sha256"])) == ("quick", set(explore.FILES))
+    assert (table.profile, set(table.provenance["sha256"])) == ("quick", set(sweeps.TABLES))
     assert table.provenance["code"] == runs.code_version()
     assert TABLE.provenance.items() <= table.provenance.items()
 
@@ -220,7 +220,7 @@ def test_unknown_selections_are_refused(selection: dict[str, Any], said: str) ->
             use(TABLE, **selection)
 
 
-@pytest.mark.parametrize("name", ["provenance.json", *explore.FILES])
+@pytest.mark.parametrize("name", ["provenance.json", *sweeps.TABLES])
 def test_a_damaged_or_missing_file_is_told(name: str, results: Path) -> None:
     """One byte is enough; the line names the file, and the command that makes it."""
     path = table_folder("quick", results) / name
@@ -228,10 +228,10 @@ def test_a_damaged_or_missing_file_is_told(name: str, results: Path) -> None:
     content[len(content) // 2] ^= 128
     path.write_bytes(content)
     with pytest.raises(DamagedFile, match=f"^{path}: it (is not the file|does not list)"):
-        load("quick", results)
+        load_table("quick", results)
     path.unlink()
     with pytest.raises(DataError, match=f"^{path} is missing; .* collect --profile quick") as told:
-        load("quick", results)
+        load_table("quick", results)
     assert "\n" not in str(told.value)
 
 
@@ -240,12 +240,12 @@ def test_damaged_provenance_is_refused(content: str, results: Path) -> None:
     path = table_folder("quick", results) / "provenance.json"
     path.write_text(content)
     with pytest.raises(DamagedFile, match=f"^{path}: it does not list the table's checksums$"):
-        load("quick", results)
+        load_table("quick", results)
 
 
 def test_an_unknown_profile_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^profile: got 'huge', allowed: smoke, quick, paper$"):
-        load("huge")
+    with pytest.raises(ConfigError, match=r"^profile: got 'huge', allowed: smoke, quick, overnight, paper$"):
+        load_table("huge")
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of these results in the place of the repository's, with which nothing can be trained."""
     folder: Path = shutil.copytree(trained, tmp_path / "store")
-    for module in (runs, sweeps, explore):
+    for module in (runs, sweeps):
         monkeypatch.setattr(module, "RESULTS", folder)
     monkeypatch.setattr(runs, "Trainer", None)
     return folder
@@ -279,7 +279,7 @@ def test_what_is_collected_is_the_stores(store: Path) -> None:
     """Both tables; truth, data and fixed points of the first test digits, which failed runs have not; what
     else the sweep varies can be chosen too."""
     assert collect("smoke", **TINY) == store / "smoke" / "sweep"
-    table, configs = load("smoke"), grid("smoke", **TINY)
+    table, configs = load_table("smoke"), grid("smoke", **TINY)
     sweep = load_sweep("smoke", configs)
     pd.testing.assert_frame_equal(table.runs[explore.KEPT], sweep.runs[explore.KEPT], check_dtype=False)
     pd.testing.assert_frame_equal(table.epochs, sweep.epochs[explore.HISTORY])
@@ -325,7 +325,7 @@ def test_the_command_makes_the_table(store: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--profile", "huge"], 2, "explore: profile: got 'huge', allowed: smoke, quick, paper"),
+        (["--profile", "huge"], 2, "explore: profile: got 'huge', allowed: smoke, quick, overnight, paper"),
         (["-p", "tau", "-1.0"], 2, "explore: tau: got -1.0, allowed: greater than 0"),
         (
             ["-p", "size", "[14, 28]"],

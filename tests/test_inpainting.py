@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lib.experiments.problem import load_images
-from lib.experiments.profiles import FILLING, faces_config
+from lib.experiments.profiles import FACES_PROFILES, FILLING, faces_config
 from lib.experiments.runs import Run
 from lib.figures import inpainting, reconstructions
 from lib.figures.baselines import harmonic_inpainting, tv_model
@@ -288,7 +288,7 @@ def test_the_check_fires_where_weights_are_not_the_models() -> None:
             reconstructions.check_weights({"ours": wrong})
 
 
-@pytest.mark.parametrize("profile", ["smoke", "quick", "paper"])
+@pytest.mark.parametrize("profile", FACES_PROFILES)
 def test_the_step_of_filling_is_admissible(profile: str) -> None:
     """`1 / (lambda + s ||A||^2)` to 1 %, for kernels of the norm that training gives them."""
     config = faces_config(profile, "inpainting", **FILLING)

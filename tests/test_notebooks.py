@@ -278,7 +278,7 @@ def test_files_that_are_not_there_are_refused(
 
 
 def test_unknown_profile_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="profile: got 'huge', allowed: smoke, quick, paper"):
+    with pytest.raises(ConfigError, match="profile: got 'huge', allowed: smoke, quick, overnight, paper"):
         notebooks.run("fig02", "huge", {}, tmp_path)
 
 

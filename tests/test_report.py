@@ -419,7 +419,7 @@ def test_the_command_prints_where_the_page_is(
     assert report.main(["--profile", "huge"]) == 2
     out, err = capsys.readouterr()
     assert out == f"the report: {tmp_path / 'smoke' / 'index.html'}\n"
-    assert err == "profile: got 'huge', allowed: smoke, quick, paper\n"
+    assert err == "profile: got 'huge', allowed: smoke, quick, overnight, paper\n"
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

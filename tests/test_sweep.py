@@ -134,7 +134,7 @@ def test_a_row_has_the_last_epochs_numbers(monkeypatch: pytest.MonkeyPatch) -> N
         for epoch, loss in enumerate((0.9, 0.2, 0.4))
     ]
     record = {"status": "completed", "reason": "", "history": history}
-    record |= {"provenance": {"seconds": 2.5, "environment": {}}}
+    record |= {"provenance": {"seconds": 2.5, "environment": {}, "code": "here"}}
     monkeypatch.setattr(sweep, "read_record", lambda config, results: record)
     (row,) = sweep.load_sweep("smoke", CONFIGS[:1]).runs.to_dict("records")
     assert (row["test_loss"], row["test_psnr"], row["epochs_finished"]) == (0.4, 9.6, 2)

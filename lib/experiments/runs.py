@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from IPython.display import clear_output
 from tqdm import tqdm
 
-from lib.experiments.config import ConfigError, FacesConfig, shown
+from lib.experiments.config import ConfigError, FacesConfig, RunConfig, shown
 from lib.experiments.data import FACES_FILES, MNIST_FILES, photograph_files
 from lib.experiments.problem import (
     TEST_BATCH,
@@ -213,6 +213,9 @@ class Run:
 REFERENCE, KERNELS = RESULTS / "reference", "kernels.json"
 """The figures that are committed, and the file of trained kernels in the folders of some of them."""
 
+COMMITTED = {"quick": "reference", "overnight": "reference/overnight"}
+"""Profiles whose figures are committed, and where among the results."""
+
 
 def save_kernels(run: Run, folder: Path, name: str = KERNELS) -> None:
     """Write the kernels of a run as a small text file with their configuration and provenance.
@@ -338,21 +341,36 @@ def stacks(configs: Iterable[Config], device: torch.device) -> list[list[Config]
     return [stack for turn in zip_longest(*chunks) for stack in turn if stack]
 
 
-def get_runs(configs: Sequence[Config], results: Results = None) -> list[Run]:
-    """The runs of some configurations, in their order, trained if they are not stored (see `train_runs`)."""
-    train_runs(configs, results)
-    return [get_run(config, results) for config in configs]
+def get_runs(configs: Sequence[Config], results: Results = None, train: bool = True) -> list[Run]:
+    """The runs of some configurations, in their order, trained if they are not stored (see `train_runs`).
+
+    Args:
+        train: False takes what is not stored from the committed runs, and trains nothing.
+
+    Raises:
+        ConfigError: nothing is to be trained, and a run is neither stored nor committed.
+        DataError: the data cannot be had.
+    """
+    if train:
+        train_runs(configs, results)
+    return [get_run(config, results, train) for config in configs]
 
 
-def get_run(config: Config, results: Results = None) -> Run:
+def get_run(config: Config, results: Results = None, train: bool = True) -> Run:
     """The run of a configuration: loaded if it is stored, else trained, resuming where it was killed.
 
     Two processes that ask for the same run do the work once: the second one waits and loads. One that
     diverged or ran out of time is a run with that status and its reason.
 
     Raises:
+        ConfigError: it is not to be trained, and is neither stored nor committed.
         DataError: the data cannot be had.
     """
+    if not train:
+        if found := find_run(config, results):
+            return found
+        what = f"{config.model} {config.task} of {config.epochs} epochs, seed {config.seed}"
+        raise ConfigError(f"train: got False, allowed: True, for {what} is neither stored nor committed")
     folder = run_folder(config, results)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
@@ -365,10 +383,50 @@ def get_run(config: Config, results: Results = None) -> Run:
         return run
 
 
-def learned_start(config: Config, results: Results = None) -> Weights | None:
+def find_run(config: Config, results: Results = None) -> Run | None:
+    """The run of a configuration that is stored, or else committed, or None; nothing is trained.
+
+    A committed one may be of another version of the code, which its provenance names.
+    """
+    if run := load_run(run_folder(config, results), config):
+        return run
+    for path in sorted(REFERENCE.glob("*/runs/*/run.json")):
+        record = _read_record(path, "run")
+        if _config(record) == config:
+            return _run(path.parent, config, record)
+    return None
+
+
+def keep_run(key: str, folder: Path, results: Results = None) -> None:
+    """Write a stored run as it is committed: the weights of digits in half precision.
+
+    Args:
+        key: of the run.
+        folder: of the committed runs, in which it gets one of its own.
+        results: where it is stored.
+
+    Raises:
+        OSError: it is not stored.
+        DamagedFile: it cannot be used.
+    """
+    stored = Path(results or RESULTS) / "runs" / key
+    record = _read_record(stored / "run.json", "run")
+    run = _run(stored, _config(record), record)
+    dense = isinstance(run.config, RunConfig)
+    weights = {name: weight.half() if dense else weight for name, weight in run.weights.items()}
+    _write_run(folder / key, record, weights)
+
+
+def _config(record: dict[str, Any]) -> Config:
+    """The configuration of a record; what it does not have yet has its default."""
+    kind = RunConfig if record["config"]["dataset"] == "mnist" else FacesConfig
+    return kind(**record["config"])
+
+
+def learned_start(config: Config, results: Results = None, train: bool = True) -> Weights | None:
     """The kernels that a run starts from, where those of another run are its initial ones."""
     initial = getattr(config, "initial", None)
-    return get_run(initial, results).weights if isinstance(initial, FacesConfig) else None
+    return get_run(initial, results, train).weights if isinstance(initial, FacesConfig) else None
 
 
 @dataclass(frozen=True)
@@ -610,8 +668,8 @@ def stored_kernels(key: str, results: Results = None) -> Run:
     path = store / key / "run.json"
     try:
         record = _read_record(path, "run")
-        if record["config"]["dataset"] != "mnist":
-            return _run(store / key, FacesConfig(**record["config"]), record)
+        if isinstance(config := _config(record), FacesConfig):
+            return _run(store / key, config, record)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DamagedFile(f"{path}: {error}") from None
     raise ConfigError(
@@ -643,7 +701,7 @@ def _run(folder: Path, config: Config, record: dict[str, Any]) -> Run:
         status=record["status"],
         reason=record["reason"],
         history=pd.DataFrame(record["history"]),
-        weights=weights,
+        weights={name: weight.float() for name, weight in weights.items()},
         provenance=record["provenance"],
     )
 
@@ -651,12 +709,8 @@ def _run(folder: Path, config: Config, record: dict[str, Any]) -> Run:
 def _store(member: Member, results: Results) -> None:
     """Write a run that has ended; its record comes last, and then its checkpoint is not needed any more."""
     folder = run_folder(member.config, results)
-    buffer = io.BytesIO()
-    torch.save(member.weights, buffer)
-    write_sealed(folder / "weights.pt", buffer.getvalue())
     record = {
         "config": member.config.model_dump(),
-        "weights": hashlib.sha256(buffer.getvalue()).hexdigest(),
         "status": member.status,
         "reason": member.reason,
         "history": [
@@ -671,8 +725,17 @@ def _store(member: Member, results: Results) -> None:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     }
-    _write_record(folder / "run.json", "run", record)
+    _write_run(folder, record, member.weights)
     remove(folder / "checkpoint.pt")
+
+
+def _write_run(folder: Path, record: dict[str, Any], weights: Weights) -> None:
+    """Write a run, its record last: with it the run is there."""
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    write_sealed(folder / "weights.pt", buffer.getvalue())
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    _write_record(folder / "run.json", "run", record | {"weights": digest})
 
 
 def _write_record(path: Path, name: str, record: dict[str, Any]) -> None:

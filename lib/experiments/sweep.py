@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from lib.experiments.config import RunConfig
+from lib.experiments.config import RunConfig, require_name
+from lib.experiments.data import DataError
 from lib.experiments.problem import Config
-from lib.experiments.profiles import grid
-from lib.experiments.provenance import write_with_provenance
+from lib.experiments.profiles import SWEEPS, grid
+from lib.experiments.provenance import PROVENANCE, read_described, write_with_provenance
 from lib.experiments.runs import (
+    COMMITTED,
     DATA_DIGESTS,
     default_device,
     member_bytes,
@@ -28,7 +32,7 @@ from lib.experiments.runs import (
     weight_count,
     workers,
 )
-from lib.experiments.store import RESULTS, Results
+from lib.experiments.store import RESULTS, DamagedFile, Results
 from lib.experiments.trainer import COMPLETED, DIVERGED, OUT_OF_TIME, Member, Trainer, shared, total_steps
 
 NOT_RUN, IN_PROGRESS = "not run", "in progress"
@@ -38,6 +42,9 @@ TRIED_STEPS, TRIED_MEMBERS = 2, 8
 
 ROW_BYTES = 500
 """Of an epoch in a record."""
+
+TABLES = ("runs.parquet", "epochs.parquet")
+"""A sweep's tables with the images of its runs, which need neither runs nor data: see `lib.pages.explore`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def get_sweep(profile: str, /, results: Results = None, train: bool = True, **va
 
     Args:
         profile: name of the profile.
-        train: False takes what is stored and marks the rest as not run.
+        train: False takes what is stored or in the committed table, and marks the rest as not run.
         values: parameters and axes that replace the profile's (see `lib.experiments.profiles.grid`).
 
     Raises:
@@ -73,23 +80,34 @@ def get_sweep(profile: str, /, results: Results = None, train: bool = True, **va
     configs = grid(profile, **values)
     if train:
         train_runs(configs, results)
-    sweep = load_sweep(profile, configs, results)
+    sweep = load_sweep(profile, configs, results, committed=not train)
     write_tables(sweep, results)
     return sweep
 
 
-def load_sweep(profile: str, configs: Sequence[RunConfig], results: Results = None) -> Sweep:
-    """The tables of some configurations, of what is stored."""
-    rows, epochs, environments = [], [], []
+def load_sweep(
+    profile: str, configs: Sequence[RunConfig], results: Results = None, committed: bool = False
+) -> Sweep:
+    """The tables of some configurations, of what is stored.
+
+    Args:
+        committed: whether what is not stored is taken from the profile's committed table, if there is one.
+    """
+    rows, epochs, environments, codes = [], [], list[Any](), set[str]()
+    known = _committed_records(profile) if committed else {}
     for config in configs:
         key = run_key(config)
         record = read_record(config, results)
+        if record is None and config in known:
+            key, record = known[config]
         row = {"key": key} | config.model_dump() | {"status": NOT_RUN, "reason": "", "epochs_finished": 0}
         if record is not None:
-            row |= {"status": record["status"], "reason": record["reason"]}
-            row["seconds"] = record["provenance"]["seconds"]
-            if record["provenance"]["environment"] not in environments:
-                environments.append(record["provenance"]["environment"])
+            row |= {"key": key, "status": record["status"], "reason": record["reason"]}
+            origin = record["provenance"]
+            row["seconds"] = origin["seconds"]
+            made_on = origin["environments"] if "environments" in origin else [origin["environment"]]
+            environments += [machine for machine in made_on if machine not in environments]
+            codes.add(origin["code"])
             for metrics in record["history"]:
                 epochs.append({"key": key} | metrics)
                 row["epochs_finished"] = metrics["epoch"]
@@ -106,6 +124,7 @@ def load_sweep(profile: str, configs: Sequence[RunConfig], results: Results = No
         "training_seconds": float(runs["seconds"].sum()),
         "data": {name: DATA_DIGESTS[name] for name in runs["dataset"].unique()},
         "trained_on": environments,
+        "trained_by": sorted(codes),
     }
     # Also where no run has got so far that it has them.
     names = [name for row in epochs for name in row]
@@ -123,6 +142,59 @@ def write_tables(sweep: Sweep, results: Results = None) -> list[Path]:
         files[f"{name}.parquet"] = table.to_parquet(index=False)
         files[f"{name}.csv"] = table.to_csv(index=False).encode()
     return write_with_provenance(folder, files, sweep.provenance, "sweep_provenance.json")
+
+
+def table_folder(profile: str, results: Results = None) -> Path:
+    """Where the tables of a profile with images are; of some profiles they are committed."""
+    return Path(results or RESULTS) / COMMITTED.get(profile, profile) / "sweep"
+
+
+def load_table(profile: str = "quick", results: Results = None) -> Sweep:
+    """A profile's tables, with the images of the runs.
+
+    Raises:
+        ConfigError: the profile is unknown.
+        DataError: its table is not there.
+        DamagedFile: a file is not what was written.
+    """
+    require_name("profile", profile, SWEEPS)
+    folder = table_folder(profile, results)
+    try:
+        provenance = json.loads((folder / PROVENANCE).read_bytes())
+        files = [io.BytesIO(read_described(folder / name, provenance)) for name in TABLES]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        command = f"python -m lib.pages.explore collect --profile {profile}"
+        raise DataError(f"{error.filename} is missing; `{command}` makes it from a trained sweep") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedFile(f"{folder / PROVENANCE}: it does not list the table's checksums") from None
+    runs, epochs = map(pd.read_parquet, files)
+    return Sweep(profile, runs, epochs, provenance)
+
+
+def _committed_records(profile: str) -> dict[RunConfig, tuple[str, dict[str, Any]]]:
+    """Keys and records, without weights, of the runs in a profile's committed table, by configuration."""
+    if profile not in COMMITTED:
+        return {}
+    try:
+        table = load_table(profile)
+    except DataError:
+        return {}
+    histories = dict(list(table.epochs.groupby("key")))
+    origin = {"environments": table.provenance["trained_on"], "code": table.provenance["code"]}
+    found = {}
+    for row in table.runs[table.runs["status"] != NOT_RUN].to_dict("records"):
+        history = histories.get(row["key"], table.epochs[:0]).drop(columns="key").to_dict("records")
+        record = {"status": row["status"], "reason": row["reason"], "history": history}
+        record |= {"provenance": origin | {"seconds": row["seconds"]}}
+        found[row_config(row)] = row["key"], record
+    return found
+
+
+def row_config(row: Mapping[Any, Any]) -> RunConfig:
+    """The configuration of a row of `Sweep.runs`; what an old one does not have has its default."""
+    values = {name: row[name] for name in RunConfig.model_fields if name in row}
+    known: dict[str, Any] = {name: None if pd.isna(value) else value for name, value in values.items()}
+    return RunConfig(**known)
 
 
 def status(configs: Sequence[RunConfig], results: Results = None) -> pd.DataFrame:

@@ -56,6 +56,7 @@ def get_face_runs(
     results: Results = None,
     models: Sequence[str] = MODELS,
     sizes: Sequence[str] = tuple(FILTERS),
+    train: bool = True,
     **values: Any,
 ) -> dict[str, Run]:
     """The runs of some models and kernel sizes by name, such as `DEQ 3x3`, trained where they are not stored.
@@ -64,6 +65,7 @@ def get_face_runs(
         profile, task, values: as in `faces_config`.
         models: which models.
         sizes: which of `FILTERS`.
+        train: False takes what is stored or committed.
     """
     configs = {}
     for size in sizes:
@@ -73,21 +75,22 @@ def get_face_runs(
             configs[f"{MODEL_NAMES[model]} {size}"] = faces_config(profile, task, **values | own)
     # The slow ones first, so that no process waits for one of them in the end.
     order = sorted(configs, key=lambda name: -configs[name].filters)
-    runs = dict(zip(order, get_runs([configs[name] for name in order], results), strict=True))
+    runs = dict(zip(order, get_runs([configs[name] for name in order], results, train), strict=True))
     return {name: runs[name] for name in configs}
 
 
 def get_our_runs(
-    profile: str, task: str, seeds: Sequence[int], results: Results = None, **values: Any
+    profile: str, task: str, seeds: Sequence[int], results: Results = None, train: bool = True, **values: Any
 ) -> dict[str, list[Run]]:
     """The runs of `OURS`, of both models by name, one for each seed, trained where they are not stored.
 
     Args:
         profile, task, values: as in `faces_config`.
-        seeds: of the noise; the kernels start as differences.
+        seeds: of the noise; the kernels start as cosines.
+        train: False takes what is stored or committed.
     """
     configs = [our_config(profile, task, **values, model=m, seed=seed) for m in MODELS for seed in seeds]
-    runs, count = get_runs(configs, results), len(seeds)
+    runs, count = get_runs(configs, results, train), len(seeds)
     return {f"{MODEL_NAMES[m]}, ours": runs[i * count : (i + 1) * count] for i, m in enumerate(MODELS)}
 
 
@@ -162,10 +165,10 @@ def over_seeds(
     return table.set_axis(table.columns.map(" ".join), axis="columns").assign(seeds=len(seeds))
 
 
-def starting_weights(run: Run, results: Results = None) -> Weights:
-    """The kernels that a training started from, normalized as in the training."""
+def starting_weights(run: Run, results: Results = None, train: bool = True) -> Weights:
+    """The kernels that a training started from, normalized as in the training; `train` as in `get_run`."""
     with one_thread():
-        weights = make_model([run.config], learned_start(run.config, results)).regularizer.weights()
+        weights = make_model([run.config], learned_start(run.config, results, train)).regularizer.weights()
     return {name: weight[0] for name, weight in weights.items()}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 import textwrap
 from functools import partial
@@ -25,14 +24,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.experiments.config import ConfigError, RunConfig, parse_parameters, require_name, shown
+from lib.experiments.config import ConfigError, RunConfig, parse_parameters, shown
 from lib.experiments.data import DataError
 from lib.experiments.problem import load_images, make_operator, observe, test_noise
-from lib.experiments.profiles import SWEEPS, grid
-from lib.experiments.provenance import PROVENANCE, read_described, write_with_provenance
+from lib.experiments.profiles import grid
+from lib.experiments.provenance import write_with_provenance
 from lib.experiments.runs import Run, get_run
-from lib.experiments.store import RESULTS, DamagedFile, Results
-from lib.experiments.sweep import NOT_RUN, Sweep, load_sweep
+from lib.experiments.store import Results
+from lib.experiments.sweep import NOT_RUN, TABLES, Sweep, load_sweep, load_table, row_config, table_folder
 from lib.experiments.trainer import COMPLETED
 from lib.figures.comparison import PAIRED
 from lib.figures.grid import draw_histories, draw_solver_steps
@@ -47,8 +46,6 @@ OBSERVED_BY = ("task", "noise", "seed", "test_images")
 
 DIGITS = 4
 
-FILES = ("runs.parquet", "epochs.parquet")
-
 KEPT = ["key", *RunConfig.model_fields, "status", "reason", "epochs_finished", "test_loss", "test_psnr"]
 KEPT += ["seconds"]
 """What is kept of each run, beside the first test images: `truth`, `input` (`f`) and `output` (`u*`; None
@@ -57,11 +54,6 @@ where the run did not complete), as the bytes of a strip of `DIGITS`, row by row
 HISTORY = ["key", "epoch", "seconds", "test_loss", "test_psnr", "forward_steps", "backward_steps"]
 HISTORY += ["forward_unconverged", "backward_unconverged", "test_unconverged"]
 """What is kept of each epoch."""
-
-
-def table_folder(profile: str, results: Results = None) -> Path:
-    """Where a profile's table is: that of the default profile is committed."""
-    return Path(results or RESULTS) / ("reference" if profile == "quick" else profile) / "sweep"
 
 
 def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
@@ -121,29 +113,7 @@ def write_table(table: Sweep, results: Results = None) -> None:
     frames = (table.runs[[*KEPT, "truth", "input", "output"]], table.epochs.reindex(columns=HISTORY))
     contents = [frame.to_parquet(index=False, compression="zstd") for frame in frames]
     folder = table_folder(table.profile, results)
-    write_with_provenance(folder, dict(zip(FILES, contents, strict=True)), table.provenance)
-
-
-def load(profile: str = "quick", results: Results = None) -> Sweep:
-    """A profile's tables, with the images of the runs.
-
-    Raises:
-        ConfigError: the profile is unknown.
-        DataError: its table is not there.
-        DamagedFile: a file is not what `collect` wrote.
-    """
-    require_name("profile", profile, SWEEPS)
-    folder = table_folder(profile, results)
-    try:
-        provenance = json.loads((folder / PROVENANCE).read_bytes())
-        files = [io.BytesIO(read_described(folder / name, provenance)) for name in FILES]
-    except (FileNotFoundError, NotADirectoryError) as error:
-        command = f"python -m lib.pages.explore collect --profile {profile}"
-        raise DataError(f"{error.filename} is missing; `{command}` makes it from a trained sweep") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedFile(f"{folder / PROVENANCE}: it does not list the table's checksums") from None
-    runs, epochs = map(pd.read_parquet, files)
-    return Sweep(profile, runs, epochs, provenance)
+    write_with_provenance(folder, dict(zip(TABLES, contents, strict=True)), table.provenance)
 
 
 def axes(table: Sweep) -> dict[str, list[Any]]:
@@ -185,7 +155,7 @@ def panel(table: Sweep, **selection: Any) -> Figure:
     rows = table.runs[(table.runs[chosen.index] == chosen).all(axis="columns")].sort_values("model")
     epochs = table.epochs.merge(rows[["key", "model"]], on="key")
     first = rows.iloc[0].to_dict()
-    config = RunConfig(**{name: first[name] for name in RunConfig.model_fields})
+    config = row_config(first)
     with plt.rc_context(STYLE):
         fig = Figure(figsize=(TEXT_WIDTH, 3.6))
         place: Any = {"top": 0.97, "bottom": 0.18}
@@ -260,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         folder = collect(options.profile, **parse_parameters(options.p))
-        statuses = load(options.profile).provenance["statuses"]
+        statuses = load_table(options.profile).provenance["statuses"]
     except (ConfigError, RuntimeError) as error:
         print(f"explore: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -134,7 +135,6 @@ def refresh(name: str) -> Path:
     import nbclient
     import nbformat
 
-    from lib.experiments.runs import REFERENCE
     from lib.pages.kernel import OwnKernel
 
     path = notebook_path(name)
@@ -147,15 +147,54 @@ def refresh(name: str) -> Path:
         resources={"metadata": {"path": NOTEBOOKS}},
     ).execute()
     write_atomic(path, nbformat.writes(notebook).encode())
-    for made in sorted((RESULTS / "quick" / name).glob("*")):
-        if made.suffix in (".png", ".csv", ".json"):
-            write_atomic(REFERENCE / name / made.name, made.read_bytes())
+    if (RESULTS / "quick" / name).is_dir():
+        keep(name, "quick")
     return path
+
+
+def keep(name: str, profile: str) -> Path:
+    """Copy what a notebook made to the committed results, for `quick` without the runs behind it.
+
+    Args:
+        name: of the notebook, such as `fig02`.
+        profile: name of the profile.
+
+    Returns:
+        The folder of the figure there.
+
+    Raises:
+        ConfigError: the profile's figures are not committed, or this one has not been made.
+    """
+    from lib.experiments.provenance import PROVENANCE
+    from lib.experiments.runs import COMMITTED, keep_run
+
+    require_name("profile", profile, COMMITTED)
+    made, committed = RESULTS / profile / name, RESULTS / COMMITTED[profile]
+    if not made.is_dir():
+        raise ConfigError(f"it has not been made: make {name} PROFILE={profile} makes it")
+    for path in sorted(made.iterdir()):
+        if path.suffix in (".png", ".csv", ".json"):
+            write_atomic(committed / name / path.name, path.read_bytes())
+    if profile == "quick":
+        return committed / name
+    origins = [json.loads(path.read_bytes()) for path in committed.glob(f"*/{PROVENANCE}")]
+    needed, kept = {key for origin in origins for key in origin.get("runs", ())}, committed / "runs"
+    for key in sorted(needed):
+        if not (kept / key / "run.json").exists():
+            keep_run(key, kept)
+    for folder in kept.glob("*"):
+        if folder.name not in needed:
+            shutil.rmtree(folder)
+    return committed / name
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.pages.notebooks", description=__doc__)
-    parser.add_argument("command", choices=("run", "refresh"), help="into results/, or in place")
+    parser.add_argument(
+        "command",
+        choices=("run", "refresh", "keep"),
+        help="into results/, in place, or what was run to the committed ones",
+    )
     parser.add_argument("names", nargs="+", metavar="figNN")
     parser.add_argument("--profile", default="quick")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
@@ -175,7 +214,10 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.names:
         start, failed = time.perf_counter(), f"{name} failed, its old result is as it was: "
         try:
-            made = refresh(name) if options.command == "refresh" else run(name, options.profile, given[name])
+            if options.command == "run":
+                made = run(name, options.profile, given[name])
+            else:
+                made = refresh(name) if options.command == "refresh" else keep(name, options.profile)
         except ConfigError as error:
             return _told(2, f"{named(name)}: {error}")
         except (PapermillExecutionError, CellExecutionError) as error:

@@ -106,6 +106,7 @@ class Digits(Parameters):
     epochs: int | None
     seed: int
     digits: Count
+    train: bool
     results: PathName | None
 
     def agree(self, **fixed: Any) -> None:
@@ -143,6 +144,7 @@ class Faces(Parameters):
     train_images: int | None
     test_images: int | None
     seed: Seed
+    train: bool
     results: PathName | None
 
     def config(self, task: str, **own: Any) -> FacesConfig:
