@@ -98,6 +98,7 @@ bench: $(INSTALLED) ## times beside other implementations and of stacks, errors,
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_tolerances.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_reproducibility.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_pylopt.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_published.py
 
 gpu: ## a GPU beside the CPU, its times, with Python and torch alone (ARGS="--sweep 10": and trains runs to bring home)
 	@$(or $(PYTHON),python3) -m lib.experiments.bare $(ARGS)

@@ -33,7 +33,7 @@ PACKAGES = ["pylopt==1.0.0", "quartic_bspline_extension==0.3.0", "confuse==2.3.0
 PACKAGES += ["opencv-python-headless==5.0.0.93", "PyQt5==5.15.11", "pandas", "tensorboard==2.21.0"]
 """PyLOpt and what it imports; the others have the versions of `requirements.lock`."""
 
-OURS = our_config("quick", "denoising", model="bilevel", test_images=100, test_every=2)
+OURS = our_config("quick", "denoising", model="bilevel", test_images=100, test_every=2, epochs=40)
 
 LONGER, MOST = 10, 900.0
 """PyLOpt trains until it stalls, ten times as long as we do and a quarter of an hour at most."""
