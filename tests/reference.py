@@ -20,7 +20,7 @@ import pytest
 from lib.experiments.config import RunConfig
 from lib.experiments.runs import REFERENCE, code_version
 from lib.experiments.store import RESULTS
-from lib.figures.comparison import VERDICTS, has_converged
+from lib.figures.comparison import ANSWERS, has_converged
 
 MADE = RESULTS / "quick"
 
@@ -105,7 +105,7 @@ def differences(
 
 
 def figure_differences(made: Path, reference: Path) -> list[str]:
-    """What of a figure's table and claims is not as in the reference, of the folders of both."""
+    """What of a figure's table and questions is not as in the reference, of the folders of both."""
     name = f"{provenance(reference)['figure']}.csv"
     here, there = (pd.read_csv(folder / name) for folder in (made, reference))
     records = provenance(reference).get("runs", {}).values()
@@ -125,11 +125,11 @@ def figure_differences(made: Path, reference: Path) -> list[str]:
         here, there = (pd.read_csv(folder / OURS) for folder in (made, reference))
         own = all(converged for run, converged in runs.items() if ", ours" in run)
         found += differences(here, there, pd.Series(own, there.index), SEARCH if searched else 1.0)
-    if (reference / "claims.json").exists():
-        claims, expected = (json.loads((f / "claims.json").read_bytes()) for f in (made, reference))
-        said, known = ([(c["statement"], c["rule"]) for c in some] for some in (claims, expected))
-        if said != known or not {claim["verdict"] for claim in claims} <= set(VERDICTS):
-            found.append(f"other claims: {claims}")
+    if (reference / "questions.json").exists():
+        questions, expected = (json.loads((f / "questions.json").read_bytes()) for f in (made, reference))
+        asked, known = ([(q["question"], q["rule"]) for q in some] for some in (questions, expected))
+        if asked != known or not {question["answer"] for question in questions} <= set(ANSWERS):
+            found.append(f"other questions: {questions}")
     return found
 
 
@@ -148,7 +148,7 @@ def grid_differences(
 
 @pytest.mark.parametrize("name", [*sorted(path.name for path in REFERENCE.glob("fig*")), *PAGES])
 def test_a_figure_is_that_of_the_reference(name: str) -> None:
-    """Its table, within the tolerances, and its claims' statements."""
+    """Its table, within the tolerances, and its questions."""
     if not (MADE / name / "provenance.json").exists():
         pytest.skip(f"{name} was not made")
     if reason := incomparable(provenance(MADE / name), provenance(REFERENCE / name)):

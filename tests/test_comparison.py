@@ -1,7 +1,8 @@
-"""The comparison: outcomes, pairs, their statistics, and verdicts that follow from the numbers alone."""
+"""The comparison: outcomes, pairs, their statistics, and answers that follow from the numbers alone."""
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import product
 from typing import Any
@@ -14,17 +15,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
+from lib.experiments.runs import REFERENCE
 from lib.experiments.sweep import Sweep
 from lib.figures.comparison import (
+    NO,
     NOT_DECIDED,
-    NOT_REPRODUCED,
     OUTCOMES,
-    REPRODUCED,
-    Claim,
+    YES,
+    Question,
     best_runs,
     check_sweep,
-    claims_of_best_runs,
-    claims_per_task,
     decide,
     epoch_budget,
     epochs_within,
@@ -35,7 +35,9 @@ from lib.figures.comparison import (
     paired,
     paired_table,
     paired_test,
-    print_claims,
+    print_answers,
+    questions_of_best_runs,
+    questions_per_task,
 )
 from lib.operators import TASKS
 
@@ -55,7 +57,7 @@ RUN: dict[str, Any] = {
 }
 """A run as a row of the table of runs."""
 
-OPPOSITE = {REPRODUCED: NOT_REPRODUCED, NOT_REPRODUCED: REPRODUCED, NOT_DECIDED: NOT_DECIDED}
+OPPOSITE = {YES: NO, NO: YES, NOT_DECIDED: NOT_DECIDED}
 
 LOSSES = st.floats(0, 1)
 CONFIGURATIONS = st.tuples(
@@ -361,25 +363,20 @@ def test_epochs_are_counted_to_the_second() -> None:
 
 
 @pytest.mark.parametrize(
-    ("supported", "refuted", "verdict"),
-    [
-        (True, False, REPRODUCED),
-        (False, True, NOT_REPRODUCED),
-        (False, False, NOT_DECIDED),
-        (True, True, NOT_DECIDED),
-    ],
+    ("supported", "refuted", "answer"),
+    [(True, False, YES), (False, True, NO), (False, False, NOT_DECIDED), (True, True, NOT_DECIDED)],
 )
-def test_a_verdict_needs_one_side(supported: bool, refuted: bool, verdict: str) -> None:
+def test_an_answer_needs_one_side(supported: bool, refuted: bool, answer: str) -> None:
     """What speaks for neither side, or for both, decides nothing."""
-    assert decide(supported, refuted) == verdict
+    assert decide(supported, refuted) == answer
 
 
 CLEAR = np.linspace(0.1, 1.0, 30)
 """Thirty differences, all of them positive."""
 
 DIFFERENCES = {
-    "all positive": (CLEAR, REPRODUCED),
-    "mostly positive": (np.concatenate([CLEAR, -CLEAR[:3] / 10]), REPRODUCED),
+    "all positive": (CLEAR, YES),
+    "mostly positive": (np.concatenate([CLEAR, -CLEAR[:3] / 10]), YES),
     "balanced": (np.concatenate([CLEAR, -CLEAR]), NOT_DECIDED),
     "few": (CLEAR[:4], NOT_DECIDED),
     "one": (CLEAR[:1], NOT_DECIDED),
@@ -390,28 +387,28 @@ DIFFERENCES = {
 }
 
 
-@pytest.mark.parametrize(("differences", "verdict"), list(DIFFERENCES.values()), ids=list(DIFFERENCES))
+@pytest.mark.parametrize(("differences", "answer"), list(DIFFERENCES.values()), ids=list(DIFFERENCES))
 @pytest.mark.parametrize("task", TASKS)
-def test_the_verdict_on_a_task(task: str, differences: NDArray[np.float64], verdict: str) -> None:
-    """Reproduced for clearly positive differences, the opposite with the models swapped, the rest open."""
-    for sign, expected in ((1, verdict), (-1, OPPOSITE[verdict])):
-        claims = claims_per_task(pairs_table(**{task: sign * differences}), "it is so")
-        assert [claim.statement for claim in claims] == [f"{name}: it is so" for name in TASKS]
-        verdicts = {claim.statement.partition(":")[0]: claim.verdict for claim in claims}
-        assert verdicts == dict.fromkeys(TASKS, NOT_DECIDED) | {task: expected}
-        (numbers,) = (claim.numbers for claim in claims if claim.statement.startswith(task))
-        assert numbers.startswith(f"{len(differences)} pairs, median ")
+def test_the_answer_for_a_task(task: str, differences: NDArray[np.float64], answer: str) -> None:
+    """Yes for clearly positive differences, the opposite with the models swapped, the rest open."""
+    for sign, expected in ((1, answer), (-1, OPPOSITE[answer])):
+        questions = questions_per_task(pairs_table(**{task: sign * differences}), "is it so?")
+        assert [question.question for question in questions] == [f"{name}: is it so?" for name in TASKS]
+        answers = {question.question.partition(":")[0]: question.answer for question in questions}
+        assert answers == dict.fromkeys(TASKS, NOT_DECIDED) | {task: expected}
+        (numbers,) = (question.numbers for question in questions if question.question.startswith(task))
+        assert f"; {len(differences)} pairs, " in numbers
 
 
 def test_the_level_of_significance_is_a_parameter() -> None:
     """Six positive differences have p = 0.03: enough for the level 0.05 and not for 0.01."""
     pairs = pairs_table(denoising=CLEAR[:6])
-    assert claims_per_task(pairs, "so")[0].verdict == REPRODUCED
-    assert claims_per_task(pairs, "so", level=0.01)[0].verdict == NOT_DECIDED
+    assert questions_per_task(pairs, "so?")[0].answer == YES
+    assert questions_per_task(pairs, "so?", level=0.01)[0].answer == NOT_DECIDED
 
 
-def test_swapping_the_models_swaps_the_verdicts() -> None:
-    """From runs to verdicts: what speaks for the DEQ speaks against it when the names are exchanged."""
+def test_swapping_the_models_swaps_the_answers() -> None:
+    """From runs to answers: what speaks for the DEQ speaks against it when the names are exchanged."""
     rng = np.random.default_rng(0)
     rows = [
         {
@@ -425,10 +422,10 @@ def test_swapping_the_models_swaps_the_verdicts() -> None:
         for model in ("deq", "bilevel")
     ]
     runs = runs_table(*rows)
-    verdicts = [claim.verdict for claim in claims_per_task(paired(runs, "test_loss"), "the DEQ is lower")]
-    assert verdicts == [REPRODUCED, NOT_REPRODUCED, NOT_DECIDED]
-    again = [claim.verdict for claim in claims_per_task(paired(swapped(runs), "test_loss"), "so")]
-    assert again == [OPPOSITE[verdict] for verdict in verdicts]
+    answers = [question.answer for question in questions_per_task(paired(runs, "test_loss"), "so?")]
+    assert answers == [YES, NO, NOT_DECIDED]
+    again = [question.answer for question in questions_per_task(paired(swapped(runs), "test_loss"), "so?")]
+    assert again == [OPPOSITE[answer] for answer in answers]
 
 
 NOISES = (0.0, 0.05, 0.1, 0.5, 1.0)
@@ -447,38 +444,38 @@ def best_of_panels(wins: int, panels: int = len(PANELS)) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(
-    ("wins", "panels", "verdict"),
+    ("wins", "panels", "answer"),
     [
-        (15, 15, REPRODUCED),
-        (12, 15, REPRODUCED),
+        (15, 15, YES),
+        (12, 15, YES),
         (11, 15, NOT_DECIDED),
         (8, 15, NOT_DECIDED),
         (7, 15, NOT_DECIDED),
         (4, 15, NOT_DECIDED),
-        (3, 15, NOT_REPRODUCED),
-        (0, 15, NOT_REPRODUCED),
-        (6, 6, REPRODUCED),
+        (3, 15, NO),
+        (0, 15, NO),
+        (6, 6, YES),
         (5, 5, NOT_DECIDED),
         (1, 1, NOT_DECIDED),
     ],
 )
-def test_the_verdict_on_the_best_runs(wins: int, panels: int, verdict: str) -> None:
+def test_the_answer_of_the_best_runs(wins: int, panels: int, answer: str) -> None:
     """A two-sided sign test over the panels decides, and with the models swapped it decides the opposite."""
     best = best_of_panels(wins, panels)
-    first, _ = claims_of_best_runs(best)
-    assert first.verdict == verdict
-    assert first.numbers.startswith(f"in {wins} of {panels} panels, p = ")
-    reverse, _ = claims_of_best_runs(swapped(best))
-    assert reverse.verdict == OPPOSITE[verdict]
-    assert reverse.numbers.startswith(f"in {panels - wins} of {panels} panels, p = ")
+    first, _ = questions_of_best_runs(best)
+    assert first.answer == answer
+    assert first.numbers.startswith(f"in {wins} of {panels} panels; p = ")
+    reverse, _ = questions_of_best_runs(swapped(best))
+    assert reverse.answer == OPPOSITE[answer]
+    assert reverse.numbers.startswith(f"in {panels - wins} of {panels} panels; p = ")
 
 
 def test_a_panel_needs_both_models() -> None:
     """Panels with one model's best run only are not counted."""
     best = best_of_panels(15)
     one_sided = best[(best["model"] == "bilevel") | (best["noise"] > 0)]
-    assert claims_of_best_runs(one_sided)[0].numbers.startswith("in 12 of 12 panels")
-    assert claims_of_best_runs(best[best["model"] == "deq"])[0].verdict == NOT_DECIDED
+    assert questions_of_best_runs(one_sided)[0].numbers.startswith("in 12 of 12 panels")
+    assert questions_of_best_runs(best[best["model"] == "deq"])[0].answer == NOT_DECIDED
 
 
 def best_over_noise(falling: int) -> pd.DataFrame:
@@ -495,52 +492,64 @@ def best_over_noise(falling: int) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(
-    ("falling", "verdict"),
-    [(0, REPRODUCED), (1, NOT_DECIDED), (2, NOT_DECIDED), (3, NOT_REPRODUCED), (6, NOT_REPRODUCED)],
+    ("falling", "answer"), [(0, YES), (1, NOT_DECIDED), (2, NOT_DECIDED), (3, NO), (6, NO)]
 )
-def test_the_verdict_on_the_noise(falling: int, verdict: str) -> None:
-    """One fall anywhere spoils a case; reproduced needs all cases, not reproduced half of them."""
-    _, second = claims_of_best_runs(best_over_noise(falling))
-    assert second.verdict == verdict
+def test_the_answer_about_the_noise(falling: int, answer: str) -> None:
+    """One fall anywhere spoils a case; yes needs all cases, no half of them."""
+    _, second = questions_of_best_runs(best_over_noise(falling))
+    assert second.answer == answer
     assert second.numbers == f"in {6 - falling} of 6 cases"
 
 
 def test_a_level_loss_does_not_rise() -> None:
     """Equal losses at two noise levels are no rise."""
     flat = best_table({("denoising", noise, "deq"): 0.2 for noise in NOISES})
-    assert claims_of_best_runs(flat)[1].verdict == NOT_REPRODUCED
+    assert questions_of_best_runs(flat)[1].answer == NO
 
 
 def test_nothing_decides_nothing() -> None:
-    """No best runs, or one noise level only: both claims stay open where nothing speaks for them."""
+    """No best runs, or one noise level only: both questions stay open where nothing speaks for a yes."""
     empty = best_runs(runs_table({"status": "diverged"}))
-    assert [claim.verdict for claim in claims_of_best_runs(empty)] == [NOT_DECIDED] * 2
+    assert [question.answer for question in questions_of_best_runs(empty)] == [NOT_DECIDED] * 2
     one_level = best_of_panels(15)
     one_level = one_level[one_level["noise"] == 0.1]
-    assert [claim.verdict for claim in claims_of_best_runs(one_level)] == [NOT_DECIDED] * 2
+    assert [question.answer for question in questions_of_best_runs(one_level)] == [NOT_DECIDED] * 2
 
 
-def test_claims_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    """A line per claim, its verdict first and its numbers last, and each rule once."""
-    claims = [
-        Claim("it is so", REPRODUCED, "3 pairs", "count"),
-        Claim("it is not", NOT_DECIDED, "0 pairs", "count"),
-        Claim("it was", NOT_DECIDED, "1 pair", "weigh"),
+def test_answers_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line per question, its answer first and its numbers last, and each rule once."""
+    questions = [
+        Question("is it so?", YES, "3 pairs", "count"),
+        Question("is it not?", NOT_DECIDED, "0 pairs", "count"),
+        Question("was it?", NOT_DECIDED, "1 pair", "weigh"),
     ]
-    print_claims(claims)
+    print_answers(questions)
     assert capsys.readouterr().out.splitlines() == [
-        "REPRODUCED: it is so: 3 pairs",
-        "NOT DECIDED AT THIS BUDGET: it is not: 0 pairs",
+        "YES: is it so? 3 pairs",
+        "NOT DECIDED AT THIS BUDGET: is it not? 0 pairs",
         "Rule: count",
-        "NOT DECIDED AT THIS BUDGET: it was: 1 pair",
+        "NOT DECIDED AT THIS BUDGET: was it? 1 pair",
         "Rule: weigh",
     ]
 
 
 def test_the_rule_names_the_level() -> None:
-    """A claim decided at another level says so."""
-    assert "p is below 0.01" in claims_per_task(pairs_table(), "so", level=0.01)[0].rule
-    assert "p below 0.01" in claims_of_best_runs(best_of_panels(15), level=0.01)[0].rule
+    """A question answered at another level says so."""
+    assert "p is below 0.01" in questions_per_task(pairs_table(), "so?", level=0.01)[0].rule
+    assert "p below 0.01" in questions_of_best_runs(best_of_panels(15), level=0.01)[0].rule
+
+
+def test_the_committed_answers_are_those_of_the_committed_runs() -> None:
+    """Figures 1 and 5: what stands in the reference and in the README follows from the table of the sweep."""
+    runs = pd.read_parquet(REFERENCE / "sweep" / "runs.parquet")
+    made = {
+        "fig01": questions_per_task(paired(kept_runs(runs), "test_loss"), "so?"),
+        "fig05": questions_of_best_runs(best_runs(runs)),
+    }
+    for name, questions in made.items():
+        committed = json.loads((REFERENCE / name / "questions.json").read_bytes())
+        found = [(question.answer, question.numbers, question.rule) for question in questions]
+        assert found == [(known["answer"], known["numbers"], known["rule"]) for known in committed]
 
 
 def sound_sweep() -> Sweep:

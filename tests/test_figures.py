@@ -321,19 +321,23 @@ def test_the_solver_steps_are_medians_over_the_runs() -> None:
             assert axis.get_ylim() == panels[0].get_ylim()
 
 
+def budget(sweep: Sweep) -> str:
+    return sweep_budget(sweep.profile, sweep.provenance)
+
+
 def test_the_budget_of_a_sweep() -> None:
     """Data, profile, configurations, images and epochs; missing runs are named, if there are any."""
-    line = sweep_budget(MIXED)
+    line = budget(MIXED)
     missing = int((MIXED.runs["status"] == "not run").sum())
     assert missing > 0
     for part in ("MNIST 14x14", "profile quick", "72 configurations", "20,000 training images", "4 epochs"):
         assert part in line
     assert "100 test images" in line
     assert line.endswith(f"{missing} configurations not run")
-    assert "not run" not in sweep_budget(COMPLETE)
-    assert "profile paper" in sweep_budget(replace(COMPLETE, profile="paper"))
+    assert "not run" not in budget(COMPLETE)
+    assert "profile paper" in budget(replace(COMPLETE, profile="paper"))
     several = make_sweep({c: record(0.9) for c in grid("smoke", epochs=[2, 5])}, "smoke")
-    assert "2 or 5 epochs" in sweep_budget(several)
+    assert "2 or 5 epochs" in budget(several)
 
 
 @pytest.mark.parametrize(("name", "case"), list(product(DRAWINGS, DEGENERATE)))
@@ -341,7 +345,7 @@ def test_a_figure_of_little_is_drawn(name: str, case: str) -> None:
     """A sweep that lacks runs, tasks or a model makes a picture with its budget, and no warning."""
     sweep = DEGENERATE[case]()
     fig = DRAWINGS[name](sweep)
-    assert sweep_budget(sweep) in texts(fig)
+    assert budget(sweep) in texts(fig)
     fig.draw_without_rendering()
 
 
@@ -372,17 +376,17 @@ def test_a_saved_figure_has_its_numbers_and_its_provenance(name: str, tmp_path: 
     assert_same_files(folder, save("fig", fig, table, SMALL, "quick", tmp_path / "again"))
 
 
-def test_claims_are_kept_with_the_figure(tmp_path: Path) -> None:
-    """Statement, verdict, numbers and rule, sealed in the provenance; no file where nothing is claimed."""
+def test_questions_are_kept_with_the_figure(tmp_path: Path) -> None:
+    """Question, answer, numbers and rule, sealed in the provenance; no file where nothing is asked."""
     fig, table = loss_figure(SMALL), SMALL.runs
-    claims = [comparison.Claim("it is so", comparison.REPRODUCED, "3 pairs", "count them")]
-    folder = save("fig", fig, table, SMALL, "quick", tmp_path, claims)
-    content = (folder / "claims.json").read_bytes()
-    kept = {"statement": "it is so", "verdict": "reproduced", "numbers": "3 pairs", "rule": "count them"}
+    questions = [comparison.Question("is it so?", comparison.YES, "3 pairs", "count them")]
+    folder = save("fig", fig, table, SMALL, "quick", tmp_path, questions)
+    content = (folder / "questions.json").read_bytes()
+    kept = {"question": "is it so?", "answer": "yes", "numbers": "3 pairs", "rule": "count them"}
     assert json.loads(content) == [kept]
     provenance = json.loads((folder / "provenance.json").read_text())
-    assert provenance["sha256"]["claims.json"] == hashlib.sha256(content).hexdigest()
-    assert not (save("none", fig, table, SMALL, "quick", tmp_path) / "claims.json").exists()
+    assert provenance["sha256"]["questions.json"] == hashlib.sha256(content).hexdigest()
+    assert not (save("none", fig, table, SMALL, "quick", tmp_path) / "questions.json").exists()
 
 
 @pytest.mark.parametrize("name", DRAWINGS)

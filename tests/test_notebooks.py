@@ -59,8 +59,8 @@ def test_notebook_makes_its_files(name: str, tmp_path: Path) -> None:
     executed = nbformat.read(folder / f"{name}.ipynb", as_version=4)
     assert any("seed = 1" in cell.source for cell in executed.cells)
     provenance = json.loads((folder / "provenance.json").read_text())
-    decides = any("claims = " in cell.source for cell in cells(name))
-    assert ("claims.json" in provenance["sha256"]) == decides
+    decides = any("questions = " in cell.source for cell in cells(name))
+    assert ("questions.json" in provenance["sha256"]) == decides
     shared = [provenance["shared"]] if "shared" in provenance else provenance["runs"].values()
     assert {values["seed"] for values in shared} == {1}
     for file, digest in provenance["sha256"].items():

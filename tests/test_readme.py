@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib.experiments.store import REPOSITORY
+from lib.pages.report import answers_table
 
 README = REPOSITORY / "README.md"
 
@@ -34,5 +35,12 @@ def test_what_a_page_names_exists(page: Path) -> None:
 
 def test_the_first_page_is_short_and_begins_with_the_first_steps() -> None:
     text = README.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) <= 185
     assert re.findall(r"nbs/(\w+)\.ipynb", text)[0] == "first_steps"
+
+
+def test_the_answers_are_the_committed_ones() -> None:
+    """`python -m lib.pages.report --answers` prints what stands between the two comments."""
+    text = README.read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- answers -->\n(.*)\n<!-- /answers -->", text, re.DOTALL)
+    assert table == answers_table()

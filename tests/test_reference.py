@@ -97,7 +97,7 @@ def test_compared_cells_show_checks_alone(path: Path) -> None:
     "finding",
     [
         "print(round(result.table.psnr['deq']))",
-        "comparison.print_claims(claims)",
+        "comparison.print_answers(questions)",
         "for name in runs:\n    print(f'{name}: better')",
         "result.table.round(1)",
         "result.table",
@@ -122,7 +122,7 @@ def printing(path: Path) -> set[str]:
 def test_what_prints_says_so() -> None:
     """By its name, so that the cells that call it can be told apart."""
     names = set().union(*map(printing, FIGURE_MODULES))
-    assert names >= {"check_sweep", "print_claims"}
+    assert names >= {"check_sweep", "print_answers"}
     assert {name for name in names if not name.startswith(("check", "print_"))} == set()
 
 
@@ -334,8 +334,8 @@ def write_figure(folder: Path, table: pd.DataFrame, **record: Any) -> Path:
     runs = {n: {"name": n, "noise": 0.1, "status": "completed", "converged": c} for n, c in names.items()}
     kept = {"figure": "fig", "runs": runs, "code": code_version()} | record
     (folder / "provenance.json").write_text(json.dumps(kept))
-    claims = [{"statement": "so", "rule": "count", "verdict": "reproduced", "numbers": "3"}]
-    (folder / "claims.json").write_text(json.dumps(claims))
+    questions = [{"question": "is it so?", "rule": "count", "answer": "yes", "numbers": "3"}]
+    (folder / "questions.json").write_text(json.dumps(questions))
     return folder
 
 
@@ -410,12 +410,12 @@ def test_kernels_are_those_of_their_run(converged: bool, tmp_path: Path) -> None
     assert len(reference.figure_differences(here, there)) == 2 * converged
 
 
-@pytest.mark.parametrize(("part", "same"), [("numbers", True), ("statement", False), ("verdict", False)])
-def test_claims_are_the_same_but_for_their_numbers(part: str, same: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("part", "same"), [("numbers", True), ("question", False), ("answer", False)])
+def test_questions_are_the_same_but_for_their_numbers(part: str, same: bool, tmp_path: Path) -> None:
     here, there = (write_figure(tmp_path / name, QUALITY) for name in "ab")
-    claims = json.loads((here / "claims.json").read_text())
-    claims[0][part] = "other"
-    (here / "claims.json").write_text(json.dumps(claims))
+    questions = json.loads((here / "questions.json").read_text())
+    questions[0][part] = "other"
+    (here / "questions.json").write_text(json.dumps(questions))
     assert (reference.figure_differences(here, there) == []) == same
 
 

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,19 @@ from bs4 import BeautifulSoup, Tag
 from PIL import Image
 
 from lib.experiments.provenance import read_described
-from lib.experiments.store import REPOSITORY
-from lib.figures.comparison import NOT_DECIDED, NOT_REPRODUCED, REPRODUCED, Claim
+from lib.experiments.store import REPOSITORY, DamagedFile
+from lib.figures.comparison import NO, NOT_DECIDED, YES, Question
 from lib.pages import report
 from lib.pages.notebooks import NOTEBOOKS
 
 NAMES = sorted(path.stem.partition("_")[0] for path in NOTEBOOKS.glob("fig*.ipynb"))
 ABSENT = ["fig11", "fig17"]
-CLAIMS = [
-    Claim("the first", REPRODUCED, "3 pairs", "by counting"),
-    Claim("the second", NOT_REPRODUCED, "4 pairs", "by counting"),
-    Claim("the third", NOT_DECIDED, "p = 0.4", "by a test"),
+QUESTIONS = [
+    Question("the first?", YES, "median +3 [+1, +4]; 3 pairs", "by counting"),
+    Question("the second?", NO, "median -3 [-4, -1]; 4 pairs", "by counting"),
+    Question("the third?", NOT_DECIDED, "in 2 of 4; p = 0.4", "by a test"),
 ]
+BUDGET = "MNIST 14x14; profile {}: 540 configurations, 320 training images, 5 epochs; 100 test images"
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
 ENVIRONMENT = {
     "python": "3.11.7",
@@ -52,19 +53,19 @@ def png(side: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_figure(profile: Path, name: str, claims: list[Claim] | None = None, **changes: Any) -> Path:
-    """A small figure's folder, as the notebooks leave it."""
-    folder = profile / name
+def write_figure(parent: Path, name: str, questions: list[Question] | None = None, **changes: Any) -> Path:
+    """A small figure's folder, as the notebooks leave it, among a profile's or among the committed ones."""
+    folder = parent / name
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         f"{name}.png": png(2000),
         f"{name}.pdf": b"%PDF-1.4",
         f"{name}.csv": b"image,psnr,epochs\ninput,26.021871566772,3\nbilevel,,4\n",
     }
-    if claims:
-        files["claims.json"] = json.dumps([asdict(claim) for claim in claims]).encode()
+    if questions:
+        files["questions.json"] = json.dumps([asdict(question) for question in questions]).encode()
     provenance = {
-        "profile": profile.name,
+        "profile": "quick" if parent.name == "reference" else parent.name,
         "created": "2026-11-24T02:02:26Z",
         "code": "0123456789abcdef",
         "data": {"mnist": {"train-images": f"md5:{name}"}},
@@ -72,6 +73,8 @@ def write_figure(profile: Path, name: str, claims: list[Claim] | None = None, **
         "trained_on": [ENVIRONMENT],
         "training_seconds": 579.6,
         "statuses": {"completed": 540},
+        "axes": {},
+        "shared": {"dataset": "mnist", "size": 14, "train_images": 320, "test_images": 100, "epochs": 5},
         "sha256": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
     }
     files["provenance.json"] = json.dumps(provenance | changes).encode()
@@ -123,11 +126,11 @@ def executed(name: str, printed: str = "done", **parameters: Any) -> str:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """All figures but two, three claims, and the comparison of machines."""
+    """All figures but two, three questions, and the comparison of machines."""
     write_bench(tmp_path)
     for name in NAMES:
         if name not in ABSENT:
-            write_figure(tmp_path / "quick", name, CLAIMS if name == "fig05" else None)
+            write_figure(tmp_path / "quick", name, QUESTIONS if name == "fig05" else None)
     return tmp_path
 
 
@@ -197,23 +200,116 @@ def test_a_formula_that_cannot_be_converted_is_shown_as_it_is() -> None:
     assert report.markdown(r"so $\left( <b>$ it is") == "<p>so <code>\\left( &lt;b&gt;</code> it is</p>\n"
 
 
-def test_the_claims_are_complete(results: Path) -> None:
-    """Statement, verdict and numbers in a row, under their rule, with links to figure and notebook."""
+def test_the_questions_are_complete(results: Path) -> None:
+    """Question, answer and numbers in a row, under their rule, with links to figure and notebook."""
     page = built(results)
-    bodies = page.select("table.claims tbody")
+    bodies = page.select("table.questions tbody")
     found = []
     for body in bodies:
         rule = body.select_one("th")
         assert [a["href"] for a in rule.select("a")] == ["#fig05", "fig05/fig05.html"]
         for row in body.select("tr")[1:]:
-            statement, verdict, numbers = (td.get_text(strip=True) for td in row.select("td"))
-            found.append((statement, verdict, numbers, rule.find_all(string=True)[-1].strip()))
-    assert found == [(c.statement, c.verdict, c.numbers, c.rule) for c in CLAIMS]
-    said = text_of(page, "#claims")
+            question, here, there = row.select("td")
+            words = [question.get_text(), *here.stripped_strings, rule.find_all(string=True)[-1].strip()]
+            found.append(Question(*words))
+            assert there.get_text() == "–"
+    assert found == QUESTIONS
+    assert heads(page) == ["Question", f"quick {BUDGET.format('quick')}", "overnight –"]
+    said = text_of(page, "#questions")
     silent = ", ".join(str(int(n[3:])) for n in NAMES if n not in [*ABSENT, "fig05"])
     assert f"figures {silent}" in said.replace(" ,", ",")
-    counts = "3 claims decided by a rule: 1 reproduced, 1 not reproduced, 1 not decided"
+    counts = "3 questions answered by a rule: 1 yes, 1 no, 1 not decided at this budget"
     assert counts in text_of(page, "header")
+
+
+def heads(page: BeautifulSoup) -> list[str]:
+    return [" ".join(th.get_text(" ").split()) for th in page.select("table.questions thead th")]
+
+
+def answers(page: BeautifulSoup) -> list[list[str]]:
+    """The rows of the table of questions: question, and a cell per profile."""
+    rows = [tr.select("td") for tr in page.select("table.questions tbody tr")]
+    return [[" ".join(td.get_text(" ").split()) for td in row] for row in rows if row]
+
+
+OTHERS = [
+    Question("the first?", NO, "median -9 [-9, -8]; 3 pairs", "by counting"),
+    Question("the third?", YES, "in 4 of 4; p = 0.01", "by a test"),
+]
+
+
+def test_answers_of_other_profiles_stand_beside(results: Path) -> None:
+    """Those that are committed, matched by figure and question, each column with its budget."""
+    write_figure(results / "reference" / "overnight", "fig05", OTHERS)
+    write_figure(results / "reference" / "overnight", "fig06", OTHERS[:1])
+    write_figure(results / "reference", "fig05", QUESTIONS[:1])
+    page = built(results)
+    assert heads(page)[1:] == [f"{name} {BUDGET.format(name)}" for name in ("quick", "overnight")]
+    assert answers(page) == [
+        ["the first?", "yes median +3 [+1, +4]; 3 pairs", "no median -9 [-9, -8]; 3 pairs"],
+        ["the second?", "no median -3 [-4, -1]; 4 pairs", "–"],
+        ["the third?", "not decided at this budget in 2 of 4; p = 0.4", "yes in 4 of 4; p = 0.01"],
+        ["the first?", "–", "no median -9 [-9, -8]; 3 pairs"],
+    ]
+    assert "3 questions answered by a rule: 1 yes, 1 no" in text_of(page, "header")
+    write_figure(results / "paper", "fig05", QUESTIONS[1:2])
+    page = built(results, "paper")
+    assert [head.split()[0] for head in heads(page)] == ["Question", "paper", "quick", "overnight"]
+    assert answers(page)[:2] == [
+        ["the second?", "no median -3 [-4, -1]; 4 pairs", "–", "–"],
+        ["the first?", "–", "yes median +3 [+1, +4]; 3 pairs", "no median -9 [-9, -8]; 3 pairs"],
+    ]
+
+
+def test_an_answer_under_another_rule_has_its_own_row(results: Path) -> None:
+    """Answers that were decided in different ways are not passed off as comparable."""
+    write_figure(results / "reference" / "overnight", "fig05", [replace(OTHERS[0], rule="by tossing a coin")])
+    page = built(results)
+    assert [row for row in answers(page) if row[0] == "the first?"] == [
+        ["the first?", "yes median +3 [+1, +4]; 3 pairs", "–"],
+        ["the first?", "–", "no median -9 [-9, -8]; 3 pairs"],
+    ]
+    assert "by tossing a coin" in text_of(page, "table.questions")
+
+
+DAMAGES = {
+    "another file": ("questions.json", b"[]", "questions.json is not the file that"),
+    "no provenance": ("provenance.json", None, "provenance.json is missing"),
+    "another provenance": ("provenance.json", b"{}", "provenance.json cannot be read: KeyError: 'profile'"),
+}
+
+
+@pytest.mark.parametrize(("file", "content", "said"), DAMAGES.values(), ids=list(DAMAGES))
+def test_damaged_committed_answers_are_named(
+    results: Path, file: str, content: bytes | None, said: str
+) -> None:
+    """Among what is missing, by their folder, and instead of a table in Markdown; none of them is shown."""
+    path = write_figure(results / "reference" / "overnight", "fig05", OTHERS) / file
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    page = built(results)
+    told = f"{results.name}/reference/overnight/fig05: {said}"
+    assert told in text_of(page, "#missing")
+    assert {row[2] for row in answers(page)} == {"–"}
+    with pytest.raises(DamagedFile, match=re.escape(told)):
+        report.answers_table(results)
+
+
+def test_answers_are_a_table_in_markdown(results: Path) -> None:
+    """A row per question in the figures' order; the numbers that decide; dashes where nothing is."""
+    assert report.answers_table(results).splitlines()[1:] == ["| --- | --- | --- | --- |"]
+    write_figure(results / "reference" / "overnight", "fig05", OTHERS)
+    write_figure(results / "reference" / "overnight", "fig06", OTHERS[:1])
+    write_figure(results / "reference", "fig05", QUESTIONS)
+    assert report.answers_table(results).splitlines() == [
+        "| figure | question | quick | overnight |",
+        "| --- | --- | --- | --- |",
+        "| 5 | the first? | yes: median +3 [+1, +4] | no: median −9 [−9, −8] |",
+        "| 5 | the second? | no: median −3 [−4, −1] | – |",
+        "| 5 | the third? | not decided at this budget: in 2 of 4 | yes: in 4 of 4 |",
+        "| 6 | the first? | – | no: median −9 [−9, −8] |",
+    ]
 
 
 def test_what_is_missing_is_named(results: Path) -> None:
@@ -225,7 +321,7 @@ def test_what_is_missing_is_named(results: Path) -> None:
     write_figure(quick, "fig02", statuses={}, runs=runs, trained_on={"a": ENVIRONMENT})
     (quick / "fig03" / "fig03.png").unlink()
     (quick / "fig04" / "fig04.csv").write_text("a,b\n1,2\n")
-    (quick / "fig05" / "claims.json").write_text("[{}]")
+    (quick / "fig05" / "questions.json").write_text("[{}]")
     (quick / "fig06" / "provenance.json").unlink()
     (quick / "fig07" / "fig07.ipynb").write_text("not JSON")
     (quick / "fig08" / "fig08.csv").write_text("")
@@ -239,7 +335,7 @@ def test_what_is_missing_is_named(results: Path) -> None:
         2: "of 2 runs 1 diverged",
         3: "fig03.png is missing",
         4: "fig04.csv is not the file that provenance.json describes",
-        5: "claims.json is not the file that provenance.json describes; claims.json cannot be read",
+        5: "questions.json is not the file that provenance.json describes",
         6: "provenance.json is missing",
         7: "fig07.ipynb cannot be read",
         8: "fig08.csv cannot be read",
@@ -255,7 +351,7 @@ def test_what_is_missing_is_named(results: Path) -> None:
     assert "Not made, so nothing is said of: figures 11, 17" in text_of(page, "#missing").replace(" ,", ",")
     assert [a.get_text() for a in page.select("nav .absent")] == ["11", "17"]
     assert not page.select("#fig03 img")
-    assert not page.select("table.claims")
+    assert not page.select("table.questions")
 
 
 def test_a_profile_of_which_nothing_is_made_has_a_page(tmp_path: Path) -> None:
@@ -369,8 +465,9 @@ def test_other_parameters_are_told(results: Path) -> None:
 def make_hostile(results: Path) -> Path:
     """A figure whose every text is hostile; returns the folder of its notebook."""
     quick = results / "quick"
-    claims = [Claim(HOSTILE, REPRODUCED, HOSTILE, HOSTILE)]
-    folder = write_figure(quick, "fig01", claims, code=HOSTILE, data={HOSTILE: {HOSTILE: HOSTILE}})
+    questions = [Question(HOSTILE, YES, HOSTILE, HOSTILE)]
+    write_figure(results / "reference" / "overnight", "fig01", questions, profile=HOSTILE)
+    folder = write_figure(quick, "fig01", questions, code=HOSTILE, data={HOSTILE: {HOSTILE: HOSTILE}})
     write_figure(quick, "fig02", created=HOSTILE, statuses={HOSTILE: 1})
     (folder / "fig01.csv").write_text(f"{HOSTILE.replace(',', '')}\n{HOSTILE.replace(',', '')}\n")
     (folder / "fig01.ipynb").write_text(executed("fig01", HOSTILE, **{HOSTILE: HOSTILE}))
@@ -391,7 +488,7 @@ def make_hostile(results: Path) -> Path:
 
 
 def test_hostile_text_stays_text(results: Path) -> None:
-    """No text of a notebook, table, claim or provenance becomes an element of the page."""
+    """No text of a notebook, table, question or provenance becomes an element of the page."""
     page = built(results, notebooks=make_hostile(results))
     assert len(page.select("article")) == 2
     assert not page.select("script, [onerror], img:not([src^=data]), article b:not(a b), a[href^=javascript]")
@@ -420,6 +517,20 @@ def test_the_command_prints_where_the_page_is(
     out, err = capsys.readouterr()
     assert out == f"the report: {tmp_path / 'smoke' / 'index.html'}\n"
     assert err == "profile: got 'huge', allowed: smoke, quick, overnight, paper\n"
+
+
+def test_the_command_prints_the_committed_answers(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing is built; what is damaged is named in one line."""
+    folder = write_figure(results / "reference", "fig05", QUESTIONS)
+    monkeypatch.setattr(report, "answers_table", partial(report.answers_table, results))
+    assert report.main(["--answers"]) == 0
+    assert capsys.readouterr().out == report.answers_table() + "\n"
+    (folder / "questions.json").write_text("[]")
+    assert report.main(["--answers"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(results.rglob("index.html"))
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

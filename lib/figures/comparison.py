@@ -1,4 +1,4 @@
-"""Bilevel learning against the deep equilibrium model over a sweep: outcomes, pairs, statistics, claims."""
+"""Bilevel learning against the deep equilibrium model over a sweep: outcomes, pairs, statistics, answers."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ PAIRED = tuple(name for name in RunConfig.model_fields if name != "model")
 BEST_OF = ("task", "noise", "seed")
 """What the best configuration is not chosen over: it is chosen for each task and noise, and for all seeds."""
 
-REPRODUCED, NOT_REPRODUCED, NOT_DECIDED = "reproduced", "not reproduced", "not decided at this budget"
-VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_DECIDED)
+YES, NO, NOT_DECIDED = "yes", "no", "not decided at this budget"
+ANSWERS = (YES, NO, NOT_DECIDED)
 
 
 def outcome(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.Series:
@@ -147,54 +147,53 @@ def epochs_within(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOL
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A statement about the paper's comparison, and what the numbers say of it.
+class Question:
+    """A question about both models, which need not be the paper's, and what the numbers answer.
 
     Attributes:
-        statement: what is claimed.
-        verdict: `reproduced`, `not reproduced` or `not decided at this budget`.
-        numbers: what the verdict rests on.
+        question: in words.
+        answer: `yes`, `no` or `not decided at this budget`.
+        numbers: what the answer rests on, the decisive ones before a semicolon.
         rule: how the numbers decide.
     """
 
-    statement: str
-    verdict: str
+    question: str
+    answer: str
     numbers: str
     rule: str
 
 
 def decide(supported: bool, refuted: bool) -> str:
-    """The verdict on a claim; neither or both leave it open."""
+    """The answer to a question; where the numbers speak for neither or both it stays open."""
     if supported == refuted:
         return NOT_DECIDED
-    return REPRODUCED if supported else NOT_REPRODUCED
+    return YES if supported else NO
 
 
-def claims_per_task(pairs: pd.DataFrame, statement: str, level: float = 0.05) -> list[Claim]:
-    """One claim per task, that a paired `difference` is positive, which the statement puts into words."""
+def questions_per_task(pairs: pd.DataFrame, question: str, level: float = 0.05) -> list[Question]:
+    """For each task whether a paired `difference` is positive, which the question puts into words."""
     rule = (
-        "Over the pairs (one configuration, both models, both kept): reproduced when the 95 % interval of "
-        "the median difference lies on the side that the statement names and Wilcoxon's p is below "
-        f"{level:g}, not reproduced when it lies on the other side with p below {level:g}, else not decided "
-        "at this budget."
+        "Over the pairs (one configuration, both models, both kept), whose difference is positive where it "
+        "speaks for yes: yes when the 95 % interval of the median difference lies above zero and Wilcoxon's "
+        f"p is below {level:g}, no when it lies below zero with p below {level:g}, else not decided at this "
+        "budget."
     )
-    claims = []
+    questions = []
     for task in TASKS:
         test = paired_test(pairs.loc[pairs["task"] == task, "difference"].to_numpy(float))
         significant = test["p"] < level
-        verdict = decide(significant and test["low"] > 0, significant and test["high"] < 0)
-        numbers = f"{test['pairs']:.0f} pairs, median {test['median']:+.2g}, "
+        answer = decide(significant and test["low"] > 0, significant and test["high"] < 0)
+        numbers, count = f"median {test['median']:+.2g}", f"{test['pairs']:.0f} pairs"
         if math.isnan(test["p"]):
-            numbers += "too few or none that differs"
+            numbers += f"; {count}, too few or none that differs"
         else:
-            interval = f"[{test['low']:+.2g}, {test['high']:+.2g}]"
-            numbers += f"95 % interval {interval}, p = {test['p']:.1g}"
-        claims.append(Claim(f"{task}: {statement}", verdict, numbers, rule))
-    return claims
+            numbers += f" [{test['low']:+.2g}, {test['high']:+.2g}]; {count}, p = {test['p']:.1g}"
+        questions.append(Question(f"{task}: {question}", answer, numbers, rule))
+    return questions
 
 
-def claims_of_best_runs(best: pd.DataFrame, level: float = 0.05) -> list[Claim]:
-    """The best DEQ is better than the best bilevel model of each task and noise; more noise costs more."""
+def questions_of_best_runs(best: pd.DataFrame, level: float = 0.05) -> list[Question]:
+    """Whether the best DEQ is ahead of the best bilevel model, and whether more noise costs more."""
     table = best.pivot_table(index=["task", "noise"], columns="model", values="test_loss", aggfunc="median")
     table = table.reindex(columns=["bilevel", "deq"])
     panels = table.dropna()
@@ -208,29 +207,30 @@ def claims_of_best_runs(best: pd.DataFrame, level: float = 0.05) -> list[Claim]:
         if len(group.dropna()) > 1
     ]
     return [
-        Claim(
-            "the best DEQ ends at a lower test loss than the best bilevel model",
+        Question(
+            "does the best DEQ end at a lower test loss than the best bilevel model?",
             decide(p < level and wins > half, p < level and wins < half),
-            f"in {wins} of {len(panels)} panels, p = {p:.1g}",
-            "Over the panels (one task, one noise level): reproduced when the statement holds in more than "
-            f"half of them and a two-sided sign test has p below {level:g}, not reproduced when it holds in "
-            f"fewer than half with p below {level:g}, else not decided at this budget.",
+            f"in {wins} of {len(panels)} panels; p = {p:.1g}",
+            "Over the panels (one task, one noise level): yes when it does in more than half of them and a "
+            f"two-sided sign test has p below {level:g}, no when it does in fewer than half with p below "
+            f"{level:g}, else not decided at this budget.",
         ),
-        Claim(
-            "the best test loss rises with the noise, for each task and model",
+        Question(
+            "does the best test loss rise with the noise, for each task and model?",
             decide(bool(rising) and all(rising), bool(rising) and sum(rising) <= len(rising) / 2),
             f"in {sum(rising)} of {len(rising)} cases",
-            "Reproduced when the best loss rises from each noise level to the next for every task and model, "
-            "not reproduced when it does so for at most half of them, else not decided at this budget.",
+            "Over the cases (one task, one model): yes when the best loss rises from each noise level to the "
+            "next in all of them, no when it does so in at most half of them, else not decided at this "
+            "budget.",
         ),
     ]
 
 
-def print_claims(claims: Sequence[Claim]) -> None:
-    """Print each verdict with its statement and numbers, and each rule behind what it decides."""
-    for rule, decided in groupby(claims, lambda claim: claim.rule):
-        for claim in decided:
-            print(f"{claim.verdict.upper()}: {claim.statement}: {claim.numbers}")
+def print_answers(questions: Sequence[Question]) -> None:
+    """Print each answer with its question and numbers, and each rule behind what it decides."""
+    for rule, decided in groupby(questions, lambda question: question.rule):
+        for question in decided:
+            print(f"{question.answer.upper()}: {question.question} {question.numbers}")
         print(textwrap.fill(f"Rule: {rule}", 95))
 
 

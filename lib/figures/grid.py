@@ -46,7 +46,7 @@ def loss_figure(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> Figure:
         left.set_title(f"runs with a final test loss up to {threshold:g}")
         _write_counts(left, comparison.outcome_table(sweep.runs, threshold))
         _draw_differences(right, comparison.paired(kept, "test_loss"))
-        note(fig, sweep_budget(sweep))
+        note(fig, sweep_budget(sweep.profile, sweep.provenance))
     return fig
 
 
@@ -117,7 +117,7 @@ def best_runs_figure(sweep: Sweep) -> Figure:
             axes.yaxis.set_label_coords(-0.2, 0.5)
         lines = [Line2D([], [], label=MODEL_NAMES[model], **model_line(model)) for model in MODELS]
         grid[0, 0].legend(handles=lines, frameon=False, loc="upper right")
-        note(fig, sweep_budget(sweep))
+        note(fig, sweep_budget(sweep.profile, sweep.provenance))
     return fig
 
 
@@ -163,7 +163,7 @@ def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOL
         top[0].legend(handles=_model_patches(), frameon=False, loc="upper left")
         bottom[0].set(ylabel="solver steps per solve", ylim=(0, None))
         bottom[0].legend(frameon=False, loc="upper left", handlelength=2.6)
-        note(fig, sweep_budget(sweep))
+        note(fig, sweep_budget(sweep.profile, sweep.provenance))
     return fig
 
 

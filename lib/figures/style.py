@@ -21,7 +21,7 @@ from lib.experiments.provenance import write_with_provenance
 from lib.experiments.runs import Run, data_digests
 from lib.experiments.store import RESULTS, Results
 from lib.experiments.sweep import NOT_RUN, Sweep
-from lib.figures.comparison import Claim, has_converged
+from lib.figures.comparison import Question, has_converged
 
 MODEL_NAMES = {"bilevel": "bilevel", "deq": "DEQ"}
 
@@ -76,18 +76,23 @@ def budget(run: Run, profile: str, experts: str = "") -> str:
     )
 
 
-def sweep_budget(sweep: Sweep) -> str:
-    """One line that says which data, profile and budget a sweep was made with, and what is missing."""
-    common, axes = sweep.provenance["shared"], sweep.provenance["axes"]
+def sweep_budget(profile: str, provenance: Mapping[str, Any]) -> str:
+    """One line that says which data, profile and budget a sweep was made with, and what is missing.
+
+    Args:
+        profile: name of the profile.
+        provenance: that of the sweep, or of a figure that was made from it.
+    """
+    common, axes, statuses = (provenance[name] for name in ("shared", "axes", "statuses"))
 
     def value(name: str) -> str:
         values = [common[name]] if name in common else axes[name]
         return " or ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in values)
 
-    missing = sweep.provenance["statuses"].get(NOT_RUN, 0)
+    missing = statuses.get(NOT_RUN, 0)
     return (
-        f"{DATA_NAMES[value('dataset')]} {value('size')}x{value('size')}; profile {sweep.profile}: "
-        f"{len(sweep.runs):,} configurations, {value('train_images')} training images, "
+        f"{DATA_NAMES[value('dataset')]} {value('size')}x{value('size')}; profile {profile}: "
+        f"{sum(statuses.values()):,} configurations, {value('train_images')} training images, "
         f"{value('epochs')} epochs; {value('test_images')} test images"
         + (f"; {missing:,} configurations not run" if missing else "")
     )
@@ -107,7 +112,7 @@ def save(
     source: Mapping[str, Run] | Sweep,
     profile: str,
     results: Results = None,
-    claims: Sequence[Claim] = (),
+    questions: Sequence[Question] = (),
     tables: Mapping[str, pd.DataFrame] | None = None,
     pictures: Mapping[str, Figure] | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -120,7 +125,7 @@ def save(
         table: the numbers behind the figure, written as CSV.
         source: the sweep that it was made from, or the runs by the names that they have in the table.
         profile: name of the profile.
-        claims: what the figure decides, written as `claims.json` if there are any.
+        questions: what the figure answers, written as `questions.json` if there are any.
         tables, pictures: others by name, each written to files of that name.
         settings: what it was made with beside the runs, for its provenance.
 
@@ -129,8 +134,8 @@ def save(
     """
     folder = Path(results or RESULTS) / profile / name
     files = {f"{key}.csv": own.to_csv().encode() for key, own in ({name: table} | dict(tables or {})).items()}
-    if claims:
-        files["claims.json"] = json.dumps([asdict(claim) for claim in claims], indent=1).encode()
+    if questions:
+        files["questions.json"] = json.dumps([asdict(question) for question in questions], indent=1).encode()
     # Without dates and versions in them the files are the same whenever they are made.
     silent = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
     for key, own in ({name: fig} | dict(pictures or {})).items():

@@ -2,7 +2,7 @@
 
 The page is made of what the figures' folders hold and of the notebooks' own words, and computes nothing. It
 carries its pictures and its style, and is read without a network; in the figures' folders lie the executed
-notebooks as pages.
+notebooks as pages. With `--answers` the committed answers are printed as the table of the README instead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import html
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from lib.experiments.runs import code_version
 from lib.experiments.store import RESULTS, DamagedFile, write_atomic
 from lib.experiments.sweep import duration
 from lib.experiments.trainer import COMPLETED
-from lib.figures.comparison import VERDICTS, Claim
+from lib.figures.comparison import ANSWERS, Question
+from lib.figures.style import sweep_budget
 from lib.pages.notebooks import NOTEBOOKS
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -44,6 +45,12 @@ READING = "## What one sees"
 
 READ_PROFILE = "quick"
 """The profile whose figures these cells were written about."""
+
+ANSWERED = ("quick", "overnight")
+"""The profiles whose answers are committed."""
+
+QUESTIONS = "questions.json"
+"""What a figure answers, as `lib.figures.style.save` writes it."""
 
 LONG_TABLE = 14
 """Rows from which a table is folded."""
@@ -98,6 +105,13 @@ def build(profile: str, results: Path = RESULTS, notebooks: Path = NOTEBOOKS) ->
     require_name("profile", profile, PROFILES)
     folder = results / profile
     entries = [_entry(source, folder) for source in sorted(notebooks.glob("fig*.ipynb"))]
+    others = [other for other in ANSWERED if other != profile]
+    budgets, committed_problems = dict.fromkeys([profile, *others], ""), list[str]()
+    for entry in entries:
+        answers = {profile: entry["answers"]}
+        answers |= {name: _committed(name, entry["name"], results, committed_problems) for name in others}
+        entry["rules"] = _by_rule({name: questions for name, (questions, _) in answers.items()})
+        budgets = {name: budgets[name] or budget for name, (_, budget) in answers.items()}
     origins: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for entry in entries:
         for title in ("code", "machines", "data"):
@@ -107,7 +121,9 @@ def build(profile: str, results: Path = RESULTS, notebooks: Path = NOTEBOOKS) ->
         "report.html.j2",
         profile=profile,
         entries=entries,
-        verdicts={name: sum(c.verdict == name for e in entries for c in e["claims"]) for name in VERDICTS},
+        answers={a: sum(q.answer == a for e in entries for q in e["answers"][0]) for a in ANSWERS},
+        budgets=budgets,
+        committed_problems=committed_problems,
         read_profile=READ_PROFILE,
         long_table=LONG_TABLE,
         reproducibility=_reproducibility(results / "bench"),
@@ -128,6 +144,62 @@ def _rendered(template: str, **words: Any) -> Markup:
     )
     environment.filters |= {"markdown": markdown, "duration": duration}
     return Markup(environment.get_template(template).render(words))
+
+
+def answers_table(results: Path = RESULTS) -> str:
+    """The committed answers of the profiles of `ANSWERED` side by side, as a table in Markdown.
+
+    Args:
+        results: folder of the results, with the committed ones in `reference/`.
+
+    Raises:
+        DamagedFile: what is committed cannot be read; it names the files.
+    """
+    problems: list[str] = []
+    lines = [["figure", "question", *ANSWERED], ["---"] * (2 + len(ANSWERED))]
+    for name in sorted({path.parent.name for path in (results / "reference").rglob(QUESTIONS)}):
+        answers = {profile: _committed(profile, name, results, problems)[0] for profile in ANSWERED}
+        for rows in _by_rule(answers).values():
+            for question, found in rows.items():
+                cells = [_short(found[profile]) if profile in found else "–" for profile in ANSWERED]
+                lines.append([str(int(name[3:])), question, *cells])
+    if problems:
+        raise DamagedFile("; ".join(problems))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _short(question: Question) -> str:
+    """The answer with the numbers that decide it."""
+    return f"{question.answer}: {question.numbers.partition(';')[0]}".replace("-", "−")
+
+
+def _by_rule(answers: Mapping[str, Sequence[Question]]) -> dict[str, dict[str, dict[str, Question]]]:
+    """The answers of several profiles to a figure's questions, by rule, question and profile."""
+    found: dict[str, dict[str, dict[str, Question]]] = {}
+    for profile, questions in answers.items():
+        for question in questions:
+            found.setdefault(question.rule, {}).setdefault(question.question, {})[profile] = question
+    return found
+
+
+def _committed(profile: str, name: str, results: Path, problems: list[str]) -> tuple[list[Question], str]:
+    """What the committed figure of a profile answers, and its budget; problems name its folder."""
+    folder = results / "reference" / ("" if profile == READ_PROFILE else profile) / name
+    told: list[str] = []
+    answers = _answers(folder, told)
+    problems += [f"{folder.relative_to(results.parent)}: {problem}" for problem in told]
+    return answers
+
+
+def _answers(folder: Path, problems: list[str]) -> tuple[list[Question], str]:
+    """What a figure answers, and the line that says at which budget; nothing where it answers nothing."""
+    if (path := folder / QUESTIONS).exists():
+        with _told(problems, folder / PROVENANCE):
+            origin = json.loads((folder / PROVENANCE).read_bytes())
+            budget = sweep_budget(origin["profile"], origin)
+            with _told(problems, path):
+                return [Question(**question) for question in json.loads(read_described(path, origin))], budget
+    return [], ""
 
 
 @contextmanager
@@ -162,7 +234,7 @@ def _entry(source: Path, results: Path) -> dict[str, Any]:
     folder, problems = results / name, list[str]()
     entry: dict[str, Any] = {"name": name, "number": int(name[3:]), "title": title.lstrip("# ")}
     entry |= {"caption": markdown(first.strip().partition("\n\n")[0]), "reading": markdown(reading.strip())}
-    entry |= {"origin": {}, "picture": "", "numbers": "", "rows": 0, "claims": [], "page": ""}
+    entry |= {"origin": {}, "picture": "", "numbers": "", "rows": 0, "answers": ([], ""), "page": ""}
     entry |= {"seconds": None, "parameters": {}, "files": [], "problems": problems}
     failed = results / f"{name}.failed.ipynb"
     if failed.exists():
@@ -183,9 +255,7 @@ def _entry(source: Path, results: Path) -> dict[str, Any]:
     with _told(problems, path := folder / f"{name}.csv"):
         numbers = pd.read_csv(path)
         entry |= {"numbers": _table(numbers), "rows": len(numbers)}
-    if (path := folder / "claims.json").exists():
-        with _told(problems, path):
-            entry["claims"] = [Claim(**claim) for claim in json.loads(path.read_bytes())]
+    entry["answers"] = _answers(folder, problems)
     page = folder / f"{name}.html"
     page.unlink(missing_ok=True)
     with _told(problems, path := folder / f"{name}.ipynb"):
@@ -261,13 +331,13 @@ def _reproducibility(folder: Path) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.pages.report", description=__doc__)
     parser.add_argument("--profile", default="quick")
+    parser.add_argument("--answers", action="store_true", help="print the committed answers instead")
     options = parser.parse_args(arguments)
     try:
-        page = build(options.profile)
-    except ConfigError as error:
+        print(answers_table() if options.answers else f"the report: {build(options.profile)}")
+    except (ConfigError, DamagedFile) as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"the report: {page}")
     return 0
 
 
