@@ -11,6 +11,7 @@ import argparse
 import base64
 import html
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +31,8 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from lib.experiments.config import ConfigError, require_name
 from lib.experiments.profiles import PROFILES
 from lib.experiments.provenance import PROVENANCE, read_described
-from lib.experiments.runs import code_version
-from lib.experiments.store import RESULTS, DamagedFile, write_atomic
+from lib.experiments.runs import COMMITTED, code_version
+from lib.experiments.store import REPOSITORY, RESULTS, DamagedFile, write_atomic
 from lib.experiments.sweep import duration
 from lib.experiments.trainer import COMPLETED
 from lib.figures.comparison import ANSWERS, Question
@@ -46,8 +47,10 @@ READING = "## What one sees"
 READ_PROFILE = "quick"
 """The profile whose figures these cells were written about."""
 
-ANSWERED = ("quick", "overnight")
-"""The profiles whose answers are committed."""
+FOUND = "## What was found"
+"""Heading of the section of the README that the page opens with."""
+
+PICTURE = re.compile('<img alt="([^"]*)" src="([^"]*)"[^>]*>')
 
 QUESTIONS = "questions.json"
 """What a figure answers, as `lib.figures.style.save` writes it."""
@@ -105,7 +108,7 @@ def build(profile: str, results: Path = RESULTS, notebooks: Path = NOTEBOOKS) ->
     require_name("profile", profile, PROFILES)
     folder = results / profile
     entries = [_entry(source, folder) for source in sorted(notebooks.glob("fig*.ipynb"))]
-    others = [other for other in ANSWERED if other != profile]
+    others = [other for other in COMMITTED if other != profile]
     budgets, committed_problems = dict.fromkeys([profile, *others], ""), list[str]()
     for entry in entries:
         answers = {profile: entry["answers"]}
@@ -120,6 +123,7 @@ def build(profile: str, results: Path = RESULTS, notebooks: Path = NOTEBOOKS) ->
     body = _rendered(
         "report.html.j2",
         profile=profile,
+        found=_found(REPOSITORY / "README.md"),
         entries=entries,
         answers={a: sum(q.answer == a for e in entries for q in e["answers"][0]) for a in ANSWERS},
         budgets=budgets,
@@ -146,8 +150,20 @@ def _rendered(template: str, **words: Any) -> Markup:
     return Markup(environment.get_template(template).render(words))
 
 
+def _found(readme: Path) -> dict[str, Any]:
+    """What the README says was found: `pictures`, each with its `alt` text and `data`, and the `text`."""
+    section = readme.read_text(encoding="utf-8").partition(f"{FOUND}\n")[2].partition("\n## ")[0]
+    pictures = [{"alt": alt, "data": _data(readme.parent / path)} for alt, path in PICTURE.findall(section)]
+    return {"pictures": pictures, "text": markdown(PICTURE.sub("", section).strip())}
+
+
+def _data(picture: Path) -> str:
+    """A picture in the place of its address."""
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+
+
 def answers_table(results: Path = RESULTS) -> str:
-    """The committed answers of the profiles of `ANSWERED` side by side, as a table in Markdown.
+    """The committed answers of the profiles side by side, as a table in Markdown.
 
     Args:
         results: folder of the results, with the committed ones in `reference/`.
@@ -156,12 +172,12 @@ def answers_table(results: Path = RESULTS) -> str:
         DamagedFile: what is committed cannot be read; it names the files.
     """
     problems: list[str] = []
-    lines = [["figure", "question", *ANSWERED], ["---"] * (2 + len(ANSWERED))]
+    lines = [["figure", "question", *COMMITTED], ["---"] * (2 + len(COMMITTED))]
     for name in sorted({path.parent.name for path in (results / "reference").rglob(QUESTIONS)}):
-        answers = {profile: _committed(profile, name, results, problems)[0] for profile in ANSWERED}
+        answers = {profile: _committed(profile, name, results, problems)[0] for profile in COMMITTED}
         for rows in _by_rule(answers).values():
             for question, found in rows.items():
-                cells = [_short(found[profile]) if profile in found else "–" for profile in ANSWERED]
+                cells = [_short(found[profile]) if profile in found else "–" for profile in COMMITTED]
                 lines.append([str(int(name[3:])), question, *cells])
     if problems:
         raise DamagedFile("; ".join(problems))
@@ -184,7 +200,7 @@ def _by_rule(answers: Mapping[str, Sequence[Question]]) -> dict[str, dict[str, d
 
 def _committed(profile: str, name: str, results: Path, problems: list[str]) -> tuple[list[Question], str]:
     """What the committed figure of a profile answers, and its budget; problems name its folder."""
-    folder = results / "reference" / ("" if profile == READ_PROFILE else profile) / name
+    folder = results / COMMITTED[profile] / name
     told: list[str] = []
     answers = _answers(folder, told)
     problems += [f"{folder.relative_to(results.parent)}: {problem}" for problem in told]
@@ -251,7 +267,7 @@ def _entry(source: Path, results: Path) -> dict[str, Any]:
         with _told(problems, folder / file):
             read_described(folder / file, entry["origin"])
     with _told(problems, path := folder / f"{name}.png"):
-        entry["picture"] = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        entry["picture"] = _data(path)
     with _told(problems, path := folder / f"{name}.csv"):
         numbers = pd.read_csv(path)
         entry |= {"numbers": _table(numbers), "rows": len(numbers)}
