@@ -560,12 +560,31 @@ def seen(page: Path, width: int, folder: Path) -> dict[str, Any]:
     return said | {"console": [line for line in done.stderr.splitlines() if "CONSOLE" in line]}
 
 
+def test_the_page_opens_with_what_was_found(results: Path) -> None:
+    """The README's words and both of its pictures, before the questions, and these before all else."""
+    page = BeautifulSoup(report.build("quick", results).read_text(encoding="utf-8"), "html.parser")
+    names = [section["id"] for section in page.select("main > section")]
+    assert names[:3] == ["found", "questions", "missing"]
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    section = readme.partition(f"{report.FOUND}\n")[2].partition("\n## ")[0]
+    pictures = re.findall('src="([^"]*)"', section)
+    assert len(pictures) == 2
+    shown = [base64.b64decode(img["src"].partition(",")[2]) for img in page.select("#found img")]
+    assert shown == [(REPOSITORY / path).read_bytes() for path in pictures]
+    assert all(img["alt"] for img in page.select("#found img"))
+    first = section.partition("**")[2].partition("**")[0].replace("`", "").replace("\n", " ")
+    assert first in " ".join(text_of(page, "#found").split())
+
+
 @needs_chromium
 @pytest.mark.parametrize("width", [375, 1200])
 def test_the_browser_shows_the_pages(results: Path, tmp_path: Path, width: int) -> None:
     """No complaint, every image, formulas, and nothing that sticks out of the screen."""
     index = report.build("quick", results)
-    for path, images in ((index, len(NAMES) - len(ABSENT)), (results / "quick" / "fig05" / "fig05.html", 1)):
+    for path, images in (
+        (index, len(NAMES) - len(ABSENT) + 2),
+        (results / "quick" / "fig05" / "fig05.html", 1),
+    ):
         shown = seen(path, width, tmp_path)
         assert len(shown["images"]) == images
         assert min(shown["images"]) > 0
