@@ -63,9 +63,12 @@ NEVER = 10**6
 """Epochs that no test lives to see the end of."""
 
 SERVER = """
-import functools, itertools, json, os, signal, sys, tempfile, time, traceback
+import functools, itertools, json, os, signal, sys, tempfile, time, traceback, warnings
 from pathlib import Path
 from lib.experiments import __main__ as sweeps, data, processes, runs, sweep
+
+# The threads beside the one that forks are those of numerical libraries, and idle: nothing of them is needed.
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 
 data.mnist = functools.cache(data.mnist)
 start = processes.start

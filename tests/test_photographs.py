@@ -364,12 +364,12 @@ def test_the_weight_is_chosen_on_so_many_images(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_runs_of_the_figures_are_named_by_model_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models and sizes in order; the slow ones are trained first, and each name gets its own run."""
-    asked: list[FacesConfig] = []
+    """Models and sizes in order, each with its own run, trained or not as it is asked."""
+    asked: list[tuple[bool, list[FacesConfig]]] = []
 
-    def train(configs: list[FacesConfig], results: object) -> list[str]:
+    def train(configs: list[FacesConfig], results: object, train: bool) -> list[str]:
         assert results == "folder"
-        asked.extend(configs)
+        asked.append((train, configs))
         return [f"{config.model} {config.filters} {config.filter_size}" for config in configs]
 
     monkeypatch.setattr(photographs, "get_runs", train)
@@ -380,10 +380,36 @@ def test_runs_of_the_figures_are_named_by_model_and_size(monkeypatch: pytest.Mon
         ("bilevel 3x3", "bilevel 30 3"),
         ("DEQ 3x3", "deq 30 3"),
     ]
-    assert [config.filters for config in asked] == [30, 30, 2, 2]
     own = {"filters": 30, "filter_size": 3}
-    assert asked[0] == faces_config("smoke", "deblurring", noise=0.03, model="bilevel", **own)
-    assert list(get_face_runs("smoke", "denoising", "folder", ["deq"], ["3x3"])) == ["DEQ 3x3"]
+    assert asked[0][1][2] == faces_config("smoke", "deblurring", noise=0.03, model="bilevel", **own)
+    one = get_face_runs("smoke", "denoising", "folder", ["deq"], ["3x3"], train=False)
+    assert list(one) == ["DEQ 3x3"]
+    assert [train for train, _ in asked] == [True, False]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_papers_runs_and_ours_are_trained_together(
+    train: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call, the slow ones first: all that is then loaded, and nothing where nothing is to be trained;
+    ours start from kernels of their own, whatever the paper's start from."""
+    trained: list[FacesConfig] = []
+    loaded: list[FacesConfig] = []
+
+    def load(configs: list[FacesConfig], results: object, train: bool) -> list[FacesConfig]:
+        loaded.extend(configs)
+        return configs
+
+    monkeypatch.setattr(photographs, "train_runs", lambda configs, results: trained.extend(configs))
+    monkeypatch.setattr(photographs, "get_runs", load)
+    values: dict[str, Any] = {"initial": "second", "noise": 0.03, "seed": 4}
+    papers, ours = photographs.get_runs_and_ours("smoke", "deblurring", 2, tmp_path, train, **values)
+    assert papers == get_face_runs("smoke", "deblurring", tmp_path, **values)
+    assert ours == photographs.get_our_runs("smoke", "deblurring", (4, 5), tmp_path, noise=0.03)
+    assert {config.initial for config in papers.values()} == {"second"}
+    assert {config.initial for runs in ours.values() for config in runs} == {"cosine"}
+    assert set(trained) == (set(loaded) if train else set())
+    assert [config.filters for config in trained] == ([30, 30, 2, 2, 8, 8, 8, 8] if train else [])
 
 
 # ------------------------------------------------------------------------------- photographs of one's own

@@ -35,7 +35,7 @@ from lib.experiments.problem import (
     solve,
 )
 from lib.experiments.profiles import FILTERS, faces_config, our_config
-from lib.experiments.runs import Run, cores, get_runs, learned_start
+from lib.experiments.runs import Run, cores, get_runs, learned_start, train_runs
 from lib.experiments.store import REPOSITORY, RESULTS, Results, write_atomic
 from lib.figures.baselines import best_weight, chambolle, tv_reconstruction
 from lib.figures.comparison import paired_test
@@ -67,16 +67,24 @@ def get_face_runs(
         sizes: which of `FILTERS`.
         train: False takes what is stored or committed.
     """
+    configs = _face_configs(profile, task, models, sizes, **values)
+    return dict(zip(configs, get_runs(list(configs.values()), results, train), strict=True))
+
+
+def _face_configs(
+    profile: str,
+    task: str,
+    models: Sequence[str] = MODELS,
+    sizes: Sequence[str] = tuple(FILTERS),
+    **values: Any,
+) -> dict[str, FacesConfig]:
     configs = {}
     for size in sizes:
         count, side = FILTERS[size]
         for model in models:
             own = {"model": model, "filters": count, "filter_size": side}
             configs[f"{MODEL_NAMES[model]} {size}"] = faces_config(profile, task, **values | own)
-    # The slow ones first, so that no process waits for one of them in the end.
-    order = sorted(configs, key=lambda name: -configs[name].filters)
-    runs = dict(zip(order, get_runs([configs[name] for name in order], results, train), strict=True))
-    return {name: runs[name] for name in configs}
+    return configs
 
 
 def get_our_runs(
@@ -89,9 +97,33 @@ def get_our_runs(
         seeds: of the noise; the kernels start as cosines.
         train: False takes what is stored or committed.
     """
-    configs = [our_config(profile, task, **values, model=m, seed=seed) for m in MODELS for seed in seeds]
+    configs = _our_configs(profile, task, seeds, **values)
     runs, count = get_runs(configs, results, train), len(seeds)
     return {f"{MODEL_NAMES[m]}, ours": runs[i * count : (i + 1) * count] for i, m in enumerate(MODELS)}
+
+
+def _our_configs(profile: str, task: str, seeds: Sequence[int], **values: Any) -> list[FacesConfig]:
+    return [our_config(profile, task, **values, model=m, seed=seed) for m in MODELS for seed in seeds]
+
+
+def get_runs_and_ours(
+    profile: str, task: str, our_seeds: int, results: Results = None, train: bool = True, **values: Any
+) -> tuple[dict[str, Run], dict[str, list[Run]]]:
+    """The runs of `get_face_runs` and those of `get_our_runs`, trained together so that no core waits.
+
+    Args:
+        profile, task, values: as in `faces_config`; ours have their own `initial`.
+        our_seeds: for how many seeds, from the one in `values` on.
+        train: False takes what is stored or committed.
+    """
+    common = {name: value for name, value in values.items() if name not in ("initial", "seed")}
+    seeds = range(values["seed"], values["seed"] + our_seeds)
+    if train:
+        # The slow ones first, so that no process waits for one of them in the end.
+        papers = sorted(_face_configs(profile, task, **values).values(), key=lambda config: -config.filters)
+        train_runs([*papers, *_our_configs(profile, task, seeds, **common)], results)
+    papers_runs = get_face_runs(profile, task, results, train=train, **values)
+    return papers_runs, get_our_runs(profile, task, seeds, results, train, **common)
 
 
 def photograph_by_photograph(runs: Mapping[str, Sequence[Run]], images: int | None = None) -> pd.DataFrame:
