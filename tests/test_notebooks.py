@@ -277,6 +277,24 @@ def test_files_that_are_not_there_are_refused(
     assert not list(tmp_path.glob("runs/*"))
 
 
+def test_a_figure_that_cannot_be_made_keeps_no_other_from_being_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is told in its line, and make sees that one was missing."""
+
+    def run(name: str, *arguments: object) -> Path:
+        if name == "fig03":
+            raise ConfigError("train: got False, allowed: True")
+        return Path(name)
+
+    monkeypatch.setattr(notebooks, "run", run)
+    given = ["--profile", "overnight", "-p", "train", "False"]
+    assert notebooks.main(["run", "fig02", "fig03", "fig04", *given]) == 2
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["fig02", "fig04"]
+    assert err == "fig03: train: got False, allowed: True\n"
+
+
 def test_unknown_profile_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="profile: got 'huge', allowed: smoke, quick, overnight, paper"):
         notebooks.run("fig02", "huge", {}, tmp_path)

@@ -206,25 +206,30 @@ def main(arguments: list[str] | None = None) -> int:
             require(name, options.profile, given[name])
         except ConfigError as error:
             return _told(2, f"{named(name)}: {error}")
+    # One that fails does not keep the others from being made.
+    return max(_made(name, options.command, options.profile, given.get(name, {})) for name in options.names)
+
+
+def _made(name: str, command: str, profile: str, parameters: dict[str, Any]) -> int:
+    """Make one notebook's results, say where they are or why not, and return an exit status."""
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     from lib.experiments.data import DataError
 
-    for name in options.names:
-        start, failed = time.perf_counter(), f"{name} failed, its old result is as it was: "
-        try:
-            if options.command == "run":
-                made = run(name, options.profile, given[name])
-            else:
-                made = refresh(name) if options.command == "refresh" else keep(name, options.profile)
-        except ConfigError as error:
-            return _told(2, f"{named(name)}: {error}")
-        except (PapermillExecutionError, CellExecutionError) as error:
-            return _told(1, failed + f"{error.ename}: {error.evalue}".splitlines()[0])
-        except (DataError, OSError, DeadKernelError) as error:
-            return _told(1, failed + " ".join(str(error).split()))
-        print(f"{made}  ({time.perf_counter() - start:.0f} s)")
+    start, failed = time.perf_counter(), f"{name} failed, its old result is as it was: "
+    try:
+        if command == "run":
+            made = run(name, profile, parameters)
+        else:
+            made = refresh(name) if command == "refresh" else keep(name, profile)
+    except ConfigError as error:
+        return _told(2, f"{named(name)}: {error}")
+    except (PapermillExecutionError, CellExecutionError) as error:
+        return _told(1, failed + f"{error.ename}: {error.evalue}".splitlines()[0])
+    except (DataError, OSError, DeadKernelError) as error:
+        return _told(1, failed + " ".join(str(error).split()))
+    print(f"{made}  ({time.perf_counter() - start:.0f} s)")
     return 0
 
 
