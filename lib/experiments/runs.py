@@ -21,6 +21,7 @@ from itertools import zip_longest
 from pathlib import Path
 from threading import RLock
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import pandas as pd
 import psutil
@@ -414,7 +415,12 @@ def keep_run(key: str, folder: Path, results: Results = None) -> None:
     run = _run(stored, _config(record), record)
     dense = isinstance(run.config, RunConfig)
     weights = {name: weight.half() if dense else weight for name, weight in run.weights.items()}
-    _write_run(folder / key, record, weights)
+    compressed = io.BytesIO()
+    # A file of torch is an archive, which it reads compressed too.
+    with ZipFile(io.BytesIO(_saved(weights))) as plain, ZipFile(compressed, "w") as archive:
+        for name in plain.namelist():
+            archive.writestr(ZipInfo(name), plain.read(name), ZIP_DEFLATED)
+    _write_run(folder / key, record, compressed.getvalue())
 
 
 def _config(record: dict[str, Any]) -> Config:
@@ -725,16 +731,20 @@ def _store(member: Member, results: Results) -> None:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     }
-    _write_run(folder, record, member.weights)
+    _write_run(folder, record, _saved(member.weights))
     remove(folder / "checkpoint.pt")
 
 
-def _write_run(folder: Path, record: dict[str, Any], weights: Weights) -> None:
-    """Write a run, its record last: with it the run is there."""
+def _saved(weights: Weights) -> bytes:
     buffer = io.BytesIO()
     torch.save(weights, buffer)
-    write_sealed(folder / "weights.pt", buffer.getvalue())
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    return buffer.getvalue()
+
+
+def _write_run(folder: Path, record: dict[str, Any], weights: bytes) -> None:
+    """Write a run, its record last: with it the run is there."""
+    write_sealed(folder / "weights.pt", weights)
+    digest = hashlib.sha256(weights).hexdigest()
     _write_record(folder / "run.json", "run", record | {"weights": digest})
 
 
