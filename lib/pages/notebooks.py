@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +207,17 @@ def main(arguments: list[str] | None = None) -> int:
             require(name, options.profile, given[name])
         except ConfigError as error:
             return _told(2, f"{named(name)}: {error}")
-    # One that fails does not keep the others from being made.
-    return max(_made(name, options.command, options.profile, given.get(name, {})) for name in options.names)
+    from lib.experiments.runs import cores
+
+    def make(name: str) -> int:
+        return _made(name, options.command, options.profile, given.get(name, {}))
+
+    # One that fails stops no other.
+    if not given or any(values.get("train") is not False for values in given.values()):
+        return max(map(make, options.names))
+    # Trainings would take all cores; where there are none, each core makes a figure.
+    with ThreadPoolExecutor(cores()) as pool:
+        return max(pool.map(make, options.names))
 
 
 def _made(name: str, command: str, profile: str, parameters: dict[str, Any]) -> int:
