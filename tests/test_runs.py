@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -244,7 +245,7 @@ def test_a_run_says_where_it_comes_from(stored: tuple[Path, Run]) -> None:
     run = stored[1]
     assert run.provenance["data"] == data.MNIST_FILES
     assert run.provenance["code"] == code_version()
-    assert run.provenance["environment"]["packages"]["torch"] == torch.__version__
+    assert run.provenance["environment"]["packages"]["torch"] == version("torch")
     assert run.provenance["seconds"] == run.history["seconds"].iloc[-1] > 0
 
 
