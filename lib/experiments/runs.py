@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -391,19 +392,27 @@ def find_run(config: Config, results: Results = None) -> Run | None:
     """
     if run := load_run(run_folder(config, results), config):
         return run
-    for path in sorted(REFERENCE.glob("*/runs/*/run.json")):
-        record = _read_record(path, "run")
-        if _config(record) == config:
-            return _run(path.parent, config, record)
-    return None
+    kept = (_kept_run(path, config) for path in sorted(REFERENCE.glob("*/runs/*.zip")))
+    return next(filter(None, kept), None)
+
+
+def _kept_run(path: Path, config: Config) -> Run | None:
+    """The run in a file of `keep_run` if it is that of a configuration."""
+    with ZipFile(io.BytesIO(read_sealed(path))) as archive, tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / path.stem
+        record = _read_record(Path(archive.extract("run.json", folder)), "run")
+        if _config(record) != config:
+            return None
+        archive.extract("weights.pt", folder)
+        return _run(folder, config, record)
 
 
 def keep_run(key: str, folder: Path, results: Results = None) -> None:
-    """Write a stored run as it is committed: the weights of digits in half precision.
+    """Write a stored run as it is committed: as one small file, the weights of digits in half precision.
 
     Args:
         key: of the run.
-        folder: of the committed runs, in which it gets one of its own.
+        folder: of the committed runs.
         results: where it is stored.
 
     Raises:
@@ -415,12 +424,13 @@ def keep_run(key: str, folder: Path, results: Results = None) -> None:
     run = _run(stored, _config(record), record)
     dense = isinstance(run.config, RunConfig)
     weights = {name: weight.half() if dense else weight for name, weight in run.weights.items()}
-    compressed = io.BytesIO()
-    # A file of torch is an archive, which it reads compressed too.
-    with ZipFile(io.BytesIO(_saved(weights))) as plain, ZipFile(compressed, "w") as archive:
-        for name in plain.namelist():
-            archive.writestr(ZipInfo(name), plain.read(name), ZIP_DEFLATED)
-    _write_run(folder / key, record, compressed.getvalue())
+    packed = io.BytesIO()
+    with tempfile.TemporaryDirectory() as place, ZipFile(packed, "w") as archive:
+        _write_run(Path(place), record, weights)
+        for path in sorted(Path(place).iterdir()):
+            # Without the time, so that it is the same file whenever it is made.
+            archive.writestr(ZipInfo(path.name), path.read_bytes(), ZIP_DEFLATED)
+    write_sealed(folder / f"{key}.zip", packed.getvalue())
 
 
 def _config(record: dict[str, Any]) -> Config:
@@ -731,20 +741,16 @@ def _store(member: Member, results: Results) -> None:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     }
-    _write_run(folder, record, _saved(member.weights))
+    _write_run(folder, record, member.weights)
     remove(folder / "checkpoint.pt")
 
 
-def _saved(weights: Weights) -> bytes:
+def _write_run(folder: Path, record: dict[str, Any], weights: Weights) -> None:
+    """Write a run, its record last: with it the run is there."""
     buffer = io.BytesIO()
     torch.save(weights, buffer)
-    return buffer.getvalue()
-
-
-def _write_run(folder: Path, record: dict[str, Any], weights: bytes) -> None:
-    """Write a run, its record last: with it the run is there."""
-    write_sealed(folder / "weights.pt", weights)
-    digest = hashlib.sha256(weights).hexdigest()
+    write_sealed(folder / "weights.pt", buffer.getvalue())
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     _write_record(folder / "run.json", "run", record | {"weights": digest})
 
 

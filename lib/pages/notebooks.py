@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 import time
@@ -181,11 +180,11 @@ def keep(name: str, profile: str) -> Path:
     origins = [json.loads(path.read_bytes()) for path in committed.glob(f"*/{PROVENANCE}")]
     needed, kept = {key for origin in origins for key in origin.get("runs", ())}, committed / "runs"
     for key in sorted(needed):
-        if not (kept / key / "run.json").exists():
+        if not (kept / f"{key}.zip").exists():
             keep_run(key, kept)
-    for folder in kept.glob("*"):
-        if folder.name not in needed:
-            shutil.rmtree(folder)
+    for path in kept.glob("*.zip"):
+        if path.stem not in needed:
+            path.unlink()
     return committed / name
 
 
