@@ -13,6 +13,7 @@ import torch
 
 from lib.experiments import runs, sweep
 from lib.experiments.config import ConfigError, FacesConfig, RunConfig
+from lib.experiments.data import DataError
 from lib.experiments.profiles import grid, profile_config
 from lib.experiments.provenance import PROVENANCE, write_with_provenance
 from lib.experiments.runs import COMMITTED, Run, find_run, get_run, get_runs, keep_run, learned_start
@@ -137,6 +138,13 @@ def test_a_committed_table_gives_the_sweep(table: sweep.Sweep, monkeypatch: pyte
     assert drawn.provenance["trained_by"] == [trained_by]
     wider = get_sweep("smoke", train=False, **SMALL | {"gamma": (0.1, 1.0)})
     assert wider.runs.groupby("gamma")["status"].agg(lambda s: (s == NOT_RUN).all()).tolist() == [True, False]
+
+
+def test_a_sweep_of_which_nothing_is_there_is_told(clone: Path) -> None:
+    """In one line, and no table is written."""
+    with pytest.raises(DataError, match=r"^no smoke run is stored or committed; `make sweep PROFILE=smoke`"):
+        get_sweep("smoke", train=False, **SMALL)
+    assert not (clone / "smoke").exists()
 
 
 def test_without_weights_no_loss_is_checked(table: sweep.Sweep, capsys: pytest.CaptureFixture[str]) -> None:

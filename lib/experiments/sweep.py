@@ -76,11 +76,15 @@ def get_sweep(profile: str, /, results: Results = None, train: bool = True, **va
 
     Raises:
         ConfigError: a value is refused, before any work.
+        DataError: nothing is to be trained, and no run is there.
     """
     configs = grid(profile, **values)
     if train:
         train_runs(configs, results)
     sweep = load_sweep(profile, configs, results, committed=not train)
+    if (sweep.runs["status"] == NOT_RUN).all():
+        command = f"make sweep PROFILE={profile}"
+        raise DataError(f"no {profile} run is stored or committed; `{command}` trains them")
     write_tables(sweep, results)
     return sweep
 
