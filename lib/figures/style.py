@@ -162,4 +162,5 @@ def _provenance(named: Mapping[str, Run]) -> dict[str, Any]:
         "data": {run.config.dataset: data_digests(run.config) for run in runs},
         "training_seconds": sum(run.provenance["seconds"] for run in runs),
         "trained_on": {run.key: run.provenance["environment"] for run in runs},
+        "trained_by": sorted({run.provenance["code"] for run in runs}),
     }
