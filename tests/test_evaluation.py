@@ -20,7 +20,7 @@ from lib.experiments.data import DataError, faces
 from lib.experiments.problem import generator, load_images, psnr
 from lib.experiments.profiles import faces_config, profile_config
 from lib.experiments.runs import get_run, stored_kernels, trained_kernels
-from lib.figures import evaluation
+from lib.figures import baselines, evaluation
 from lib.figures.evaluation import (
     INPUT,
     MEGAPIXEL,
@@ -168,7 +168,7 @@ def test_weights_are_the_best_ones_on_training_images(task: str) -> None:
         n = torch.randn(truth.shape, generator=generator(config.seed, "noise of the baseline"))
         operator = runs["DEQ"].model(shape=(truth.shape[-2], truth.shape[-1])).operator
         f = operator.forward(truth) + noise * n
-        methods = {TV: evaluation.tv_method(config, (truth.shape[-2], truth.shape[-1]))}
+        methods = {TV: baselines.tv_method(config, (truth.shape[-2], truth.shape[-1]))}
         methods |= {name: kernels_method(run) for name, run in runs.items()}
         with torch.no_grad():
             for name, method in methods.items():

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cases import TINY
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -43,16 +44,6 @@ VALUES: dict[str, Any] = {
 }
 CONFIGS = grid("quick", **VALUES)
 REASON = "training loss nan above 1000 in epoch 1, step 3"
-
-TINY: dict[str, Any] = {
-    "task": ["inpainting", "denoising"],
-    "solver": "plain",
-    "time_budget": [3600.0, 1e-6],
-    "train_images": 20,
-    "test_images": 10,
-    "batch_size": 10,
-}
-"""Runs of which some diverge and some run out of time; `time_budget` is an axis of its own."""
 
 
 def record(config: RunConfig) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import assert_same_bits
 from PIL import Image
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from lib.experiments.problem import (
 )
 from lib.experiments.profiles import DENOISING_SHARES, FACES_PROFILES, faces_config
 from lib.experiments.runs import Run, data_digests, get_run, is_stored, run_key
-from lib.experiments.trainer import Member, Metrics, Trainer, read_checkpoint
+from lib.experiments.trainer import Member, Trainer, read_checkpoint
 from lib.kernels import spectral_norm
 from lib.models import MODELS
 from lib.operators import TASKS
@@ -397,18 +398,6 @@ def test_digests_of_faces_are_those_of_the_published_file() -> None:
 
 def train(*configs: FacesConfig) -> list[Member]:
     return Trainer(configs).train()
-
-
-def timeless(history: Sequence[Metrics]) -> list[Metrics]:
-    """A history without the seconds, which no two trainings share."""
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
-
-
-def assert_same_bits(one: Member, other: Member) -> None:
-    assert (one.status, one.reason) == (other.status, other.reason)
-    assert timeless(one.history) == timeless(other.history)
-    assert one.weights.keys() == other.weights.keys()
-    assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
 
 
 def train_losses(member: Member) -> list[float]:

@@ -29,7 +29,7 @@ from lib.experiments.profiles import faces_config, profile_config
 from lib.experiments.runs import KERNELS, Run, get_run, load_kernels, save_kernels, trained_kernels
 from lib.experiments.store import DamagedFile
 from lib.experiments.trainer import Trainer
-from lib.figures import photographs
+from lib.figures import baselines, photographs
 from lib.figures.baselines import chambolle
 from lib.figures.photographs import (
     check_kernels,
@@ -341,12 +341,12 @@ def test_the_weight_of_total_variation_is_chosen_on_training_images(
         error, before = ((v - loaded["test"]).square().mean() for v in (u, observed[:, None]))
         assert error < 0.7 * before
     monkeypatch.setattr(
-        photographs, "load_images", lambda c: loaded | {"test": torch.zeros_like(loaded["test"])}
+        baselines, "load_images", lambda c: loaded | {"test": torch.zeros_like(loaded["test"])}
     )
     again, same = total_variation(config, observed)
     assert same == chosen
     assert torch.equal(again, u)
-    monkeypatch.setattr(photographs, "load_images", lambda c: loaded | {"train": 0.05 * loaded["train"]})
+    monkeypatch.setattr(baselines, "load_images", lambda c: loaded | {"train": 0.05 * loaded["train"]})
     assert total_variation(config, observed)[1] != chosen
 
 
@@ -358,7 +358,7 @@ def test_the_weight_is_chosen_on_so_many_images(monkeypatch: pytest.MonkeyPatch)
     expected = {count: total_variation(config, observed, count)[1] for count in (1, 3)}
     spoilt = loaded["train"].clone()
     spoilt[1:] = 0
-    monkeypatch.setattr(photographs, "load_images", lambda c: loaded | {"train": spoilt})
+    monkeypatch.setattr(baselines, "load_images", lambda c: loaded | {"train": spoilt})
     assert total_variation(config, observed, 1)[1] == expected[1]
     assert total_variation(config, observed, 3)[1] != expected[3]
 

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from cases import TINY
 
 from lib.experiments import __main__ as command
 from lib.experiments import runs, sweep, trainer
@@ -26,16 +27,6 @@ from lib.experiments.profiles import grid
 from lib.experiments.runs import code_version, get_run, run_folder, run_key
 from lib.experiments.sweep import Sweep, duration, get_sweep, plan, status
 from lib.experiments.trainer import Trainer
-
-TINY: dict[str, Any] = {
-    "task": ["inpainting", "denoising"],
-    "solver": "plain",
-    "time_budget": [3600.0, 1e-6],
-    "train_images": 20,
-    "test_images": 10,
-    "batch_size": 10,
-}
-"""Of each kind some: the step 2.1 is too long for the plain iteration, and a microsecond too short."""
 
 CONFIGS = grid("smoke", **TINY)
 ARGUMENTS = [text for name, value in TINY.items() for text in ("-p", name, str(value))]

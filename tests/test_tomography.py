@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lib.deepinverse import PhysicsOperator, deepinv
 from lib.figures import tomography
+from lib.figures.baselines import TUNING_IMAGES
 from lib.figures.evaluation import TV, chosen_runs
 from lib.figures.tomography import (
     FBP,
@@ -70,7 +71,7 @@ def test_a_weight_is_the_best_one_on_training_images(name: str, scans: Scans) ->
     """It is not beaten by one half or twice as large."""
     run = None if name == TV else RUNS[name]
     model, lam = tuned(scans, run)
-    truth, f = scans.first("train", tomography.TUNING_IMAGES)
+    truth, f = scans.first("train", TUNING_IMAGES)
     assert model.lam.item() == pytest.approx(lam)
 
     def error(factor: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -13,20 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import assert_same_bits, timeless
 from torch import Tensor
 
 from lib.experiments import data, problem, trainer
 from lib.experiments.config import RunConfig
 from lib.experiments.problem import generator, make_adjoint_solver, make_solver, psnr
-from lib.experiments.trainer import (
-    STACKED,
-    Member,
-    Metrics,
-    Trainer,
-    learning_rate,
-    read_checkpoint,
-    steps_per_epoch,
-)
+from lib.experiments.trainer import STACKED, Member, Trainer, learning_rate, read_checkpoint, steps_per_epoch
 from lib.implicit import NeumannSeries, implicit_fixed_point
 from lib.models import FixedPointModel
 from lib.operators import TASKS
@@ -61,18 +54,6 @@ def small(**values: Any) -> RunConfig:
 
 def train(*configs: RunConfig) -> list[Member]:
     return Trainer(configs).train()
-
-
-def timeless(history: Sequence[Metrics]) -> list[Metrics]:
-    """A history without the seconds, which no two trainings share."""
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
-
-
-def assert_same_bits(one: Member, other: Member) -> None:
-    assert (one.status, one.reason) == (other.status, other.reason)
-    assert timeless(one.history) == timeless(other.history)
-    assert one.weights.keys() == other.weights.keys()
-    assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from scipy.optimize import minimize_scalar
 from skimage.restoration import denoise_tv_chambolle
 from torch import Tensor
 
+from lib.experiments.config import FacesConfig
+from lib.experiments.problem import generator, load_images, make_operator, observe
 from lib.kernels import difference_kernels
 from lib.models import FixedPointModel, build_conv_model
 from lib.operators import Mask, Operator
@@ -24,6 +26,13 @@ Method = Callable[[Tensor, float], Tensor]
 
 DIFFERENCES_NORM = math.sqrt(8)
 """Largest norm of the forward differences in both directions (Chambolle, JMIV 20, 2004)."""
+
+TV_WEIGHTS = {"denoising": (0.005, 1.0)}
+TV_LAMBDAS = (10.0, 30_000.0)
+"""Where the weight of total variation is looked for: of scikit-image's in denoising, else `lambda`."""
+
+TUNING_IMAGES = 4
+"""Training images with which weights are chosen."""
 
 
 def chambolle(f: Tensor, weight: float) -> Tensor:
@@ -72,6 +81,32 @@ def best_weight(method: Method, f: Tensor, truth: Tensor, low: float, high: floa
     bounds = (math.log(low), math.log(high))
     found = minimize_scalar(error, bounds=bounds, method="bounded", options={"xatol": 0.05})
     return float(f"{math.exp(found.x):.3g}")
+
+
+def tuning_data(config: FacesConfig, noise: float, images: int = TUNING_IMAGES) -> tuple[Tensor, Tensor]:
+    """The first training images `u` of a configuration and data `f` of them, `(images, 1, H, W)`.
+
+    Args:
+        config: gives the task, the images and the seed.
+        noise: standard deviation, which need not be the training's.
+        images: how many, at most.
+    """
+    truth = load_images(config)["train"][:images]
+    n = torch.randn(truth.shape, generator=generator(config.seed, "noise of the baseline"))
+    return truth, observe(make_operator(config), truth, torch.tensor(noise), n)
+
+
+def tv_method(config: FacesConfig, shape: tuple[int, int]) -> Method:
+    """Total variation: scikit-image's in denoising, else our lower level with finite differences."""
+    if config.task == "denoising":
+        return chambolle
+    return tv_reconstruction(make_operator(config, shape))
+
+
+def best_tv_weight(config: FacesConfig, f: Tensor, truth: Tensor) -> float:
+    """The weight of `tv_method` that is best on some data and true images, such as `tuning_data`."""
+    method = tv_method(config, (f.shape[-2], f.shape[-1]))
+    return best_weight(method, f, truth, *TV_WEIGHTS.get(config.task, TV_LAMBDAS))
 
 
 def harmonic_inpainting(f: Tensor, mask: Tensor) -> Tensor:

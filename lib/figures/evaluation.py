@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from lib.experiments.config import ConfigError, FacesConfig
 from lib.experiments.data import IMAGE_SUFFIXES, DataError, photograph, photograph_files
-from lib.experiments.problem import generator, load_images, make_operator, observe, one_thread, psnr, solve
+from lib.experiments.problem import generator, make_operator, observe, one_thread, psnr, solve
 from lib.experiments.runs import Run, stored_kernels, trained_kernels
 from lib.experiments.store import Results
-from lib.figures.baselines import Method, best_weight, chambolle, tv_reconstruction
+from lib.figures.baselines import Method, best_tv_weight, best_weight, tuning_data, tv_method
 from lib.figures.comparison import paired_test
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, note
 from lib.models import MODELS
@@ -51,13 +51,6 @@ TV, INPUT = "total variation", "input"
 
 DETAIL = 128
 """Side in pixels of what of an image is drawn: its middle, in which single pixels can be seen."""
-
-TUNING_IMAGES = 4
-"""Training images with which weights are chosen."""
-
-TV_WEIGHTS = {"denoising": (0.005, 1.0)}
-TV_LAMBDAS = (10.0, 30_000.0)
-"""Where the weight of total variation is looked for: of scikit-image's in denoising, else `lambda`."""
 
 LAMBDA_RANGE = 100.0
 """Up to which factor from `(trained noise / noise)^2` the data weight of kernels is looked for."""
@@ -232,13 +225,6 @@ def kernels_method(run: Run) -> Method:
     return method
 
 
-def tv_method(config: FacesConfig, shape: tuple[int, int]) -> Method:
-    """Total variation: scikit-image's in denoising, else our lower level with finite differences."""
-    if config.task == "denoising":
-        return chambolle
-    return tv_reconstruction(make_operator(config, shape))
-
-
 @dataclass(frozen=True)
 class WeightChoice:
     """The weights that an evaluation uses.
@@ -277,11 +263,8 @@ def choose_weights(runs: Mapping[str, Run], noise: float | None = None, tune: bo
     noise = trained if noise is None else noise
     if not tune and noise != trained:
         raise ConfigError(f"tune: got False, allowed: True, or the noise of the training, {trained:g}")
-    truth = load_images(config)["train"][:TUNING_IMAGES]
-    n = torch.randn(truth.shape, generator=generator(config.seed, "noise of the baseline"))
-    f = observe(make_operator(config), truth, torch.tensor(noise), n)
-    bounds = TV_WEIGHTS.get(config.task, TV_LAMBDAS)
-    values: dict[str, float | None] = {TV: best_weight(tv_method(config, _shape(f)), f, truth, *bounds)}
+    truth, f = tuning_data(config, noise)
+    values: dict[str, float | None] = {TV: best_tv_weight(config, f, truth)}
     for name, run in runs.items():
         middle = run.model().lam.item() * (trained / max(noise, trained / 100)) ** 2
         low, high = middle / LAMBDA_RANGE, middle * LAMBDA_RANGE

@@ -28,7 +28,6 @@ from lib.experiments.problem import (
     image_shape,
     load_images,
     make_model,
-    make_operator,
     observe,
     one_thread,
     psnr,
@@ -37,7 +36,7 @@ from lib.experiments.problem import (
 from lib.experiments.profiles import FILTERS, faces_config, our_config
 from lib.experiments.runs import Run, cores, get_runs, learned_start, train_runs
 from lib.experiments.store import REPOSITORY, RESULTS, Results, write_atomic
-from lib.figures.baselines import best_weight, chambolle, tv_reconstruction
+from lib.figures.baselines import TUNING_IMAGES, best_tv_weight, chambolle, tuning_data, tv_method
 from lib.figures.comparison import paired_test
 from lib.figures.reconstructions import Reconstructions, image_quality, reconstruct, test_data
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
@@ -210,7 +209,7 @@ def with_weights(run: Run, weights: Weights, status: str) -> Run:
 
 
 @one_thread()
-def total_variation(config: FacesConfig, observed: Tensor, images: int = 4) -> tuple[Tensor, str]:
+def total_variation(config: FacesConfig, observed: Tensor, images: int = TUNING_IMAGES) -> tuple[Tensor, str]:
     """Total variation reconstructions with the weight that is best on training images.
 
     Denoising is scikit-image's; deblurring is our lower level with finite differences as kernels.
@@ -223,16 +222,10 @@ def total_variation(config: FacesConfig, observed: Tensor, images: int = 4) -> t
     Returns:
         `(N, 1, H, W)`, and what was chosen.
     """
-    operator = make_operator(config)
-    truth = load_images(config)["train"][:images]
-    n = torch.randn(truth.shape, generator=generator(config.seed, "noise of the baseline"))
-    f = observe(operator, truth, torch.tensor(config.noise), n)
-    if config.task == "denoising":
-        weight = best_weight(chambolle, f, truth, 0.005, 1.0)
-        return chambolle(observed[:, None], weight), f"weight {weight:g}"
-    method = tv_reconstruction(operator)
-    weight = best_weight(method, f, truth, 10.0, 30_000.0)
-    return method(observed[:, None], weight), f"lambda {weight:g}"
+    truth, f = tuning_data(config, config.noise, images)
+    weight = best_tv_weight(config, f, truth)
+    method = tv_method(config, (observed.shape[-2], observed.shape[-1]))
+    return method(observed[:, None], weight), f"{'weight' if method is chambolle else 'lambda'} {weight:g}"
 
 
 def photograph_figure(

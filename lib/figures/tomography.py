@@ -20,8 +20,8 @@ from lib.experiments.config import FacesConfig
 from lib.experiments.data import faces
 from lib.experiments.problem import generator, one_thread, psnr
 from lib.experiments.runs import Run
-from lib.figures.baselines import Method, best_weight, tv_model
-from lib.figures.evaluation import TUNING_IMAGES, TV, progress, reweighted
+from lib.figures.baselines import TUNING_IMAGES, Method, best_weight, tv_model
+from lib.figures.evaluation import TV, progress, reweighted
 from lib.figures.reconstructions import image_quality
 from lib.figures.style import STYLE, TEXT_WIDTH, note
 from lib.implicit import implicit_fixed_point

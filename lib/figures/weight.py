@@ -233,7 +233,7 @@ def steps_figure(
             )
         axes[0, 0].set_ylabel("test PSNR in dB")
         axes[1, 0].set_ylabel("training loss")
-        for axis in (axes[0, -1], axes[1, 0]):
+        for axis in axes[:, 0]:
             axis.legend(frameon=False, fontsize=7)
         for axis in axes.flat:
             axis.grid(alpha=0.3, linewidth=0.5)
