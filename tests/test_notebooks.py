@@ -121,6 +121,8 @@ def test_failure_leaves_the_old_result(small: Callable[[str], None], tmp_path: P
     """A notebook that fails changes nothing in its folder; the failed copy stays until it succeeds."""
     small("print(digits)")
     folder = notebooks.run("fig02", "smoke", {}, tmp_path)
+    executed = nbformat.read(folder / "fig02.ipynb", as_version=4)
+    assert executed.metadata["papermill"]["input_path"].endswith("fig02.ipynb"), "the notebook is in it twice"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     small("digits / 0")
     with pytest.raises(PapermillExecutionError):

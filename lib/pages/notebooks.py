@@ -87,7 +87,6 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
     """
     given, checked = require(name, profile, parameters, results)
     # Imported here because a value should be refused at once, and these take seconds to come.
-    import nbformat
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -104,7 +103,8 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
         executed = Path(staging) / f"{name}.ipynb"
         try:
             papermill.execute_notebook(
-                nbformat.read(notebook_path(name), as_version=4),
+                # papermill takes braces in a path for its parameters.
+                str(notebook_path(name)).replace("{", "{{").replace("}", "}}"),
                 executed,
                 parameters=given,
                 kernel_name="python3",
