@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,11 +33,11 @@ from lib.experiments.store import RESULTS
 from lib.experiments.trainer import Member, Trainer, total_steps
 from lib.solvers import fixed_point
 
-STEPS, WARM_STEPS = 8, 3
+STEPS, WARM_STEPS = 12, 3
 """Optimizer steps of a timing, and those at its start that do not count: they record the solves."""
 
 PROFILED_STEPS = 3
-"""Of these, at the end, the time that the GPU computes is measured."""
+"""Of these, at the end, the time that the GPU computes is measured, which slows them down."""
 
 AGREEMENT_STEPS = 5
 """Optimizer steps after which losses are compared with those of the CPU."""
@@ -102,7 +102,7 @@ def agreement(case: Case, device: torch.device, **values: Any) -> Row:
 def timing(case: Case, stack: int, precision: str, device: torch.device, **values: Any) -> Row:
     """Milliseconds of an optimizer step and of an evaluation's batch, share of computing, GB of memory."""
     values = {"train_images": STEPS * values["batch_size"], "precision": precision} | values
-    configs, marks = stack_of(case, stack, **values), list[float]()
+    configs, begins, ends = stack_of(case, stack, **values), list[float](), list[float]()
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
     cuda = device.type == "cuda"
     if cuda:
@@ -111,24 +111,24 @@ def timing(case: Case, stack: int, precision: str, device: torch.device, **value
     def on_step() -> None:
         if cuda:
             torch.cuda.synchronize(device)
-        marks.append(time.perf_counter())
-        if cuda and len(marks) == STEPS - PROFILED_STEPS:
+        ends.append(time.perf_counter())
+        if cuda and len(ends) == STEPS - PROFILED_STEPS:
             profiler.start()
+        begins.append(time.perf_counter())
 
     training = Trainer(configs, device)
     members = training.train(on_step=on_step)
     row: Row = {"task": case[0], "model": case[1], "stack": stack, "precision": precision}
-    spans = [after - before for before, after in pairwise(marks)]
+    spans = [end - begin for begin, end in zip(begins, ends[1:], strict=False)]
     if len(spans) < STEPS - 1:
         return row
-    timed = spans[WARM_STEPS - 1 : STEPS - PROFILED_STEPS - 1]
-    row["ms"] = 1e3 * statistics.median(timed)
+    row["ms"] = 1e3 * statistics.median(spans[WARM_STEPS - 1 : STEPS - PROFILED_STEPS - 1])
     last = [member.history[-1] for member in members if len(member.history) == 2]
     row |= {f"{name} steps": _mean(h[f"{name}_steps"] for h in last) for name in ("forward", "backward")}
     if cuda:
         profiler.stop()
         computed = sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
-        row["GPU computes"] = computed / (sum(spans[-PROFILED_STEPS:]) or 1)
+        row["GPU computes"] = computed / sum(spans[-PROFILED_STEPS:])
         row["GB"] = torch.cuda.max_memory_allocated(device) / 1e9
         row["replayed"] = not getattr(training.solve, "failed", True)
     return row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -22,6 +23,12 @@ from lib.figures.style import MODEL_COLORS, MODEL_NAMES, STYLE, TEXT_WIDTH, mode
 from lib.models import MODELS
 from lib.operators import TASKS
 
+LOWEST_LOSS = 1e-12
+"""Below it a loss is drawn as this one: one of zero has no place on a logarithmic axis."""
+
+CROWDED = 1e4
+"""An axis whose ends are further apart than this factor has labels at powers of ten alone."""
+
 MODEL_OFFSETS = {"bilevel": -0.175, "deq": 0.175}
 
 
@@ -40,9 +47,10 @@ def loss_figure(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> Figure:
             box: Any = {"boxprops": {"facecolor": MODEL_COLORS[model]}, "patch_artist": True, "widths": 0.32}
             box |= {"medianprops": {"color": "k"}, "flierprops": {"markersize": 2}}
             left.boxplot(losses, positions=[i + offset for i in range(len(TASKS))], **box)
-        left.legend(handles=_model_patches(), frameon=False, loc="upper left")
+        # Above what may be drawn.
+        left.legend(handles=_model_patches(), frameon=False, loc="upper left", ncols=2)
         left.set_xticks(range(len(TASKS)), TASKS)
-        left.set(ylabel="final test loss", ylim=(-0.01, threshold * 1.02))
+        left.set(ylabel="final test loss", ylim=(-0.02 * threshold, 1.15 * threshold))
         left.set_title(f"runs with a final test loss up to {threshold:g}")
         _write_counts(left, comparison.outcome_table(sweep.runs, threshold))
         _draw_differences(right, comparison.paired(kept, "test_loss"))
@@ -123,17 +131,23 @@ def best_runs_figure(sweep: Sweep) -> Figure:
 
 def draw_histories(axes: Axes, runs: pd.DataFrame, epochs: pd.DataFrame) -> None:
     """Test loss of each model's runs after each epoch: the median, and the range of several."""
+
+    def minor_label(y: float, position: int | None) -> str:
+        low, high = axes.get_ylim()
+        return f"{y:g}" if high < CROWDED * low else ""
+
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}")
+    axes.yaxis.set_minor_formatter(minor_label)
     axes.tick_params(axis="y", which="both", labelsize=6.5)
     axes.grid(alpha=0.3, linewidth=0.5)
     if runs.empty:
         axes.text(0.5, 0.5, "no run ended", ha="center", size=8, transform=axes.transAxes)
     for model, group in runs.groupby("model"):
-        histories = epochs[epochs["key"].isin(group["key"])].groupby("epoch")["test_loss"]
+        rows = epochs[epochs["key"].isin(group["key"])]
+        histories = rows["test_loss"].clip(lower=LOWEST_LOSS).groupby(rows["epoch"])
         median = histories.median()
         if len(group) > 1:
             spread: Any = {"color": MODEL_COLORS[str(model)], "alpha": 0.2, "linewidth": 0}
@@ -163,8 +177,14 @@ def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOL
         top[0].legend(handles=_model_patches(), frameon=False, loc="upper left")
         bottom[0].set(ylabel="solver steps per solve", ylim=(0, None))
         bottom[0].legend(frameon=False, loc="upper left", handlelength=2.6)
-        note(fig, sweep_budget(sweep.profile, sweep.provenance))
+        note(fig, f"{sweep_budget(sweep.profile, sweep.provenance)}; timed on {_timed_on(sweep.provenance)}")
     return fig
+
+
+def _timed_on(provenance: Mapping[str, Any]) -> str:
+    """What a sweep's seconds were measured on: `CPU`, or the accelerator's name."""
+    names = {machine["accelerator"] for machine in provenance["trained_on"]}
+    return " and ".join(sorted("CPU" if name == "none" else name for name in names))
 
 
 def draw_solver_steps(axes: Axes, epochs: pd.DataFrame) -> None:
