@@ -132,7 +132,7 @@ def best_runs_figure(sweep: Sweep) -> Figure:
 def draw_histories(axes: Axes, runs: pd.DataFrame, epochs: pd.DataFrame) -> None:
     """Test loss of each model's runs after each epoch: the median, and the range of several."""
 
-    def minor_label(y: float, position: int | None) -> str:
+    def minor_label(y: float, position: float) -> str:
         low, high = axes.get_ylim()
         return f"{y:g}" if high < CROWDED * low else ""
 
