@@ -165,8 +165,8 @@ def panel(table: Sweep, **selection: Any) -> Figure:
         losses.set(ylabel="test loss")
         losses.legend(losses.lines, [_ending(row) for _, row in rows.iterrows()], frameon=False)
         draw_solver_steps(steps, epochs[epochs["epoch"] > 0])
-        # On one scale whatever the selection, so that two pictures can be compared.
-        steps.set(ylabel="solver steps", yscale="log", ylim=(1, 1.8 * config.max_steps))
+        # On one scale whatever the selection, so that two pictures can be compared; below 1 is the legend.
+        steps.set(ylabel="solver steps", yscale="log", ylim=(0.15, 1.8 * config.max_steps))
         steps.set_xlim(-0.05 * config.epochs, 1.05 * config.epochs)
         steps.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
         steps.axhline(config.max_steps, color="0.6", linewidth=0.8, zorder=0)
