@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,20 @@ from lib.experiments.config import ConfigError, FacesConfig, RunConfig
 from lib.experiments.data import DataError
 from lib.experiments.profiles import grid, profile_config
 from lib.experiments.provenance import PROVENANCE, write_with_provenance
-from lib.experiments.runs import COMMITTED, Run, find_run, get_run, get_runs, keep_run, learned_start
+from lib.experiments.runs import (
+    COMMITTED,
+    Run,
+    find_run,
+    get_histories,
+    get_run,
+    get_runs,
+    keep_history,
+    keep_run,
+    learned_start,
+)
 from lib.experiments.store import RESULTS, DamagedFile
 from lib.experiments.sweep import NOT_RUN, get_sweep, load_table
-from lib.figures.reconstructions import check_stored_losses
+from lib.figures.reconstructions import check_stored_losses, get_runs_of_seeds, later_seeds, seed_by_seed
 from lib.pages import explore, notebooks
 
 DIGITS = profile_config(
@@ -113,6 +125,64 @@ def test_a_damaged_committed_run_is_named(trained: tuple[Path, dict[Any, Run]], 
             find_run(DIGITS)
 
 
+def test_a_history_is_committed_without_weights(
+    trained: tuple[Path, dict[Any, Run]], clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands for its run where nothing needs weights, also for later versions of the code; what is stored
+    comes first."""
+    original = trained[1][DIGITS]
+    folder = clone / "reference" / "overnight" / "runs"
+    (folder / f"{original.key}.zip").unlink()
+    keep_history(original.key, folder, trained[0])
+    assert get_histories([DIGITS], trained[0], train=False)[0].weights
+    monkeypatch.setattr(runs, "code_version", lambda: "of another day")
+    (history,) = get_histories([DIGITS], train=False)
+    assert (history.key, history.status, history.weights) == (original.key, original.status, {})
+    assert (history.config, history.provenance) == (DIGITS, original.provenance)
+    pd.testing.assert_frame_equal(history.history, original.history)
+    assert find_run(DIGITS) is None
+    assert get_histories([KERNELS], train=False)[0].weights
+    with pytest.raises(ConfigError, match=r"^train: got False, allowed: True, for deq denoising of 3 epochs"):
+        get_histories([DIGITS.model_copy(update={"epochs": 3})], train=False)
+    path = folder / f"{original.key}.json"
+    whole = path.read_text()
+    for content in (whole.replace("completed", "diverged"), whole[:-100], "", "[]"):
+        path.write_text(content)
+        with pytest.raises(DamagedFile, match=f"^{path}: "):
+            get_histories([DIGITS], train=False)
+
+
+def test_the_seeds_after_the_first_need_no_weights(
+    trained: tuple[Path, dict[Any, Run]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both models are trained for each seed, or found; a run that did not complete has no PSNR."""
+    small = {"size": 7, "train_images": 50, "test_images": 20, "batch_size": 25, "seed": 3}
+    first, of_seeds = get_runs_of_seeds("smoke", "denoising", 2, tmp_path, **small)
+    assert [[run.config.seed for run in same] for same in of_seeds.values()] == [[3, 4], [3, 4]]
+    assert {model: same[0].key for model, same in of_seeds.items()} == {m: r.key for m, r in first.items()}
+    table = seed_by_seed(of_seeds)
+    assert table.index.tolist() == [3, 4]
+    for model, same in of_seeds.items():
+        assert table[model].tolist() == [run.history["test_psnr"].iloc[-1] for run in same]
+    assert table["ahead"].tolist() == (table["deq"] - table["bilevel"]).tolist()
+    later = later_seeds(of_seeds)
+    assert {name: run.config.seed for name, run in later.items()} == {"bilevel, seed 4": 4, "deq, seed 4": 4}
+    monkeypatch.setattr(runs, "REFERENCE", tmp_path / "reference")
+    kept = tmp_path / "reference" / "overnight" / "runs"
+    for run in first.values():
+        keep_run(run.key, kept, tmp_path)
+    for run in later.values():
+        keep_history(run.key, kept, tmp_path)
+    shutil.rmtree(tmp_path / "runs")
+    _, drawn = get_runs_of_seeds("smoke", "denoising", 2, tmp_path, train=False, **small)
+    pd.testing.assert_frame_equal(seed_by_seed(drawn), table)
+    lost = replace(of_seeds["deq"][1], status="diverged")
+    assert seed_by_seed(of_seeds | {"deq": [of_seeds["deq"][0], lost]})["deq"].isna().tolist() == [
+        False,
+        True,
+    ]
+
+
 @pytest.fixture
 def table(trained: tuple[Path, dict[Any, Run]], clone: Path, monkeypatch: pytest.MonkeyPatch) -> sweep.Sweep:
     """The sweep as it was trained; its table is committed as that of the smoke profile."""
@@ -153,9 +223,10 @@ def test_without_weights_no_loss_is_checked(table: sweep.Sweep, capsys: pytest.C
     assert capsys.readouterr().out.endswith("not checked: 2 runs of which no weights are stored here\n")
 
 
-def made(clone: Path, name: str, keys: list[str]) -> None:
+def made(clone: Path, name: str, keys: list[str], alone: Sequence[str] = ()) -> None:
     files = {f"{name}.png": b"a picture", f"{name}.pdf": b"a large one", f"{name}.csv": b"numbers"}
-    write_with_provenance(clone / "overnight" / name, files, {"runs": dict.fromkeys(keys)})
+    origin = {"runs": dict.fromkeys(keys), "histories": dict.fromkeys(alone)}
+    write_with_provenance(clone / "overnight" / name, files, origin)
 
 
 def test_what_was_made_is_kept_with_its_runs(trained: tuple[Path, dict[Any, Run]], clone: Path) -> None:
@@ -176,6 +247,13 @@ def test_what_was_made_is_kept_with_its_runs(trained: tuple[Path, dict[Any, Run]
     made(clone, "fig03", [third])
     notebooks.keep("fig03", "overnight")
     assert sorted(path.stem for path in (committed / "runs").iterdir()) == sorted([first, third])
+    made(clone, "fig03", [third], [first, second])
+    notebooks.keep("fig03", "overnight")
+    names = {f"{first}.zip", f"{second}.json", f"{third}.zip"}
+    assert {path.name for path in (committed / "runs").iterdir()} == names
+    made(clone, "fig03", [second])
+    notebooks.keep("fig03", "overnight")
+    assert {path.name for path in (committed / "runs").iterdir()} == {f"{first}.zip", f"{second}.zip"}
     with pytest.raises(ConfigError, match=r"^it has not been made: make fig04 PROFILE=overnight makes it"):
         notebooks.keep("fig04", "overnight")
     with pytest.raises(ConfigError, match=r"^profile: got 'paper', allowed: quick, overnight"):
@@ -190,8 +268,9 @@ def test_what_is_committed_is_small_and_whole() -> None:
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 15e6
     origins = [json.loads(path.read_bytes()) for path in FOLDER.glob(f"fig*/{PROVENANCE}")]
-    needed = {key for origin in origins for key in origin.get("runs", ())}
-    assert {path.stem for path in FOLDER.glob("runs/*")} == needed
+    whole, alone = ({k for origin in origins for k in origin.get(kind, ())} for kind in ("runs", "histories"))
+    needed = {f"{key}.zip" for key in whole} | {f"{key}.json" for key in alone - whole}
+    assert {path.name for path in FOLDER.glob("runs/*")} == needed
 
 
 @pytest.mark.parametrize("name", [name for name in notebooks.names() if (FOLDER / name).is_dir()])
@@ -199,10 +278,10 @@ def test_a_committed_figure_is_of_the_profile(name: str) -> None:
     """Its runs are those that the profile has today, under whatever version of the code."""
     origin = json.loads((FOLDER / name / PROVENANCE).read_bytes())
     assert (origin["figure"], origin["profile"]) == (name, "overnight")
-    for key, told in origin.get("runs", {}).items():
+    for key, told in (origin.get("runs", {}) | origin.get("histories", {})).items():
         values = {field: told[field] for field in told if field not in ("name", "status", "converged")}
         kind = RunConfig if told["dataset"] == "mnist" else FacesConfig
-        run = get_run(kind(**values), train=False)
+        (run,) = get_histories([kind(**values)], train=False)
         assert (run.key, run.status) == (key, told["status"])
 
 

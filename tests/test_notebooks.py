@@ -220,6 +220,7 @@ def test_nonsense_is_refused(name: str, parameter: str, tmp_path: Path, no_kerne
         ("fig02", ["seed", "None"], "seed: got 'None', allowed: a valid integer"),
         ("fig02", ["sigma", "yes"], "sigma: got 'yes', allowed: 'relu', "),
         ("fig02", ["noise", "1e9"], "noise: got 1000000000.0, allowed: at most 10"),
+        ("fig04", ["seeds", "0"], "seeds: got 0, allowed: greater than or equal to 1"),
         ("fig05", ["train", "1"], "train: got '1', allowed: a valid boolean"),
         ("fig06", ["tau", "[0.1, -1]"], "tau: got -1.0, allowed: greater than 0"),
         ("fig07", ["image", "2"], "image: got 2, allowed: 0 to 1"),

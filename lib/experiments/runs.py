@@ -400,6 +400,30 @@ def find_run(config: Config, results: Results = None) -> Run | None:
     return next(filter(None, kept), None)
 
 
+def get_histories(configs: Sequence[Config], results: Results = None, train: bool = True) -> list[Run]:
+    """As `get_runs`, for what needs no weights: a run that is committed without them has none.
+
+    Raises:
+        ConfigError: nothing is to be trained, and a run is neither stored nor committed.
+        DataError: the data cannot be had.
+    """
+    if train:
+        return get_runs(configs, results)
+    records = sorted(REFERENCE.glob("*/runs/*.json"))
+    kept = {run.config: run for run in map(_kept_history, records)}
+    # The last one says what is missing.
+    return [find_run(c, results) or kept.get(c) or get_run(c, results, train) for c in configs]
+
+
+def _kept_history(path: Path) -> Run:
+    """The run in a file of `keep_history`, without weights."""
+    try:
+        record = _read_record(path, "run")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFile(f"{path}: {error}") from None
+    return _run_of(path.stem, _config(record), record, {})
+
+
 def _kept_run(path: Path, config: Config) -> Run | None:
     """The run in a file of `keep_run` if it is that of a configuration."""
     with ZipFile(io.BytesIO(read_sealed(path))) as archive, tempfile.TemporaryDirectory() as place:
@@ -435,6 +459,22 @@ def keep_run(key: str, folder: Path, results: Results = None) -> None:
             # Without the time, so that it is the same file whenever it is made.
             archive.writestr(ZipInfo(path.name), path.read_bytes(), ZIP_DEFLATED)
     write_sealed(folder / f"{key}.zip", packed.getvalue())
+
+
+def keep_history(key: str, folder: Path, results: Results = None) -> None:
+    """Write a stored run as it is committed where nothing needs its weights: its record alone.
+
+    Args:
+        key: of the run.
+        folder: of the committed runs.
+        results: where it is stored.
+
+    Raises:
+        OSError: it is not stored.
+        DamagedFile: its content does not match its checksum.
+    """
+    record = _read_record(Path(results or RESULTS) / "runs" / key / "run.json", "run")
+    _write_record(folder / f"{key}.json", "run", record)
 
 
 def _rounded(weight: Tensor) -> Tensor:
@@ -721,13 +761,17 @@ def _run(folder: Path, config: Config, record: dict[str, Any]) -> Run:
     if record["weights"] != hashlib.sha256(content).hexdigest():
         raise DamagedFile(f"{folder / 'weights.pt'}: it belongs to another run")
     weights = torch.load(io.BytesIO(content), weights_only=True)
+    return _run_of(folder.name, config, record, {name: weight.float() for name, weight in weights.items()})
+
+
+def _run_of(key: str, config: Config, record: dict[str, Any], weights: Weights) -> Run:
     return Run(
-        key=folder.name,
+        key=key,
         config=config,
         status=record["status"],
         reason=record["reason"],
         history=pd.DataFrame(record["history"]),
-        weights={name: weight.float() for name, weight in weights.items()},
+        weights=weights,
         provenance=record["provenance"],
     )
 

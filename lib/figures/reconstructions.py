@@ -26,11 +26,13 @@ from lib.experiments.problem import (
     solve,
     test_noise,
 )
-from lib.experiments.runs import Run, default_device, find_run, get_run
+from lib.experiments.profiles import profile_config, profile_seeds
+from lib.experiments.runs import Run, default_device, find_run, get_histories, get_run, train_runs
 from lib.experiments.store import Results
 from lib.experiments.sweep import row_config
 from lib.experiments.trainer import COMPLETED
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
+from lib.models import MODELS
 from lib.solvers import Status
 
 
@@ -136,6 +138,54 @@ def keeps_loss(result: Reconstructions, name: str, loss: float, unconverged: flo
     apart = SPREAD * result.runs[name].config.tol
     allowed = apart * (2 * math.sqrt(loss) + apart)
     return bool(max(measured.unconverged, unconverged) > 0 or abs(measured.mse - loss) <= allowed)
+
+
+def get_runs_of_seeds(
+    profile: str, task: str, seeds: int | None, results: Results = None, train: bool = True, **values: Any
+) -> tuple[dict[str, Run], dict[str, list[Run]]]:
+    """The run of each model, and beside it those of its seeds, trained together so that no core waits.
+
+    Args:
+        profile, task, values: as in `profile_config`.
+        seeds: how many, from the one in `values` on; the profile's number when None.
+        train: False takes what is stored or committed; seeds after the first may then lack their weights.
+    """
+    numbers = range(values["seed"], values["seed"] + profile_seeds(profile, task, seeds))
+    configs = {
+        model: [profile_config(profile, task, model=model, **values | {"seed": number}) for number in numbers]
+        for model in MODELS
+    }
+    if train:
+        train_runs([config for same in configs.values() for config in same], results)
+    runs = {model: get_run(same[0], results, train) for model, same in configs.items()}
+    later = {model: get_histories(same[1:], results, train) for model, same in configs.items()}
+    return runs, {model: [runs[model], *later[model]] for model in MODELS}
+
+
+def later_seeds(runs: Mapping[str, Sequence[Run]]) -> dict[str, Run]:
+    """The runs of all seeds but the first, by model and seed."""
+    return {f"{model}, seed {run.config.seed}": run for model, same in runs.items() for run in same[1:]}
+
+
+def seed_by_seed(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
+    """How both models' trainings end for several seeds of weights, order of images and noise.
+
+    Args:
+        runs: of each model, one for each seed, the same seeds for both.
+
+    Returns:
+        A row per seed: the final `test_psnr` (dB) of each model, NaN of a run that did not complete, and
+        `ahead`, by how much the DEQ is ahead.
+    """
+    columns = {
+        model: {
+            run.config.seed: run.history["test_psnr"].iloc[-1] if run.status == COMPLETED else math.nan
+            for run in of_seeds
+        }
+        for model, of_seeds in runs.items()
+    }
+    table = pd.DataFrame(columns).rename_axis("seed")
+    return table.assign(ahead=table["deq"] - table["bilevel"])
 
 
 def check_weights(runs: Mapping[str, Run]) -> None:

@@ -116,6 +116,7 @@ def save(
     tables: Mapping[str, pd.DataFrame] | None = None,
     pictures: Mapping[str, Figure] | None = None,
     settings: Mapping[str, Any] | None = None,
+    histories: Mapping[str, Run] | None = None,
 ) -> Path:
     """Write `results/<profile>/<name>/` with the figure, its numbers and where they come from.
 
@@ -128,6 +129,7 @@ def save(
         questions: what the figure answers, written as `questions.json` if there are any.
         tables, pictures: others by name, each written to files of that name.
         settings: what it was made with beside the runs, for its provenance.
+        histories: runs that it needs no weights of, by name.
 
     Returns:
         The figure's folder.
@@ -144,21 +146,26 @@ def save(
             with plt.rc_context(STYLE):
                 own.savefig(buffer, format=suffix, metadata=metadata)
             files[f"{key}.{suffix}"] = buffer.getvalue()
-    came_from = source.provenance if isinstance(source, Sweep) else _provenance(source)
+    came_from = source.provenance if isinstance(source, Sweep) else _provenance(source, histories or {})
     if settings:
         came_from = came_from | {"settings": dict(settings)}
     write_with_provenance(folder, files, {"figure": name, "profile": profile, **came_from})
     return folder
 
 
-def _provenance(named: Mapping[str, Run]) -> dict[str, Any]:
-    runs = named.values()
-    return {
-        "runs": {
+def _provenance(named: Mapping[str, Run], histories: Mapping[str, Run]) -> dict[str, Any]:
+    runs = [*named.values(), *histories.values()]
+
+    def told(of: Mapping[str, Run]) -> dict[str, Any]:
+        return {
             run.key: run.config.model_dump()
             | {"name": name, "status": run.status, "converged": has_converged(run.history)}
-            for name, run in named.items()
-        },
+            for name, run in of.items()
+        }
+
+    return {
+        "runs": told(named),
+        **({"histories": told(histories)} if histories else {}),
         "data": {run.config.dataset: data_digests(run.config) for run in runs},
         "training_seconds": sum(run.provenance["seconds"] for run in runs),
         "trained_on": {run.key: run.provenance["environment"] for run in runs},

@@ -166,7 +166,7 @@ def keep(name: str, profile: str) -> Path:
         ConfigError: the profile's figures are not committed, or this one has not been made.
     """
     from lib.experiments.provenance import PROVENANCE
-    from lib.experiments.runs import COMMITTED, keep_run
+    from lib.experiments.runs import COMMITTED, keep_history, keep_run
 
     require_name("profile", profile, COMMITTED)
     made, committed = RESULTS / profile / name, RESULTS / COMMITTED[profile]
@@ -178,13 +178,16 @@ def keep(name: str, profile: str) -> Path:
     if profile == "quick":
         return committed / name
     origins = [json.loads(path.read_bytes()) for path in committed.glob(f"*/{PROVENANCE}")]
-    needed, kept = {key for origin in origins for key in origin.get("runs", ())}, committed / "runs"
-    for key in sorted(needed):
-        if not (kept / f"{key}.zip").exists():
-            keep_run(key, kept)
-    for path in kept.glob("*.zip"):
-        if path.stem not in needed:
-            path.unlink()
+    whole = {key for origin in origins for key in origin.get("runs", ())}
+    alone = {key for origin in origins for key in origin.get("histories", ())} - whole
+    kept = committed / "runs"
+    for suffix, needed, keep_one in ((".zip", whole, keep_run), (".json", alone, keep_history)):
+        for key in sorted(needed):
+            if not (kept / f"{key}{suffix}").exists():
+                keep_one(key, kept)
+        for path in kept.glob(f"*{suffix}"):
+            if path.stem not in needed:
+                path.unlink()
     return committed / name
 
 

@@ -105,6 +105,7 @@ class Digits(Parameters):
     sigma: str | None
     epochs: int | None
     seed: int
+    seeds: Seeds | None
     digits: Count
     train: bool
     results: PathName | None
