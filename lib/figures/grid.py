@@ -177,14 +177,15 @@ def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOL
         top[0].legend(handles=_model_patches(), frameon=False, loc="upper left")
         bottom[0].set(ylabel="solver steps per solve", ylim=(0, None))
         bottom[0].legend(frameon=False, loc="upper left", handlelength=2.6)
-        note(fig, f"{sweep_budget(sweep.profile, sweep.provenance)}; timed on {_timed_on(sweep.provenance)}")
+        note(fig, sweep_budget(sweep.profile, sweep.provenance) + _timed_on(sweep.provenance))
     return fig
 
 
 def _timed_on(provenance: Mapping[str, Any]) -> str:
-    """What a sweep's seconds were measured on: `CPU`, or the accelerator's name."""
+    """What a sweep's seconds were measured on, `CPU` or the accelerator's name; nothing where no run is."""
     names = {machine["accelerator"] for machine in provenance["trained_on"]}
-    return " and ".join(sorted("CPU" if name == "none" else name for name in names))
+    said = " and ".join(sorted("CPU" if name == "none" else name for name in names))
+    return f"; timed on {said}" if said else ""
 
 
 def draw_solver_steps(axes: Axes, epochs: pd.DataFrame) -> None:
