@@ -176,11 +176,11 @@ def test_the_seeds_after_the_first_need_no_weights(
     shutil.rmtree(tmp_path / "runs")
     _, drawn = get_runs_of_seeds("smoke", "denoising", 2, tmp_path, train=False, **small)
     pd.testing.assert_frame_equal(seed_by_seed(drawn), table)
-    lost = replace(of_seeds["deq"][1], status="diverged")
-    assert seed_by_seed(of_seeds | {"deq": [of_seeds["deq"][0], lost]})["deq"].isna().tolist() == [
-        False,
-        True,
-    ]
+    assert table["reason"].tolist() == ["", ""]
+    lost = replace(of_seeds["deq"][1], status="diverged", reason="the loss is not finite")
+    partial = seed_by_seed(of_seeds | {"deq": [of_seeds["deq"][0], lost]})
+    assert partial["deq"].isna().tolist() == partial["ahead"].isna().tolist() == [False, True]
+    assert partial["reason"].tolist() == ["", "deq diverged: the loss is not finite"]
 
 
 @pytest.fixture

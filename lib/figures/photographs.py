@@ -33,7 +33,7 @@ from lib.experiments.problem import (
     psnr,
     solve,
 )
-from lib.experiments.profiles import FILTERS, faces_config, our_config
+from lib.experiments.profiles import FILTERS, faces_config, our_config, profile_seeds
 from lib.experiments.runs import Run, cores, get_runs, learned_start, train_runs
 from lib.experiments.store import REPOSITORY, RESULTS, Results, write_atomic
 from lib.figures.baselines import TUNING_IMAGES, best_tv_weight, chambolle, tuning_data, tv_method
@@ -106,23 +106,37 @@ def _our_configs(profile: str, task: str, seeds: Sequence[int], **values: Any) -
 
 
 def get_runs_and_ours(
-    profile: str, task: str, our_seeds: int, results: Results = None, train: bool = True, **values: Any
-) -> tuple[dict[str, Run], dict[str, list[Run]]]:
-    """The runs of `get_face_runs` and those of `get_our_runs`, trained together so that no core waits.
+    profile: str,
+    task: str,
+    seeds: int | None,
+    our_seeds: int,
+    results: Results = None,
+    train: bool = True,
+    **values: Any,
+) -> tuple[dict[str, Run], dict[str, list[Run]], dict[str, list[Run]]]:
+    """The runs of `get_face_runs`, beside them those of their seeds, and those of `get_our_runs`.
+
+    They are trained together so that no core waits.
 
     Args:
         profile, task, values: as in `faces_config`; ours have their own `initial`.
-        our_seeds: for how many seeds, from the one in `values` on.
+        seeds: for how many seeds, from the one in `values` on; the profile's number when None.
+        our_seeds: the same of ours.
         train: False takes what is stored or committed.
     """
     common = {name: value for name, value in values.items() if name not in ("initial", "seed")}
-    seeds = range(values["seed"], values["seed"] + our_seeds)
+    first = values["seed"]
+    papers, ours = range(first, first + profile_seeds(profile, seeds)), range(first, first + our_seeds)
     if train:
+        configs = [
+            c for seed in papers for c in _face_configs(profile, task, **values | {"seed": seed}).values()
+        ]
         # The slow ones first, so that no process waits for one of them in the end.
-        papers = sorted(_face_configs(profile, task, **values).values(), key=lambda config: -config.filters)
-        train_runs([*papers, *_our_configs(profile, task, seeds, **common)], results)
-    papers_runs = get_face_runs(profile, task, results, train=train, **values)
-    return papers_runs, get_our_runs(profile, task, seeds, results, train, **common)
+        configs.sort(key=lambda config: -config.filters)
+        train_runs([*configs, *_our_configs(profile, task, ours, **common)], results)
+    by_seed = [get_face_runs(profile, task, results, train=train, **values | {"seed": s}) for s in papers]
+    of_seeds = {name: [runs[name] for runs in by_seed] for name in by_seed[0]}
+    return by_seed[0], of_seeds, get_our_runs(profile, task, ours, results, train, **common)
 
 
 def photograph_by_photograph(runs: Mapping[str, Sequence[Run]], images: int | None = None) -> pd.DataFrame:
@@ -174,26 +188,23 @@ def ahead_of(table: pd.DataFrame, baseline: str = "TV") -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
 
-def over_seeds(
-    first: pd.DataFrame, profile: str, task: str, seeds: Sequence[int], results: Results = None, **values: Any
-) -> pd.DataFrame:
+def over_seeds(first: pd.DataFrame, runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     """Quality of the trained models over several seeds of the weights and the noise.
 
     Args:
         first: the table of `reconstruct` for the first seed: the input and the trained models.
-        profile, task, values: as in `get_face_runs`.
-        seeds: the seeds.
+        runs: of each model, one for each seed, the same seeds for all.
 
     Returns:
         A row for the input and each model: `psnr median` (dB), `psnr low` and `psnr high`, the lowest and the
         highest over the seeds, the same of `ssim`, and the number of `seeds`.
     """
-    others = [get_face_runs(profile, task, results, **values, seed=seed) for seed in seeds[1:]]
-    tables = [first, *(reconstruct(runs).table for runs in others)]
-    stacked = pd.concat(tables, keys=seeds, names=["seed"]).groupby("image", sort=False)
+    later = [dict(zip(runs, same, strict=True)) for same in zip(*runs.values(), strict=True)][1:]
+    tables = [first, *(reconstruct(of_seed).table for of_seed in later)]
+    stacked = pd.concat(tables).groupby("image", sort=False)
     ends = {"median": "median", "min": "low", "max": "high"}
     table = stacked[["psnr", "ssim"]].agg(list(ends)).rename(columns=ends)
-    return table.set_axis(table.columns.map(" ".join), axis="columns").assign(seeds=len(seeds))
+    return table.set_axis(table.columns.map(" ".join), axis="columns").assign(seeds=len(tables))
 
 
 def starting_weights(run: Run, results: Results = None, train: bool = True) -> Weights:

@@ -150,7 +150,7 @@ def get_runs_of_seeds(
         seeds: how many, from the one in `values` on; the profile's number when None.
         train: False takes what is stored or committed; seeds after the first may then lack their weights.
     """
-    numbers = range(values["seed"], values["seed"] + profile_seeds(profile, task, seeds))
+    numbers = range(values["seed"], values["seed"] + profile_seeds(profile, seeds))
     configs = {
         model: [profile_config(profile, task, model=model, **values | {"seed": number}) for number in numbers]
         for model in MODELS
@@ -174,8 +174,8 @@ def seed_by_seed(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
         runs: of each model, one for each seed, the same seeds for both.
 
     Returns:
-        A row per seed: the final `test_psnr` (dB) of each model, NaN of a run that did not complete, and
-        `ahead`, by how much the DEQ is ahead.
+        A row per seed: the final `test_psnr` (dB) of each model, NaN of a run that did not complete; `ahead`,
+        by how much the DEQ is ahead; and the `reason` why a run did not complete, empty if both did.
     """
     columns = {
         model: {
@@ -185,7 +185,11 @@ def seed_by_seed(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
         for model, of_seeds in runs.items()
     }
     table = pd.DataFrame(columns).rename_axis("seed")
-    return table.assign(ahead=table["deq"] - table["bilevel"])
+    lost = [
+        "; ".join(f"{run.config.model} {run.status}: {run.reason}" for run in same if run.status != COMPLETED)
+        for same in zip(*runs.values(), strict=True)
+    ]
+    return table.assign(ahead=table["deq"] - table["bilevel"], reason=lost)
 
 
 def check_weights(runs: Mapping[str, Run]) -> None:

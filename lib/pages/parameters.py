@@ -171,7 +171,7 @@ class Photographs(Faces):
     """Figures 8 and 13."""
 
     image: Index
-    seeds: Seeds
+    seeds: Seeds | None
     our_seeds: Seeds
 
     def agree(self, **fixed: Any) -> None:
