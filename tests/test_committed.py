@@ -21,7 +21,7 @@ from lib.experiments.provenance import PROVENANCE, write_with_provenance
 from lib.experiments.runs import (
     COMMITTED,
     Run,
-    find_run,
+    find_runs,
     get_histories,
     get_run,
     get_runs,
@@ -97,7 +97,7 @@ def test_kernels_that_a_run_starts_from_are_committed_too(
 
 def test_a_stored_run_comes_first(trained: tuple[Path, dict[Any, Run]], clone: Path) -> None:
     """Its weights are whole."""
-    found = find_run(DIGITS, trained[0])
+    (found,) = find_runs([DIGITS], trained[0])
     assert found is not None
     assert torch.equal(found.weights["A"], trained[1][DIGITS].weights["A"])
 
@@ -122,7 +122,7 @@ def test_a_damaged_committed_run_is_named(trained: tuple[Path, dict[Any, Run]], 
     for content in (*flipped, whole[:-100], b""):
         path.write_bytes(content)
         with pytest.raises(DamagedFile, match=f"^{path}: its content does not match its checksum$"):
-            find_run(DIGITS)
+            find_runs([DIGITS])
 
 
 def test_a_history_is_committed_without_weights(
@@ -140,7 +140,7 @@ def test_a_history_is_committed_without_weights(
     assert (history.key, history.status, history.weights) == (original.key, original.status, {})
     assert (history.config, history.provenance) == (DIGITS, original.provenance)
     pd.testing.assert_frame_equal(history.history, original.history)
-    assert find_run(DIGITS) is None
+    assert find_runs([DIGITS]) == [None]
     assert get_histories([KERNELS], train=False)[0].weights
     with pytest.raises(ConfigError, match=r"^train: got False, allowed: True, for deq denoising of 3 epochs"):
         get_histories([DIGITS.model_copy(update={"epochs": 3})], train=False)

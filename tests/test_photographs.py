@@ -390,30 +390,28 @@ def test_runs_of_the_figures_are_named_by_model_and_size(monkeypatch: pytest.Mon
 def test_the_papers_runs_and_ours_are_trained_together(
     train: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one call, the slow ones first: all that is then loaded, and nothing where nothing is to be trained;
-    ours start from kernels of their own, whatever the paper's start from."""
-    trained: list[FacesConfig] = []
-    loaded: list[FacesConfig] = []
+    """In one call, the slow ones first; ours start from their own kernels whatever the others start from."""
+    asked: list[tuple[list[FacesConfig], bool]] = []
 
     def load(configs: list[FacesConfig], results: object, train: bool) -> list[FacesConfig]:
-        loaded.extend(configs)
+        asked.append((configs, train))
         return configs
 
-    monkeypatch.setattr(photographs, "train_runs", lambda configs, results: trained.extend(configs))
     monkeypatch.setattr(photographs, "get_runs", load)
     values: dict[str, Any] = {"initial": "second", "noise": 0.03, "seed": 4}
     first, papers, ours = photographs.get_runs_and_ours(
         "smoke", "deblurring", 3, 2, tmp_path, train, **values
     )
+    ((configs, trained),) = asked
+    assert [config.filters for config in configs] == 6 * [30] + 6 * [2] + 4 * [8]
+    assert trained == train
     for position, seed in enumerate((4, 5, 6)):
         expected = get_face_runs("smoke", "deblurring", tmp_path, **values | {"seed": seed})
-        assert {name: configs[position] for name, configs in papers.items()} == expected
-    assert first == {name: configs[0] for name, configs in papers.items()}
+        assert {name: same[position] for name, same in papers.items()} == expected
+    assert first == {name: same[0] for name, same in papers.items()}
     assert ours == photographs.get_our_runs("smoke", "deblurring", (4, 5), tmp_path, noise=0.03)
-    assert {config.initial for configs in papers.values() for config in configs} == {"second"}
-    assert {config.initial for configs in ours.values() for config in configs} == {"cosine"}
-    assert set(trained) == (set(loaded) if train else set())
-    assert [config.filters for config in trained] == (6 * [30] + 6 * [2] + 4 * [8] if train else [])
+    assert {config.initial for same in papers.values() for config in same} == {"second"}
+    assert {config.initial for same in ours.values() for config in same} == {"cosine"}
 
 
 # ------------------------------------------------------------------------------- photographs of one's own

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
@@ -359,7 +359,8 @@ def get_runs(configs: Sequence[Config], results: Results = None, train: bool = T
     """
     if train:
         train_runs(configs, results)
-    return [get_run(config, results, train) for config in configs]
+        return [get_run(config, results) for config in configs]
+    return [_found(*pair) for pair in zip(configs, find_runs(configs, results), strict=True)]
 
 
 def get_run(config: Config, results: Results = None, train: bool = True) -> Run:
@@ -373,10 +374,7 @@ def get_run(config: Config, results: Results = None, train: bool = True) -> Run:
         DataError: the data cannot be had.
     """
     if not train:
-        if found := find_run(config, results):
-            return found
-        what = f"{config.model} {config.task} of {config.epochs} epochs, seed {config.seed}"
-        raise ConfigError(f"train: got False, allowed: True, for {what} is neither stored nor committed")
+        return _found(config, *find_runs([config], results))
     folder = run_folder(config, results)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
@@ -389,15 +387,27 @@ def get_run(config: Config, results: Results = None, train: bool = True) -> Run:
         return run
 
 
-def find_run(config: Config, results: Results = None) -> Run | None:
-    """The run of a configuration that is stored, or else committed, or None; nothing is trained.
+def _found(config: Config, run: Run | None) -> Run:
+    if run is None:
+        what = f"{config.model} {config.task} of {config.epochs} epochs, seed {config.seed}"
+        raise ConfigError(f"train: got False, allowed: True, for {what} is neither stored nor committed")
+    return run
 
-    A committed one may be of another version of the code, which its provenance names.
+
+def find_runs(configs: Sequence[Config], results: Results = None) -> list[Run | None]:
+    """The runs of some configurations that are stored, or else committed; nothing is trained.
+
+    A committed one may be of another version of the code, which its provenance names. In place of a run that
+    is neither there is None.
     """
-    if run := load_run(run_folder(config, results), config):
-        return run
-    kept = (_kept_run(path, config) for path in sorted(REFERENCE.glob("*/runs/*.zip")))
-    return next(filter(None, kept), None)
+    found = {config: load_run(run_folder(config, results), config) for config in configs}
+    for path in sorted(REFERENCE.glob("*/runs/*.zip")):
+        missing = [config for config, run in found.items() if run is None]
+        if not missing:
+            break
+        if run := _kept_run(path, missing):
+            found[run.config] = run
+    return [found[config] for config in configs]
 
 
 def get_histories(configs: Sequence[Config], results: Results = None, train: bool = True) -> list[Run]:
@@ -409,10 +419,9 @@ def get_histories(configs: Sequence[Config], results: Results = None, train: boo
     """
     if train:
         return get_runs(configs, results)
-    records = sorted(REFERENCE.glob("*/runs/*.json"))
-    kept = {run.config: run for run in map(_kept_history, records)}
-    # The last one says what is missing.
-    return [find_run(c, results) or kept.get(c) or get_run(c, results, train) for c in configs]
+    kept = {run.config: run for run in map(_kept_history, sorted(REFERENCE.glob("*/runs/*.json")))}
+    found = zip(configs, find_runs(configs, results), strict=True)
+    return [_found(config, run or kept.get(config)) for config, run in found]
 
 
 def _kept_history(path: Path) -> Run:
@@ -424,12 +433,13 @@ def _kept_history(path: Path) -> Run:
     return _run_of(path.stem, _config(record), record, {})
 
 
-def _kept_run(path: Path, config: Config) -> Run | None:
-    """The run in a file of `keep_run` if it is that of a configuration."""
+def _kept_run(path: Path, configs: Collection[Config]) -> Run | None:
+    """The run in a file of `keep_run` if it is that of one of the configurations."""
     with ZipFile(io.BytesIO(read_sealed(path))) as archive, tempfile.TemporaryDirectory() as place:
         folder = Path(place) / path.stem
         record = _read_record(Path(archive.extract("run.json", folder)), "run")
-        if _config(record) != config:
+        config = _config(record)
+        if config not in configs:
             return None
         archive.extract("weights.pt", folder)
         return _run(folder, config, record)

@@ -34,7 +34,7 @@ from lib.experiments.problem import (
     solve,
 )
 from lib.experiments.profiles import FILTERS, faces_config, our_config, profile_seeds
-from lib.experiments.runs import Run, cores, get_runs, learned_start, train_runs
+from lib.experiments.runs import Run, cores, get_runs, learned_start
 from lib.experiments.store import REPOSITORY, RESULTS, Results, write_atomic
 from lib.figures.baselines import TUNING_IMAGES, best_tv_weight, chambolle, tuning_data, tv_method
 from lib.figures.comparison import paired_test
@@ -97,8 +97,11 @@ def get_our_runs(
         train: False takes what is stored or committed.
     """
     configs = _our_configs(profile, task, seeds, **values)
-    runs, count = get_runs(configs, results, train), len(seeds)
-    return {f"{MODEL_NAMES[m]}, ours": runs[i * count : (i + 1) * count] for i, m in enumerate(MODELS)}
+    return _by_model(configs, dict(zip(configs, get_runs(configs, results, train), strict=True)))
+
+
+def _by_model(configs: Sequence[FacesConfig], runs: Mapping[FacesConfig, Run]) -> dict[str, list[Run]]:
+    return {f"{MODEL_NAMES[m]}, ours": [runs[c] for c in configs if c.model == m] for m in MODELS}
 
 
 def _our_configs(profile: str, task: str, seeds: Sequence[int], **values: Any) -> list[FacesConfig]:
@@ -125,18 +128,15 @@ def get_runs_and_ours(
         train: False takes what is stored or committed.
     """
     common = {name: value for name, value in values.items() if name not in ("initial", "seed")}
-    first = values["seed"]
-    papers, ours = range(first, first + profile_seeds(profile, seeds)), range(first, first + our_seeds)
-    if train:
-        configs = [
-            c for seed in papers for c in _face_configs(profile, task, **values | {"seed": seed}).values()
-        ]
-        # The slow ones first, so that no process waits for one of them in the end.
-        configs.sort(key=lambda config: -config.filters)
-        train_runs([*configs, *_our_configs(profile, task, ours, **common)], results)
-    by_seed = [get_face_runs(profile, task, results, train=train, **values | {"seed": s}) for s in papers]
-    of_seeds = {name: [runs[name] for runs in by_seed] for name in by_seed[0]}
-    return by_seed[0], of_seeds, get_our_runs(profile, task, ours, results, train, **common)
+    start = values["seed"]
+    numbers = range(start, start + profile_seeds(profile, seeds))
+    papers = [_face_configs(profile, task, **values | {"seed": number}) for number in numbers]
+    ours = _our_configs(profile, task, range(start, start + our_seeds), **common)
+    # The slow ones first, so that no process waits for one of them in the end.
+    configs = sorted((c for same in papers for c in same.values()), key=lambda config: -config.filters) + ours
+    found = dict(zip(configs, get_runs(configs, results, train), strict=True))
+    of_seeds = {name: [found[same[name]] for same in papers] for name in papers[0]}
+    return {name: same[0] for name, same in of_seeds.items()}, of_seeds, _by_model(ours, found)
 
 
 def photograph_by_photograph(runs: Mapping[str, Sequence[Run]], images: int | None = None) -> pd.DataFrame:

@@ -27,7 +27,7 @@ from lib.experiments.problem import (
     test_noise,
 )
 from lib.experiments.profiles import profile_config, profile_seeds
-from lib.experiments.runs import Run, default_device, find_run, get_histories, get_run, train_runs
+from lib.experiments.runs import Run, default_device, find_runs, get_histories, get_runs, train_runs
 from lib.experiments.store import Results
 from lib.experiments.sweep import row_config
 from lib.experiments.trainer import COMPLETED
@@ -157,7 +157,7 @@ def get_runs_of_seeds(
     }
     if train:
         train_runs([config for same in configs.values() for config in same], results)
-    runs = {model: get_run(same[0], results, train) for model, same in configs.items()}
+    runs = dict(zip(configs, get_runs([same[0] for same in configs.values()], results, train), strict=True))
     later = {model: get_histories(same[1:], results, train) for model, same in configs.items()}
     return runs, {model: [runs[model], *later[model]] for model in MODELS}
 
@@ -236,9 +236,10 @@ def check_stored_losses(runs: pd.DataFrame, results: Results = None, train: bool
         AssertionError: a stored run's weights do not give the test loss that was stored.
     """
     missing = 0
-    for row in runs.drop_duplicates(["task", "model"]).to_dict("records"):
-        config = row_config(row)
-        run = get_run(config, results) if train else find_run(config, results)
+    rows = runs.drop_duplicates(["task", "model"]).to_dict("records")
+    configs = [row_config(row) for row in rows]
+    stored = get_runs(configs, results) if train else find_runs(configs, results)
+    for row, run in zip(rows, stored, strict=True):
         if run is None:
             missing += 1
             continue
