@@ -6,11 +6,9 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.linalg
+import scipy
+import skimage
 import torch
-from scipy.optimize import minimize_scalar
-from skimage.restoration import denoise_tv_chambolle
 from torch import Tensor
 
 from lib.experiments.config import FacesConfig
@@ -37,7 +35,10 @@ TUNING_IMAGES = 4
 
 def chambolle(f: Tensor, weight: float) -> Tensor:
     """Total variation denoising by scikit-image; a larger weight smooths more."""
-    images = [denoise_tv_chambolle(image, weight=weight, eps=1e-5) for image in f.squeeze(1).numpy()]
+    images = [
+        skimage.restoration.denoise_tv_chambolle(image, weight=weight, eps=1e-5)
+        for image in f.squeeze(1).numpy()
+    ]
     return torch.from_numpy(np.stack(images))[:, None]
 
 
@@ -79,7 +80,7 @@ def best_weight(method: Method, f: Tensor, truth: Tensor, low: float, high: floa
         return (method(f, math.exp(exponent)) - truth).square().mean().item()
 
     bounds = (math.log(low), math.log(high))
-    found = minimize_scalar(error, bounds=bounds, method="bounded", options={"xatol": 0.05})
+    found = scipy.optimize.minimize_scalar(error, bounds=bounds, method="bounded", options={"xatol": 0.05})
     return float(f"{math.exp(found.x):.3g}")
 
 

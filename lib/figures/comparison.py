@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from lib.experiments.config import RunConfig
 from lib.experiments.sweep import NOT_RUN, Sweep
@@ -97,9 +97,9 @@ def paired_test(differences: NDArray[np.float64]) -> dict[str, float]:
     if len(differences) < 2 or not differences.any():
         return result | dict.fromkeys(("low", "high", "p"), float("nan"))
     options: Any = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile"}
-    bootstrap = stats.bootstrap((differences,), np.median, **options, rng=np.random.default_rng(0))
+    bootstrap = scipy.stats.bootstrap((differences,), np.median, **options, rng=np.random.default_rng(0))
     low, high = bootstrap.confidence_interval
-    p = stats.wilcoxon(differences).pvalue
+    p = scipy.stats.wilcoxon(differences).pvalue
     return result | {"low": float(low), "high": float(high), "p": float(p)}
 
 
@@ -198,7 +198,7 @@ def questions_of_best_runs(best: pd.DataFrame, level: float = 0.05) -> list[Ques
     table = table.reindex(columns=["bilevel", "deq"])
     panels = table.dropna()
     wins = int((panels["deq"] < panels["bilevel"]).sum())
-    p = stats.binomtest(wins, len(panels)).pvalue if len(panels) else 1.0
+    p = scipy.stats.binomtest(wins, len(panels)).pvalue if len(panels) else 1.0
     half = len(panels) / 2
     rising = [
         bool((group.dropna().diff().dropna() > 0).all())

@@ -10,9 +10,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import skimage
 import torch
 from matplotlib.figure import Figure
-from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from lib.experiments.problem import (
@@ -94,7 +94,9 @@ def image_quality(images: Tensor, truth: Tensor) -> dict[str, Any]:
     """PSNR (dB), SSIM and mean squared error, `(N,)` each, of images `(N, 1, H, W)`."""
     mse = (images - truth).square().mean((-3, -2, -1))
     pairs = zip(images.squeeze(1).numpy(), truth.squeeze(1).numpy(), strict=True)
-    ssim = [structural_similarity(image, reference, data_range=2) for image, reference in pairs]
+    ssim = [
+        skimage.metrics.structural_similarity(image, reference, data_range=2) for image, reference in pairs
+    ]
     return {"psnr": psnr(mse), "ssim": np.array(ssim), "mse": mse}
 
 

@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -291,15 +292,20 @@ def _page(notebook: nbformat.NotebookNode, name: str, title: str) -> str:
     for cell in notebook.cells:
         # Of the pictures.
         cell.metadata["alt"] = title
-    exporter = HTMLExporter(
+    back = Markup('<nav><a href="../index.html#{}">All figures</a></nav>').format(name)
+    body = back + Markup("<main>{}</main>").format(Markup(_exporter().from_notebook_node(notebook)[0]))
+    return _rendered("page.html.j2", title=title, body=body)
+
+
+@cache
+def _exporter() -> HTMLExporter:
+    """nbconvert's, made once, for it translates its templates anew each time."""
+    return HTMLExporter(
         template_name="basic",
         filters={"markdown2html": markdown},
         exclude_input_prompt=True,
         exclude_output_prompt=True,
     )
-    back = Markup('<nav><a href="../index.html#{}">All figures</a></nav>').format(name)
-    body = back + Markup("<main>{}</main>").format(Markup(exporter.from_notebook_node(notebook)[0]))
-    return _rendered("page.html.j2", title=title, body=body)
 
 
 def _origin(stored: dict[str, Any]) -> dict[str, Any]:
