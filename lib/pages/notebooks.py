@@ -217,8 +217,8 @@ def main(arguments: list[str] | None = None) -> int:
     # One that fails stops no other.
     if not given or any(values.get("train") is not False for values in given.values()):
         return max(map(make, options.names))
-    # Trainings would take all cores; where there are none, each core makes a figure. The last ones first: figure
-    # 13 takes longest, and no core should wait for it in the end.
+    # Trainings would take all cores; where there are none, each core makes a figure. The last ones first, for
+    # figure 13 takes longest, and no core should wait for it in the end.
     with ThreadPoolExecutor(cores()) as pool:
         return max(pool.map(make, reversed(options.names)))
 
