@@ -102,6 +102,21 @@ def test_a_stored_run_comes_first(trained: tuple[Path, dict[Any, Run]], clone: P
     assert torch.equal(found.weights["A"], trained[1][DIGITS].weights["A"])
 
 
+def test_some_are_stored_some_committed_and_some_missing(
+    trained: tuple[Path, dict[Any, Run]], clone: Path
+) -> None:
+    """Each comes in its own place, and a configuration that is asked for twice comes twice."""
+    missing = DIGITS.model_copy(update={"epochs": 3})
+    key = trained[1][FROM_KERNELS].key
+    shutil.copytree(trained[0] / "runs" / key, clone / "runs" / key)
+    (clone / "reference" / "overnight" / "runs" / f"{key}.zip").unlink()
+    found = find_runs([FROM_KERNELS, missing, DIGITS, KERNELS, DIGITS])
+    expected = [FROM_KERNELS, None, DIGITS, KERNELS, DIGITS]
+    assert [run and (run.config, run.key) for run in found] == [
+        config and (config, trained[1][config].key) for config in expected
+    ]
+
+
 def test_what_is_neither_stored_nor_committed_is_told(clone: Path) -> None:
     """In one line, before any work."""
     with pytest.raises(ConfigError, match=r"^train: got False, allowed: True, for deq denoising of 3 epochs"):

@@ -472,17 +472,7 @@ def keep_run(key: str, folder: Path, results: Results = None) -> None:
 
 
 def keep_history(key: str, folder: Path, results: Results = None) -> None:
-    """Write a stored run as it is committed where nothing needs its weights: its record alone.
-
-    Args:
-        key: of the run.
-        folder: of the committed runs.
-        results: where it is stored.
-
-    Raises:
-        OSError: it is not stored.
-        DamagedFile: its content does not match its checksum.
-    """
+    """As `keep_run`, where nothing needs the weights of the run: its record alone, as `key.json`."""
     record = _read_record(Path(results or RESULTS) / "runs" / key / "run.json", "run")
     _write_record(folder / f"{key}.json", "run", record)
 
