@@ -67,6 +67,19 @@ def test_notebook_makes_its_files(name: str, tmp_path: Path) -> None:
         assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest
 
 
+@pytest.mark.parametrize(
+    ("name", "models"),
+    [("fig02", ["bilevel", "deq"]), ("fig08", ["bilevel 11x11", "DEQ 11x11", "bilevel 3x3", "DEQ 3x3"])],
+)
+def test_each_seed_of_a_table_is_in_its_provenance(name: str, models: list[str], tmp_path: Path) -> None:
+    """So that it is committed with its figure."""
+    chosen = {"seed": 4, "seeds": 2} | ({"our_seeds": 1} if name == "fig08" else {})
+    provenance = json.loads((notebooks.run(name, "smoke", chosen, tmp_path) / "provenance.json").read_text())
+    runs = [*provenance["runs"].values(), *provenance.get("histories", {}).values()]
+    found = [(run["name"], run["seed"]) for run in runs if "ours" not in run["name"]]
+    assert sorted(found) == sorted(pair for model in models for pair in ((model, 4), (f"{model}, seed 5", 5)))
+
+
 def test_sweep_notebook_takes_other_axes(tmp_path: Path) -> None:
     """A list makes an axis wider, a single value narrower, and what was trained is all in the tables."""
     chosen = {"task": "denoising", "noise": [0.1, 0.5], "tau": 0.5}
