@@ -186,7 +186,9 @@ def check_stored_losses(machine: Machine) -> None:
         return Reconstructions(runs, torch.zeros(1), torch.zeros(1), {}, {}, table)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reconstructions, "get_run", lambda config, results: by_config[config][0])
+        patch.setattr(
+            reconstructions, "get_runs", lambda configs, results: [by_config[c][0] for c in configs]
+        )
         patch.setattr(reconstructions, "reconstruct", found)
         reconstructions.check_stored_losses(pd.DataFrame(rows))
 
