@@ -217,10 +217,9 @@ def main(arguments: list[str] | None = None) -> int:
     # One that fails stops no other.
     if not given or any(values.get("train") is not False for values in given.values()):
         return max(map(make, options.names))
-    # Trainings would take all cores; where there are none, each core makes a figure. The last ones first, for
-    # figure 13 takes longest, and no core should wait for it in the end.
+    # Trainings would take all cores; where there are none, each core makes a figure.
     with ThreadPoolExecutor(cores()) as pool:
-        return max(pool.map(make, reversed(options.names)))
+        return max(pool.map(make, options.names))
 
 
 def _made(name: str, command: str, profile: str, parameters: dict[str, Any]) -> int:
