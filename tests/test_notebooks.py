@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,16 @@ def test_a_figure_that_cannot_be_made_keeps_no_other_from_being_made(
     out, err = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()] == ["fig02", "fig04"]
     assert err == "fig03: train: got False, allowed: True\n"
+
+
+def test_the_figure_that_takes_longest_is_begun_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is trained, so that no core waits for it in the end; the others keep their order."""
+    begun: list[str] = []
+    monkeypatch.setattr(notebooks, "run", lambda name, *arguments: Path(begun.append(name) or name))
+    monkeypatch.setattr(notebooks, "threads_with_cores", lambda count: ThreadPoolExecutor(1))
+    assert notebooks.LONGEST in NAMES
+    assert notebooks.main(["run", *NAMES, "-p", "train", "False"]) == 0
+    assert begun == [notebooks.LONGEST, *(name for name in NAMES if name != notebooks.LONGEST)]
 
 
 def test_unknown_profile_is_refused(tmp_path: Path) -> None:

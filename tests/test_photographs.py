@@ -16,6 +16,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -29,7 +31,7 @@ from lib.experiments.profiles import faces_config, profile_config
 from lib.experiments.runs import KERNELS, Run, get_run, load_kernels, save_kernels, trained_kernels
 from lib.experiments.store import DamagedFile
 from lib.experiments.trainer import Trainer
-from lib.figures import baselines, photographs
+from lib.figures import baselines, photographs, reconstructions
 from lib.figures.baselines import chambolle
 from lib.figures.photographs import (
     check_kernels,
@@ -47,7 +49,7 @@ from lib.figures.photographs import (
     total_variation,
     with_weights,
 )
-from lib.figures.reconstructions import Reconstructions, reconstruct, with_images
+from lib.figures.reconstructions import SSIM_WINDOW, Reconstructions, image_quality, reconstruct, with_images
 from lib.regularizer import GRADIENT_NORM
 from lib.solvers import Status
 
@@ -293,6 +295,49 @@ def test_the_operator_is_applied_to_other_images(trained: dict[str, Run]) -> Non
     more = with_images(result, "truth again", result.truth[:, None])
     noise = result.observed - more.forwarded["truth again"]
     assert noise.std().item() == pytest.approx(0.01, rel=0.1)
+
+
+@given(
+    st.integers(SSIM_WINDOW, 20),
+    st.integers(SSIM_WINDOW, 20),
+    st.integers(1, 5),
+    st.sampled_from([1, 500, 2000]),
+)
+def test_quality_of_many_images_is_that_of_each(height: int, width: int, count: int, pixels: int) -> None:
+    """However many of them are measured in one call: no image's SSIM depends on those beside it."""
+    generator = torch.Generator().manual_seed(height + 100 * width)
+    images, truth = torch.rand(2, count, 1, height, width, generator=generator) * 2 - 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstructions, "SSIM_PIXELS", pixels)
+        measured = image_quality(images, truth)
+    for k, (u, v) in enumerate(zip(images[:, 0].numpy(), truth[:, 0].numpy(), strict=True)):
+        assert measured["ssim"][k] == pytest.approx(structural_similarity(u, v, data_range=2), abs=1e-5)
+        assert measured["psnr"][k].item() == pytest.approx(
+            peak_signal_noise_ratio(v, u, data_range=2), abs=1e-3
+        )
+
+
+@pytest.mark.parametrize("shape", [(SSIM_WINDOW - 1, 20), (20, SSIM_WINDOW - 1)])
+def test_images_smaller_than_the_window_are_refused(shape: tuple[int, int]) -> None:
+    """Also below each other, where together they would be large enough."""
+    with pytest.raises(ValueError, match=r"images: got .*, allowed: at least 7x7"):
+        image_quality(torch.zeros(3, 1, *shape), torch.zeros(3, 1, *shape))
+
+
+def test_reconstructions_are_the_same_on_any_number_of_cores(
+    trained: dict[str, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, each under its own name."""
+    runs = {name: trained[name] for name in ("bilevel", "DEQ")}
+    made = []
+    for count in (1, 3):
+        monkeypatch.setattr(reconstructions, "workers", lambda device, count=count: count)
+        made.append(reconstruct(runs))
+    pd.testing.assert_frame_equal(made[0].table, made[1].table, check_exact=True)
+    for name in runs:
+        assert torch.equal(made[0].outputs[name], made[1].outputs[name])
+        assert torch.equal(made[0].forwarded[name], made[1].forwarded[name])
+    assert not torch.equal(*made[1].outputs.values())
 
 
 @pytest.mark.parametrize("image", [0, 1])

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +31,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from lib.experiments import data, problem, runs
+from lib.experiments import data, problem, processes, runs
 from lib.experiments.config import RunConfig
 from lib.experiments.runs import (
     STACK_NUMBERS,
@@ -1113,6 +1113,26 @@ def test_an_interrupted_sweep_stops_quietly(
         after = checkpointed(config, tmp_path)
         assert after["history"][: len(before["history"])] == before["history"]
         assert trained.pop() == (before["epoch"], [config])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds nothing to cores")
+@pytest.mark.parametrize("count", [1, 2, 1000])
+def test_what_threads_start_has_cores_of_its_own(count: int) -> None:
+    """All cores are given away, each to one of them, and this thread keeps its own."""
+    mine = os.sched_getaffinity(0)
+    threads = min(count, len(mine))
+    all_are_there = Barrier(threads)
+
+    def share(_: int) -> set[int]:
+        all_are_there.wait(60)
+        ask = [sys.executable, "-c", "import os; print(*os.sched_getaffinity(0))"]
+        return {int(core) for core in subprocess.check_output(ask, text=True).split()}
+
+    with processes.threads_with_cores(count) as pool:
+        shares = list(pool.map(share, range(threads)))
+    assert sorted(core for own in shares for core in own) == sorted(mine)
+    assert all(shares)
+    assert os.sched_getaffinity(0) == mine
 
 
 def test_training_processes_keep_the_last_epoch_when_their_parent_goes(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from queue import SimpleQueue
@@ -17,6 +18,31 @@ from typing import Any
 from lib.experiments.store import REPOSITORY
 
 Job = Callable[[Callable[[Any], None]], object]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_with_cores(count: int) -> ThreadPoolExecutor:
+    """Threads among which the cores are divided: processes that they start do not take each other's.
+
+    Args:
+        count: of threads, at most; there is none without a core. Where the system binds no thread to cores,
+            all share them.
+    """
+    mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    count = min(count, cores())
+    shares: SimpleQueue[list[int]] = SimpleQueue()
+    for k in range(count):
+        shares.put(mine[k::count])
+
+    def bind() -> None:
+        if share := shares.get():
+            os.sched_setaffinity(0, share)
+
+    return ThreadPoolExecutor(count, initializer=bind)
 
 
 def in_processes(jobs: Sequence[Job], count: int, hear: Callable[[Any], object]) -> None:

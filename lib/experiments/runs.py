@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import platform
 import sys
 import tempfile
@@ -44,7 +43,7 @@ from lib.experiments.problem import (
     require_device,
     trained_model,
 )
-from lib.experiments.processes import at_the_end, in_processes
+from lib.experiments.processes import at_the_end, cores, in_processes
 from lib.experiments.store import (
     REPOSITORY,
     RESULTS,
@@ -278,11 +277,6 @@ def trained_kernels(task: str, model: str, filters: int, folder: Path = REFERENC
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def workers(device: torch.device) -> int:

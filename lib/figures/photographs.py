@@ -33,8 +33,9 @@ from lib.experiments.problem import (
     psnr,
     solve,
 )
+from lib.experiments.processes import cores
 from lib.experiments.profiles import FILTERS, faces_config, our_config, profile_seeds
-from lib.experiments.runs import Run, cores, get_runs, learned_start
+from lib.experiments.runs import Run, get_runs, learned_start
 from lib.experiments.store import REPOSITORY, RESULTS, Results, write_atomic
 from lib.figures.baselines import TUNING_IMAGES, best_tv_weight, chambolle, tuning_data, tv_method
 from lib.figures.comparison import paired_test

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,13 +28,19 @@ from lib.experiments.problem import (
     test_noise,
 )
 from lib.experiments.profiles import profile_config, profile_seeds
-from lib.experiments.runs import Run, default_device, find_runs, get_histories, get_runs, train_runs
+from lib.experiments.runs import Run, default_device, find_runs, get_histories, get_runs, train_runs, workers
 from lib.experiments.store import Results
 from lib.experiments.sweep import row_config
 from lib.experiments.trainer import COMPLETED
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.models import MODELS
 from lib.solvers import Status
+
+SSIM_WINDOW = 7
+"""Side of the windows of SSIM in pixels, as scikit-image has it by default."""
+
+SSIM_PIXELS = 2**14
+"""Pixels of which SSIM is computed in one call: more of them leave the cache."""
 
 
 @dataclass(frozen=True)
@@ -64,28 +71,34 @@ def test_data(config: Config) -> tuple[Tensor, Tensor]:
     return truth, observe(make_operator(config), truth, torch.tensor(config.noise), test_noise(config))
 
 
-@torch.no_grad()
 @one_thread()
 def reconstruct(runs: Mapping[str, Run]) -> Reconstructions:
     """Reconstruct the test set that all runs share with each model, from the same data, and measure."""
     first, device = next(iter(runs.values())), default_device()
     operator = make_operator(first.config)
     truth, observed = test_data(first.config)
-    rows = {"input": _quality(observed, truth)}
-    outputs, forwarded = {}, {}
-    for name, run in runs.items():
-        # In the batches of the training's evaluation, so that the numbers are its numbers to the bit.
-        batches = [f[None].to(device) for f in observed.split(TEST_BATCH)]
+    # In the batches of the training's evaluation, so that the numbers are its numbers to the bit.
+    batches = [f[None].to(device) for f in observed.split(TEST_BATCH)]
+
+    @torch.no_grad()
+    def measured(run: Run) -> tuple[Tensor, dict[str, float]]:
         model = run.model(stacked=True).to(device)
         solutions = [solve(model, f, run.config) for f in batches]
         u = torch.cat([solution.value[0] for solution in solutions]).cpu()
-        outputs[name], forwarded[name] = u.squeeze(1), operator.forward(u).squeeze(1)
-        rows[name] = _quality(u, truth) | {
+        status = torch.cat([solution.status[0] for solution in solutions])
+        means = {
             field: torch.cat([getattr(s, field)[0] for s in solutions]).double().mean().item()
             for field in ("steps", "residual")
         }
-        status = torch.cat([solution.status[0] for solution in solutions])
-        rows[name]["unconverged"] = (status != Status.CONVERGED).double().mean().item()
+        unconverged = (status != Status.CONVERGED).double().mean().item()
+        return u, _quality(u, truth) | means | {"unconverged": unconverged}
+
+    rows = {"input": _quality(observed, truth)}
+    outputs, forwarded = {}, {}
+    with ThreadPoolExecutor(workers(device)) as pool:
+        for name, (u, row) in zip(runs, pool.map(measured, runs.values()), strict=True):
+            outputs[name], forwarded[name] = u.squeeze(1), operator.forward(u).squeeze(1)
+            rows[name] = row
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("image")
     return Reconstructions(runs, truth.squeeze(1), observed.squeeze(1), outputs, forwarded, table)
 
@@ -93,11 +106,31 @@ def reconstruct(runs: Mapping[str, Run]) -> Reconstructions:
 def image_quality(images: Tensor, truth: Tensor) -> dict[str, Any]:
     """PSNR (dB), SSIM and mean squared error, `(N,)` each, of images `(N, 1, H, W)`."""
     mse = (images - truth).square().mean((-3, -2, -1))
-    pairs = zip(images.squeeze(1).numpy(), truth.squeeze(1).numpy(), strict=True)
-    ssim = [
-        skimage.metrics.structural_similarity(image, reference, data_range=2) for image, reference in pairs
+    return {"psnr": psnr(mse), "ssim": _ssim(images, truth), "mse": mse}
+
+
+def _ssim(images: Tensor, truth: Tensor) -> np.ndarray:
+    """SSIM of each image by scikit-image, many below each other in one call: a small one takes as long.
+
+    What a window sees of the image above or below is in the border, which is left out of an image's mean.
+
+    Raises:
+        ValueError: an image is smaller than the window.
+    """
+    height, width = truth.shape[-2:]
+    if min(height, width) < SSIM_WINDOW:
+        raise ValueError(f"images: got {height}x{width}, allowed: at least {SSIM_WINDOW}x{SSIM_WINDOW}")
+    together, border = max(1, SSIM_PIXELS // (height * width)), SSIM_WINDOW // 2
+    columns = [tensor.reshape(-1, width).split(together * height) for tensor in (images, truth)]
+    maps = [
+        skimage.metrics.structural_similarity(
+            u.numpy(), v.numpy(), win_size=SSIM_WINDOW, data_range=2, full=True
+        )[1]
+        for u, v in zip(*columns, strict=True)
     ]
-    return {"psnr": psnr(mse), "ssim": np.array(ssim), "mse": mse}
+    inner = np.concatenate(maps).reshape(-1, height, width)[:, border:-border, border:-border]
+    means: np.ndarray = inner.mean((-2, -1), dtype=np.float64)
+    return means
 
 
 def _quality(images: Tensor, truth: Tensor) -> dict[str, float]:

@@ -11,16 +11,19 @@ import json
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from lib.experiments.config import ConfigError, named, parse_parameters, require_name
+from lib.experiments.processes import threads_with_cores
 from lib.experiments.profiles import PROFILES
 from lib.experiments.store import REPOSITORY, RESULTS, write_atomic
 from lib.pages import parameters as declared
 
 NOTEBOOKS = REPOSITORY / "nbs"
+
+LONGEST = "fig13"
+"""The figure that takes longest to draw."""
 
 
 def names() -> dict[str, Path]:
@@ -90,7 +93,6 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    from lib.experiments.data import DataError
     from lib.pages.kernel import OwnKernel
 
     results = Path(given.get("results") or results)
@@ -115,6 +117,8 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
                 stderr_file=sys.stderr,
             )
         except PapermillExecutionError as error:
+            from lib.experiments.data import DataError
+
             if error.ename in (ConfigError.__name__, DataError.__name__):
                 raise ConfigError(error.evalue) from None
             write_atomic(kept, executed.read_bytes())
@@ -209,7 +213,6 @@ def main(arguments: list[str] | None = None) -> int:
             require(name, options.profile, given[name])
         except ConfigError as error:
             return _told(2, f"{named(name)}: {error}")
-    from lib.experiments.runs import cores
 
     def make(name: str) -> int:
         return _made(name, options.command, options.profile, given.get(name, {}))
@@ -217,17 +220,16 @@ def main(arguments: list[str] | None = None) -> int:
     # One that fails stops no other.
     if not given or any(values.get("train") is not False for values in given.values()):
         return max(map(make, options.names))
-    # Trainings would take all cores; where there are none, each core makes a figure.
-    with ThreadPoolExecutor(cores()) as pool:
-        return max(pool.map(make, options.names))
+    # Trainings would take all cores; where there are none, each core makes a figure. For the one that takes
+    # longest none should be left to wait.
+    with threads_with_cores(len(options.names)) as pool:
+        return max(pool.map(make, sorted(options.names, key=LONGEST.__ne__)))
 
 
 def _made(name: str, command: str, profile: str, parameters: dict[str, Any]) -> int:
     """Make one notebook's results, say where they are or why not, and return an exit status."""
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
-
-    from lib.experiments.data import DataError
 
     start, failed = time.perf_counter(), f"{name} failed, its old result is as it was: "
     try:
@@ -239,7 +241,7 @@ def _made(name: str, command: str, profile: str, parameters: dict[str, Any]) -> 
         return _told(2, f"{named(name)}: {error}")
     except (PapermillExecutionError, CellExecutionError) as error:
         return _told(1, failed + f"{error.ename}: {error.evalue}".splitlines()[0])
-    except (DataError, OSError, DeadKernelError) as error:
+    except (OSError, DeadKernelError) as error:
         return _told(1, failed + " ".join(str(error).split()))
     print(f"{made}  ({time.perf_counter() - start:.0f} s)")
     return 0
