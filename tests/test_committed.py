@@ -21,8 +21,8 @@ from lib.experiments.provenance import PROVENANCE, write_with_provenance
 from lib.experiments.runs import (
     COMMITTED,
     Run,
+    find_histories,
     find_runs,
-    get_histories,
     get_run,
     get_runs,
     keep_history,
@@ -149,22 +149,21 @@ def test_a_history_is_committed_without_weights(
     folder = clone / "reference" / "overnight" / "runs"
     (folder / f"{original.key}.zip").unlink()
     keep_history(original.key, folder, trained[0])
-    assert get_histories([DIGITS], trained[0], train=False)[0].weights
+    assert find_histories([DIGITS], trained[0])[0].weights
     monkeypatch.setattr(runs, "code_version", lambda: "of another day")
-    (history,) = get_histories([DIGITS], train=False)
+    (history,) = find_histories([DIGITS])
     assert (history.key, history.status, history.weights) == (original.key, original.status, {})
     assert (history.config, history.provenance) == (DIGITS, original.provenance)
     pd.testing.assert_frame_equal(history.history, original.history)
     assert find_runs([DIGITS]) == [None]
-    assert get_histories([KERNELS], train=False)[0].weights
-    with pytest.raises(ConfigError, match=r"^train: got False, allowed: True, for deq denoising of 3 epochs"):
-        get_histories([DIGITS.model_copy(update={"epochs": 3})], train=False)
+    assert find_histories([KERNELS])[0].weights
+    assert find_histories([DIGITS.model_copy(update={"epochs": 3}), DIGITS])[0] is None
     path = folder / f"{original.key}.json"
     whole = path.read_text()
     for content in (whole.replace("completed", "diverged"), whole[:-100], "", "[]"):
         path.write_text(content)
         with pytest.raises(DamagedFile, match=f"^{path}: "):
-            get_histories([DIGITS], train=False)
+            find_histories([DIGITS])
 
 
 def test_the_seeds_after_the_first_need_no_weights(
@@ -196,6 +195,16 @@ def test_the_seeds_after_the_first_need_no_weights(
     partial = seed_by_seed(of_seeds | {"deq": [of_seeds["deq"][0], lost]})
     assert partial["deq"].isna().tolist() == partial["ahead"].isna().tolist() == [False, True]
     assert partial["reason"].tolist() == ["", "deq diverged: the loss is not finite"]
+    (kept / f"{of_seeds['deq'][1].key}.json").unlink()
+    _, drawn = get_runs_of_seeds("smoke", "denoising", 2, tmp_path, train=False, **small)
+    assert seed_by_seed(drawn)["reason"].tolist() == ["", "deq not run"]
+    assert seed_by_seed(drawn)["deq"].isna().tolist() == [False, True]
+    assert list(later_seeds(drawn)) == ["bilevel, seed 4"]
+    (kept / f"{first['deq'].key}.zip").unlink()
+    with pytest.raises(
+        ConfigError, match=r"^train: got False, allowed: True, for deq denoising of .*, seed 3"
+    ):
+        get_runs_of_seeds("smoke", "denoising", 2, tmp_path, train=False, **small)
 
 
 @pytest.fixture
@@ -296,7 +305,7 @@ def test_a_committed_figure_is_of_the_profile(name: str) -> None:
     for key, told in (origin.get("runs", {}) | origin.get("histories", {})).items():
         values = {field: told[field] for field in told if field not in ("name", "status", "converged")}
         kind = RunConfig if told["dataset"] == "mnist" else FacesConfig
-        (run,) = get_histories([kind(**values)], train=False)
+        (run,) = find_histories([kind(**values)])
         assert (run.key, run.status) == (key, told["status"])
 
 

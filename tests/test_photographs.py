@@ -39,12 +39,12 @@ from lib.figures.photographs import (
     get_face_runs,
     kernel_figure,
     kernel_table,
-    over_seeds,
     photograph_figure,
     photograph_reconstruction_figure,
     print_reconstruction,
     reconstruct_photograph,
     save_reconstruction,
+    seeds_by_size,
     starting_weights,
     total_variation,
     with_weights,
@@ -125,20 +125,18 @@ def test_starting_weights_are_the_trainers(name: str, trained: dict[str, Run], r
         torch.testing.assert_close(found, trained["DEQ"].weights, rtol=1e-3, atol=1e-4)
 
 
-def test_the_quality_over_seeds_is_that_of_each(results: Path) -> None:
-    """Medians between the lowest and the highest of the runs of the seeds, measured as for the figures."""
-    values: dict[str, Any] = {"models": ["bilevel"], "sizes": ["11x11"], "epochs": 1}
-    runs = [get_face_runs("smoke", "denoising", results, **values, seed=seed) for seed in (3, 5, 6)]
-    alone = [reconstruct(of_seed).table for of_seed in runs]
-    table = over_seeds(alone[0], {name: [of_seed[name] for of_seed in runs] for name in runs[0]})
-    assert list(table.index) == ["input", "bilevel 11x11"]
-    for name in ("psnr", "ssim"):
-        found = np.array([t[name] for t in alone])
-        np.testing.assert_allclose(table[f"{name} median"], np.median(found, axis=0))
-        np.testing.assert_allclose(table[f"{name} low"], found.min(axis=0))
-        np.testing.assert_allclose(table[f"{name} high"], found.max(axis=0))
-        assert (table[f"{name} low"] < table[f"{name} high"]).all()
-    assert set(table["seeds"]) == {3}
+def test_the_seeds_of_each_size_stand_under_it(results: Path) -> None:
+    """For each size and seed what both models' trainings ended with."""
+    runs = {seed: get_face_runs("smoke", "denoising", results, epochs=1, seed=seed) for seed in (3, 5)}
+    table = seeds_by_size({name: [of_seed[name] for of_seed in runs.values()] for name in runs[3]})
+    assert table.index.names == ["kernels", "seed"]
+    assert table.index.tolist() == [("11x11", 3), ("11x11", 5), ("3x3", 3), ("3x3", 5)]
+    for (size, seed), row in table.iterrows():
+        bilevel, deq = (
+            runs[seed][f"{name} {size}"].history["test_psnr"].iloc[-1] for name in ("bilevel", "DEQ")
+        )
+        assert (row["bilevel"], row["deq"], row["ahead"], row["reason"]) == (bilevel, deq, deq - bilevel, "")
+    assert table["deq"].nunique() == table["bilevel"].nunique() == 4
 
 
 def test_with_weights_is_the_same_model_of_other_weights(trained: dict[str, Run], results: Path) -> None:
@@ -436,20 +434,25 @@ def test_the_papers_runs_and_ours_are_trained_together(
     train: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one call, the slow ones first; ours start from their own kernels whatever the others start from."""
-    asked: list[tuple[list[FacesConfig], bool]] = []
+    trained: list[list[FacesConfig]] = []
+    found: list[bool] = []
 
-    def load(configs: list[FacesConfig], results: object, train: bool) -> list[FacesConfig]:
-        asked.append((configs, train))
+    def load(configs: list[FacesConfig], results: object, train: bool = True) -> list[FacesConfig]:
+        found.append(train)
         return configs
 
-    monkeypatch.setattr(photographs, "get_runs", load)
+    monkeypatch.setattr(photographs, "train_runs", lambda configs, results: trained.append(configs))
+    for module in (photographs, reconstructions):
+        monkeypatch.setattr(module, "get_runs", load)
+    monkeypatch.setattr(reconstructions, "find_histories", lambda configs, results: configs)
     values: dict[str, Any] = {"initial": "second", "noise": 0.03, "seed": 4}
     first, papers, ours = photographs.get_runs_and_ours(
         "smoke", "deblurring", 3, 2, tmp_path, train, **values
     )
-    ((configs, trained),) = asked
-    assert [config.filters for config in configs] == 6 * [30] + 6 * [2] + 4 * [8]
-    assert trained == train
+    assert [[config.filters for config in configs] for configs in trained] == train * [
+        6 * [30] + 6 * [2] + 4 * [8]
+    ]
+    assert set(found) == {train}
     for position, seed in enumerate((4, 5, 6)):
         expected = get_face_runs("smoke", "deblurring", tmp_path, **values | {"seed": seed})
         assert {name: same[position] for name, same in papers.items()} == expected
@@ -457,6 +460,8 @@ def test_the_papers_runs_and_ours_are_trained_together(
     assert ours == photographs.get_our_runs("smoke", "deblurring", (4, 5), tmp_path, noise=0.03)
     assert {config.initial for same in papers.values() for config in same} == {"second"}
     assert {config.initial for same in ours.values() for config in same} == {"cosine"}
+    shown = [config for of_both in (papers, ours) for same in of_both.values() for config in same]
+    assert not train or set(shown) == set(trained[0])
 
 
 # ------------------------------------------------------------------------------- photographs of one's own

@@ -404,18 +404,11 @@ def find_runs(configs: Sequence[Config], results: Results = None) -> list[Run | 
     return [found[config] for config in configs]
 
 
-def get_histories(configs: Sequence[Config], results: Results = None, train: bool = True) -> list[Run]:
-    """As `get_runs`, for what needs no weights: a run that is committed without them has none.
-
-    Raises:
-        ConfigError: nothing is to be trained, and a run is neither stored nor committed.
-        DataError: the data cannot be had.
-    """
-    if train:
-        return get_runs(configs, results)
+def find_histories(configs: Sequence[Config], results: Results = None) -> list[Run | None]:
+    """As `find_runs`, for what needs no weights: a run that is committed without them has none."""
     kept = {run.config: run for run in map(_kept_history, sorted(REFERENCE.glob("*/runs/*.json")))}
     found = zip(configs, find_runs(configs, results), strict=True)
-    return [_found(config, run or kept.get(config)) for config, run in found]
+    return [run or kept.get(config) for config, run in found]
 
 
 def _kept_history(path: Path) -> Run:

@@ -35,11 +35,11 @@ from lib.experiments.problem import (
 )
 from lib.experiments.processes import cores
 from lib.experiments.profiles import FILTERS, faces_config, our_config, profile_seeds
-from lib.experiments.runs import Run, get_runs, learned_start
+from lib.experiments.runs import Run, get_runs, learned_start, train_runs
 from lib.experiments.store import REPOSITORY, RESULTS, Results, write_atomic
 from lib.figures.baselines import TUNING_IMAGES, best_tv_weight, chambolle, tuning_data, tv_method
 from lib.figures.comparison import paired_test
-from lib.figures.reconstructions import Reconstructions, image_quality, reconstruct, test_data
+from lib.figures.reconstructions import Reconstructions, image_quality, runs_by_seed, seed_by_seed, test_data
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.kernels import spectral_norm
 from lib.models import MODELS
@@ -101,10 +101,7 @@ def get_our_runs(
         train: False takes what is stored or committed.
     """
     configs = _our_configs(profile, task, seeds, **values)
-    return _by_model(configs, dict(zip(configs, get_runs(configs, results, train), strict=True)))
-
-
-def _by_model(configs: Sequence[FacesConfig], runs: Mapping[FacesConfig, Run]) -> dict[str, list[Run]]:
+    runs = dict(zip(configs, get_runs(configs, results, train), strict=True))
     return {f"{MODEL_NAMES[m]}, ours": [runs[c] for c in configs if c.model == m] for m in MODELS}
 
 
@@ -129,18 +126,20 @@ def get_runs_and_ours(
         profile, task, values: as in `faces_config`; ours have their own `initial`.
         seeds: for how many seeds, from the one in `values` on; the profile's number when None.
         our_seeds: the same of ours.
-        train: False takes what is stored or committed.
+        train: False takes what is stored or committed, for the seeds as `runs_by_seed` does.
     """
     common = {name: value for name, value in values.items() if name not in ("initial", "seed")}
     start = values["seed"]
     numbers = range(start, start + profile_seeds(profile, seeds))
     papers = [_face_configs(profile, task, **values | {"seed": number}) for number in numbers]
-    ours = _our_configs(profile, task, range(start, start + our_seeds), **common)
-    # The slow ones first, so that no process waits for one of them in the end.
-    configs = sorted((c for same in papers for c in same.values()), key=lambda config: -config.filters) + ours
-    found = dict(zip(configs, get_runs(configs, results, train), strict=True))
-    of_seeds = {name: [found[same[name]] for same in papers] for name in papers[0]}
-    return {name: same[0] for name, same in of_seeds.items()}, of_seeds, _by_model(ours, found)
+    ours = range(start, start + our_seeds)
+    if train:
+        # The slow ones first, so that no process waits for one of them in the end.
+        of_all = sorted((c for same in papers for c in same.values()), key=lambda config: -config.filters)
+        train_runs([*of_all, *_our_configs(profile, task, ours, **common)], results)
+    of_seeds = runs_by_seed({name: [same[name] for same in papers] for name in papers[0]}, results, train)
+    first = {name: same[0] for name, same in of_seeds.items()}
+    return first, of_seeds, get_our_runs(profile, task, ours, results, train, **common)
 
 
 def photograph_by_photograph(runs: Mapping[str, Sequence[Run]], images: int | None = None) -> pd.DataFrame:
@@ -192,23 +191,17 @@ def ahead_of(table: pd.DataFrame, baseline: str = "TV") -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
 
-def over_seeds(first: pd.DataFrame, runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
-    """Quality of the trained models over several seeds of the weights and the noise.
+def seeds_by_size(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
+    """`seed_by_seed` of each of `FILTERS`.
 
     Args:
-        first: the table of `reconstruct` for the first seed: the input and the trained models.
-        runs: of each model, one for each seed, the same seeds for all.
-
-    Returns:
-        A row for the input and each model: `psnr median` (dB), `psnr low` and `psnr high`, the lowest and the
-        highest over the seeds, the same of `ssim`, and the number of `seeds`.
+        runs: those of the seeds of `get_runs_and_ours`.
     """
-    later = [dict(zip(runs, same, strict=True)) for same in zip(*runs.values(), strict=True)][1:]
-    tables = [first, *(reconstruct(of_seed).table for of_seed in later)]
-    stacked = pd.concat(tables).groupby("image", sort=False)
-    ends = {"median": "median", "min": "low", "max": "high"}
-    table = stacked[["psnr", "ssim"]].agg(list(ends)).rename(columns=ends)
-    return table.set_axis(table.columns.map(" ".join), axis="columns").assign(seeds=len(tables))
+    tables = {
+        size: seed_by_seed({model: runs[f"{MODEL_NAMES[model]} {size}"] for model in MODELS})
+        for size in FILTERS
+    }
+    return pd.concat(tables, names=["kernels"])
 
 
 def starting_weights(run: Run, results: Results = None, train: bool = True) -> Weights:

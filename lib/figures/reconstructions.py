@@ -28,9 +28,9 @@ from lib.experiments.problem import (
     test_noise,
 )
 from lib.experiments.profiles import profile_config, profile_seeds
-from lib.experiments.runs import Run, default_device, find_runs, get_histories, get_runs, train_runs, workers
+from lib.experiments.runs import Run, default_device, find_histories, find_runs, get_runs, workers
 from lib.experiments.store import Results
-from lib.experiments.sweep import row_config
+from lib.experiments.sweep import NOT_RUN, row_config
 from lib.experiments.trainer import COMPLETED
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.models import MODELS
@@ -183,23 +183,46 @@ def get_runs_of_seeds(
     Args:
         profile, task, values: as in `profile_config`.
         seeds: how many, from the one in `values` on; the profile's number when None.
-        train: False takes what is stored or committed; seeds after the first may then lack their weights.
+        train: False takes what is stored or committed, for the seeds as `runs_by_seed` does.
     """
     numbers = range(values["seed"], values["seed"] + profile_seeds(profile, seeds))
     configs = {
         model: [profile_config(profile, task, model=model, **values | {"seed": number}) for number in numbers]
         for model in MODELS
     }
+    of_seeds = runs_by_seed(configs, results, train)
+    return {model: same[0] for model, same in of_seeds.items()}, of_seeds
+
+
+def runs_by_seed(
+    configs: Mapping[str, Sequence[Config]], results: Results = None, train: bool = True
+) -> dict[str, list[Run]]:
+    """The runs of some names for several seeds each; no weights are needed of those after the first.
+
+    Args:
+        configs: by name, in the order of their seeds.
+        train: False takes what is stored or committed, after the first seed maybe without weights; what is
+            neither is not run there.
+
+    Raises:
+        ConfigError: nothing is to be trained, and the run of a first seed is neither stored nor committed.
+    """
+    first = [same[0] for same in configs.values()]
+    later = [config for same in configs.values() for config in same[1:]]
     if train:
-        train_runs([config for same in configs.values() for config in same], results)
-    runs = dict(zip(configs, get_runs([same[0] for same in configs.values()], results, train), strict=True))
-    later = {model: get_histories(same[1:], results, train) for model, same in configs.items()}
-    return runs, {model: [runs[model], *later[model]] for model in MODELS}
+        runs = get_runs([*first, *later], results)
+    else:
+        histories = zip(later, find_histories(later, results), strict=True)
+        lacking = [run or Run("", config, NOT_RUN, "", pd.DataFrame(), {}, {}) for config, run in histories]
+        runs = [*get_runs(first, results, train), *lacking]
+    found = dict(zip([*first, *later], runs, strict=True))
+    return {name: [found[config] for config in same] for name, same in configs.items()}
 
 
 def later_seeds(runs: Mapping[str, Sequence[Run]]) -> dict[str, Run]:
-    """The runs of all seeds but the first, by model and seed."""
-    return {f"{model}, seed {run.config.seed}": run for model, same in runs.items() for run in same[1:]}
+    """The runs of all seeds but the first, by model and seed, without those that are not run."""
+    later = [(model, run) for model, same in runs.items() for run in same[1:]]
+    return {f"{model}, seed {run.config.seed}": run for model, run in later if run.status != NOT_RUN}
 
 
 def seed_by_seed(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
@@ -221,7 +244,11 @@ def seed_by_seed(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     }
     table = pd.DataFrame(columns).rename_axis("seed")
     lost = [
-        "; ".join(f"{run.config.model} {run.status}: {run.reason}" for run in same if run.status != COMPLETED)
+        "; ".join(
+            f"{run.config.model} {run.status}" + (f": {run.reason}" if run.reason else "")
+            for run in same
+            if run.status != COMPLETED
+        )
         for same in zip(*runs.values(), strict=True)
     ]
     return table.assign(ahead=table["deq"] - table["bilevel"], reason=lost)
