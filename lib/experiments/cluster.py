@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from lib.experiments import runs
 from lib.experiments.config import Checked, ConfigError, RunConfig, named, require_name, shown
+from lib.experiments.method import METHOD_VERSION
 from lib.experiments.problem import Config, load_images
 from lib.experiments.processes import interrupts_ignored
 from lib.experiments.store import RESULTS, Results, read_sealed, write_sealed
@@ -188,16 +189,16 @@ class Share(Checkpointable):
     """What one job trains; started again, when it was preempted or out of its time, it goes on.
 
     submitit pickles it, so it holds plain values alone: parameters of its configurations, the folder of the
-    results, and the `code_version` that its runs are asked of.
+    results, and the version of the method that its runs are asked of.
     """
 
     configs: tuple[dict[str, Any], ...]
     results: str
-    code: str
+    method: int
 
     def __call__(self) -> None:
-        if runs.code_version() != self.code:
-            raise RuntimeError("the code of lib was changed after this job was submitted; run again")
+        if self.method != METHOD_VERSION:
+            raise RuntimeError("the method was changed after this job was submitted; run again")
         if submitit.JobEnvironment().cluster == "local":
             # submitit ignores it in favour of Slurm's other signals, and nothing else would end the job.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -277,8 +278,8 @@ def _submit(
     try:
         executor = submitit.AutoExecutor(own, cluster=options.cluster, slurm_max_num_timeout=REQUEUES)
         executor.update_parameters(**options.parameters(count))
-        code = runs.code_version()
-        tasks = [Share(tuple(c.model_dump() for c in share), str(results), code) for share in shares]
+        values = [tuple(config.model_dump() for config in share) for share in shares]
+        tasks = [Share(own_values, str(results), METHOD_VERSION) for own_values in values]
         # Ctrl-C ends the command that waits, not jobs of this machine. The error has what sbatch prints, too.
         with interrupts_ignored(), _no_job(), redirect_stderr(io.StringIO()):
             ids = [job.job_id for job in executor.submit_array(tasks)]

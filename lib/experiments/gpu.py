@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,11 @@ from torch import Tensor
 from lib.experiments import data, trainer
 from lib.experiments.archive import pack
 from lib.experiments.config import MNIST_SIDE, ConfigError, RunConfig
+from lib.experiments.method import METHOD_VERSION
 from lib.experiments.problem import Config, generator, load_images
 from lib.experiments.profiles import GRID, grid
 from lib.experiments.provenance import write_with_provenance
-from lib.experiments.runs import Progress, code_version, is_stored, stacks, train_stack
+from lib.experiments.runs import Progress, is_stored, stacks, train_stack
 from lib.experiments.store import RESULTS
 from lib.experiments.trainer import Member, Trainer, total_steps
 from lib.solvers import fixed_point
@@ -184,7 +184,7 @@ def sweep(profile: str, minutes: float, device: torch.device, out: Path) -> str:
     except _Over:
         pass
     path = out / f"{profile}.zip"
-    count = pack(path, version("torch"), configs, results)
+    count = pack(path, configs, results)
     how = f'make sweep PROFILE={profile} ARGS="--take {path}"'
     return f"{count} of {len(configs)} runs of {profile} are trained: {how}"
 
@@ -241,7 +241,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> None:
         if as_in_paper and len(rows) == len(CASES) and all("ms" in row for row in rows):
             said[f"hours of paper, {precision}"] = round(hours(rows), 2)
     print(said)
-    named = [{"device": _name(device), "code": code_version()} | row for row in timed]
+    named = [{"device": _name(device), "method": METHOD_VERSION} | row for row in timed]
     files = {"stacks_gpu.csv": table(named), "agreement_gpu.csv": table(agreed)}
     for path in write_with_provenance(options.out, files, said, "stacks_gpu_provenance.json", device):
         print(path)

@@ -1,4 +1,4 @@
-"""Files together with where they come from: the code, the machine, the time and their own checksums."""
+"""Files together with where they come from: the method, the machine, the time and their own checksums."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from lib.experiments.runs import code_version, default_device, environment
+from lib.experiments.method import METHOD_VERSION
+from lib.experiments.runs import default_device, environment
 from lib.experiments.store import DamagedFile, write_atomic
 
 PROVENANCE = "provenance.json"
@@ -29,7 +30,7 @@ def write_with_provenance(
     Args:
         folder: where to.
         files: contents by name.
-        provenance: what to say beyond code, environment, time and checksums.
+        provenance: what to say beyond method, environment, time and checksums.
         name: of the file that says it.
         device: that the environment is of; the default one when None.
 
@@ -38,7 +39,7 @@ def write_with_provenance(
     """
     record = {
         **provenance,
-        "code": code_version(),
+        "method": METHOD_VERSION,
         "environment": environment(device or default_device()),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "sha256": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import io
 import json
@@ -15,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
@@ -33,6 +32,7 @@ from tqdm import tqdm
 
 from lib.experiments.config import ConfigError, FacesConfig, RunConfig, shown
 from lib.experiments.data import FACES_FILES, MNIST_FILES, photograph_files
+from lib.experiments.method import METHOD_VERSION
 from lib.experiments.problem import (
     TEST_BATCH,
     Config,
@@ -45,7 +45,6 @@ from lib.experiments.problem import (
 )
 from lib.experiments.processes import at_the_end, cores, in_processes
 from lib.experiments.store import (
-    REPOSITORY,
     RESULTS,
     DamagedFile,
     Results,
@@ -69,15 +68,6 @@ from lib.solvers import FIRST_LOOKS, LOOKS_APART
 
 DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
 
-NO_RESULT_FILES = ("deepinverse.py",)
-"""Files beside the mathematics that no training uses."""
-
-RESULT_FILES = (
-    *sorted(p.name for p in (REPOSITORY / "lib").glob("[a-z]*.py") if p.name not in NO_RESULT_FILES),
-    *(f"experiments/{name}.py" for name in ("data", "problem", "trainer")),
-)
-"""Files of `lib` that can change the result of a run: the mathematics, and what trains."""
-
 STACK_NUMBERS = {"cpu": 2**16, "cuda": 2**24}
 """Numbers in the iterate of a whole stack at most. On a CPU a larger one leaves the cache, and its members
 wait for each other: with 100 images of 28x28 a stack of 64 is up to twice slower than its members alone
@@ -97,52 +87,10 @@ CHECKPOINT_SECONDS = 60.0
 """From one checkpoint of a stack to the next at least: what a training that is killed loses, where its epochs
 are shorter. One that is stopped loses nothing but the epoch that it is in."""
 
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
-"""Nodes of a syntax tree that may start with a docstring."""
 
-
-def code_version() -> str:
-    """Digest of the code that can change a run's result, without docstrings and comments, and of torch."""
-    return code_with(version("torch"))
-
-
-@cache
-def code_with(torch_version: str) -> str:
-    """The same for another version of torch."""
-    digest = hashlib.sha256(f"torch {torch_version.partition('+')[0]}".encode())
-    for file in RESULT_FILES:
-        digest.update(syntax((REPOSITORY / "lib" / file).read_text(encoding="utf-8")).encode())
-    return digest.hexdigest()[:16]
-
-
-def syntax(source: str) -> str:
-    """The syntax tree of a source without docstrings; it is the same for each version of Python."""
-
-    def told(node: object) -> object:
-        if isinstance(node, list):
-            return [told(part) for part in node]
-        if not isinstance(node, ast.AST):
-            return repr(node)
-        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-        if isinstance(node, ast.JoinedStr):
-            # Python 3.12 ends some with an empty text.
-            node.values = [part for part in node.values if getattr(part, "value", None) != ""]
-        # New versions have new fields, which are empty for the old syntax.
-        fields = [(name, told(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
-        return type(node).__name__, fields
-
-    return str(told(ast.parse(source)))
-
-
-def run_key(config: Config, code: str | None = None) -> str:
-    """Key of a run: a digest of its configuration, its data and the code that can change its result.
-
-    Args:
-        config: its configuration.
-        code: that made it; the present one when None.
-    """
-    identity = {"config": config.model_dump(), "data": data_digests(config), "code": code or code_version()}
+def run_key(config: Config) -> str:
+    """Return the key of a run: a digest of its configuration, its data and the version of the method."""
+    identity = {"config": config.model_dump(), "data": data_digests(config), "method": METHOD_VERSION}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -196,7 +144,7 @@ class Run:
             (training) and `test`, the means of `_steps` and `_residual` and the share `_unconverged`; a
             Neumann series has no such share.
         weights: `A`, `b` unless they are kernels and, for a DEQ, `C`.
-        provenance: data digests, code version, environment and seconds.
+        provenance: data digests, version of the method, environment and seconds.
     """
 
     key: str
@@ -391,8 +339,8 @@ def _found(config: Config, run: Run | None) -> Run:
 def find_runs(configs: Sequence[Config], results: Results = None) -> list[Run | None]:
     """The runs of some configurations that are stored, or else committed; nothing is trained.
 
-    A committed one may be of another version of the code, which its provenance names. In place of a run that
-    is neither there is None.
+    A committed run may be of another version of the method, which its provenance names. A run that is neither
+    stored nor committed is None.
     """
     found = {config: load_run(run_folder(config, results), config) for config in configs}
     for path in sorted(REFERENCE.glob("*/runs/*.zip")):
@@ -569,19 +517,14 @@ def _train_in_processes(todo: Sequence[list[Config]], results: Results, report: 
             raise RuntimeError(told)
         report(told)
 
-    jobs = [partial(_work, stack, results or RESULTS, code_version()) for stack in todo]
+    jobs = [partial(_work, stack, results or RESULTS) for stack in todo]
     in_processes(jobs, workers(default_device()), hear)
 
 
-def _work(
-    stack: list[Config], results: Path | str, version: str, tell: Callable[[Progress | str], object]
-) -> None:
+def _work(stack: list[Config], results: Path | str, tell: Callable[[Progress | str], object]) -> None:
     """What a training process does with a stack; that it failed, and why, is told as a text."""
     try:
-        if code_version() == version:
-            train_stack(stack, results, tell)
-        else:
-            tell("the code of lib was changed while it ran; run again")
+        train_stack(stack, results, tell)
     except Exception as error:
         said = " ".join(str(error).split())
         tell(f"{stack[0].model} {stack[0].task}: {type(error).__name__}: {said}")
@@ -698,7 +641,7 @@ def read_record(config: Config, results: Results = None) -> dict[str, Any] | Non
     path = run_folder(config, results) / "run.json"
     try:
         record = _read_record(path, "run")
-        if record["config"] != config.model_dump():
+        if _config(record) != config:
             raise DamagedFile(f"{path}: it belongs to another configuration")
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -709,7 +652,7 @@ def read_record(config: Config, results: Results = None) -> dict[str, Any] | Non
 
 
 def stored_kernels(key: str, results: Results = None) -> Run:
-    """The run on photographs of a key in the store, whatever version of the code it was trained by.
+    """The run on photographs of a key in the store, whatever version of the method it was trained by.
 
     Raises:
         ConfigError: there is none, or it is one on digits, whose weights fit no other images.
@@ -776,7 +719,7 @@ def _store(member: Member, results: Results) -> None:
         ],
         "provenance": {
             "data": data_digests(member.config),
-            "code": code_version(),
+            "method": METHOD_VERSION,
             "environment": environment(default_device()),
             "seconds": member.seconds,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

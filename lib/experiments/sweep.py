@@ -97,7 +97,7 @@ def load_sweep(
     Args:
         committed: whether what is not stored is taken from the profile's committed table, if there is one.
     """
-    rows, epochs, environments, codes = [], [], list[Any](), set[str]()
+    rows, epochs, environments, methods = [], [], list[Any](), set[int]()
     known = _committed_records(profile) if committed else {}
     for config in configs:
         key = run_key(config)
@@ -111,7 +111,7 @@ def load_sweep(
             row["seconds"] = origin["seconds"]
             made_on = origin["environments"] if "environments" in origin else [origin["environment"]]
             environments += [machine for machine in made_on if machine not in environments]
-            codes.add(origin["code"])
+            methods.add(origin["method"])
             for metrics in record["history"]:
                 epochs.append({"key": key} | metrics)
                 row["epochs_finished"] = metrics["epoch"]
@@ -128,7 +128,7 @@ def load_sweep(
         "training_seconds": float(runs["seconds"].sum()),
         "data": {name: DATA_DIGESTS[name] for name in runs["dataset"].unique()},
         "trained_on": environments,
-        "trained_by": sorted(codes),
+        "trained_by": sorted(methods),
     }
     # Also where no run has got so far that it has them.
     names = [name for row in epochs for name in row]
@@ -184,7 +184,7 @@ def _committed_records(profile: str) -> dict[RunConfig, tuple[str, dict[str, Any
     except DataError:
         return {}
     histories = dict(list(table.epochs.groupby("key")))
-    origin = {"environments": table.provenance["trained_on"], "code": table.provenance["code"]}
+    origin = {"environments": table.provenance["trained_on"], "method": table.provenance["method"]}
     found = {}
     for row in table.runs[table.runs["status"] != NOT_RUN].to_dict("records"):
         history = histories.get(row["key"], table.epochs[:0]).drop(columns="key").to_dict("records")

@@ -169,5 +169,5 @@ def _provenance(named: Mapping[str, Run], histories: Mapping[str, Run]) -> dict[
         "data": {run.config.dataset: data_digests(run.config) for run in runs},
         "training_seconds": sum(run.provenance["seconds"] for run in runs),
         "trained_on": {run.key: run.provenance["environment"] for run in runs},
-        "trained_by": sorted({run.provenance["code"] for run in runs}),
+        "trained_by": sorted({run.provenance["method"] for run in runs}),
     }

@@ -30,9 +30,10 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 from lib.experiments.config import ConfigError, require_name
+from lib.experiments.method import METHOD_VERSION
 from lib.experiments.profiles import PROFILES
 from lib.experiments.provenance import PROVENANCE, read_described
-from lib.experiments.runs import COMMITTED, code_version
+from lib.experiments.runs import COMMITTED
 from lib.experiments.store import REPOSITORY, RESULTS, DamagedFile, write_atomic
 from lib.experiments.sweep import duration
 from lib.experiments.trainer import COMPLETED
@@ -118,7 +119,7 @@ def build(profile: str, results: Path = RESULTS, notebooks: Path = NOTEBOOKS) ->
         budgets = {name: budgets[name] or budget for name, (_, budget) in answers.items()}
     origins: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for entry in entries:
-        for title in ("code", "machines", "data"):
+        for title in ("method", "machines", "data"):
             for value in entry["origin"].get(title, []):
                 origins.setdefault(title, {}).setdefault(value, []).append(entry)
     body = _rendered(
@@ -317,15 +318,15 @@ def _origin(stored: dict[str, Any]) -> dict[str, Any]:
         "outcomes": stored.get("statuses") or Counter(run["status"] for run in stored["runs"].values()),
         "seconds": float(stored["training_seconds"]),
         "sha256": dict(stored["sha256"]),
-        "code": [_version(stored["code"])],
+        "method": [_version(stored["method"])],
         "machines": list(dict.fromkeys(map(_machine, machines))),
         "data": [f"{d}, {file}, {sha}" for d, files in stored["data"].items() for file, sha in files.items()],
     }
 
 
-def _version(code: str) -> str:
-    known = "the version that is" if code == code_version() else "another version than the one"
-    return f"{code}, {known} here"
+def _version(method: int | str) -> str:
+    known = "the version that is" if method == METHOD_VERSION else "another version than the one"
+    return f"{method}, {known} here"
 
 
 def _machine(environment: dict[str, Any]) -> str:
@@ -346,7 +347,7 @@ def _reproducibility(folder: Path) -> dict[str, Any]:
     with _told(problems, path := folder / "reproducibility_provenance.json"):
         stored = json.loads(path.read_bytes())
         shown |= {name: stored[name] for name in ("runs", "capability", "machines")}
-        shown |= {"code": _version(stored["code"]), "measured_on": _machine(stored["environment"])}
+        shown |= {"method": _version(stored["method"]), "measured_on": _machine(stored["environment"])}
     return shown
 
 
