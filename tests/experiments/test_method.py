@@ -24,7 +24,7 @@ FACES = {"reduction": 8, "train_images": 2, "test_images": 2, "epochs": 3, "test
 OURS = {"filters": 4, "filter_size": 3, "initial": "cosine", "optimizer": "lbfgs", "learn_weight": True}
 
 CONFIGS: dict[str, Config] = {
-    "bilevel denoising": RunConfig(**DIGITS),
+    "bilevel denoising": RunConfig(**DIGITS, gamma=0.5),
     "bilevel inpainting": RunConfig(
         **DIGITS, task="inpainting", sigma="softshrink", tau=0.1, precondition=True
     ),
@@ -44,7 +44,7 @@ CONFIGS: dict[str, Config] = {
     "kernels bilevel lbfgs": FacesConfig(**FACES, **OURS, differentiate_norm=True, sharpness=20.0),
 }
 
-TOLERANCES = {"loss": 2e-3, "moved": 1e-2, "steps": 0.1}
+TOLERANCES = {"loss": 1e-3, "moved": 1e-2, "steps": 0.1}
 """Largest relative differences, far above those between processors."""
 
 
@@ -80,7 +80,7 @@ def test_results_are_those_of_the_version(name: str) -> None:
 @pytest.mark.parametrize("name", ["bilevel denoising", "deq deblurring"])
 def test_a_change_of_the_mathematics_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     analysis = DenseFieldsOfExperts.analysis
-    monkeypatch.setattr(DenseFieldsOfExperts, "analysis", lambda self, u: 1.01 * analysis(self, u))
+    monkeypatch.setattr(DenseFieldsOfExperts, "analysis", lambda self, u: 1.02 * analysis(self, u))
     assert differences(name) != []
 
 
