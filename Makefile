@@ -100,8 +100,8 @@ bench: $(INSTALLED) ## times beside other implementations and of stacks, errors,
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_pylopt.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_published.py
 
-gpu: ## a GPU beside the CPU, its times, with Python and torch alone (ARGS="--sweep 10": and trains runs to bring home)
-	@$(or $(PYTHON),python3) -m lib.experiments.bare $(ARGS)
+gpu: $(INSTALLED) ## a GPU compared with the CPU, and its times (ARGS="--sweep 10": and trains runs to bring home)
+	@$(BIN)/python -m lib.experiments.gpu $(ARGS)
 
 lab: $(INSTALLED) ## JupyterLab on the notebooks (ARGS: its options)
 	@$(LAB) nbs $(ARGS)

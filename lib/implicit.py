@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -28,9 +27,6 @@ class NeumannSeries:
 
     steps: int
     tol: float = 0.0
-
-
-Solve = Callable[[FixedPointProblem, Tensor, Solver], Solution]
 
 
 class _Once(torch.autograd.Function):
@@ -66,37 +62,12 @@ class _Implicit(torch.autograd.Function):
         return w, None, None
 
 
-def _adjoint_problem(problem: FixedPointProblem, u: Tensor, cotangent: Tensor) -> FixedPointProblem:
-    """`w = J^T w + dL/du*` at `u = u*`, where the problem knows its `vjp`."""
-    vjp, pose = problem.vjp, problem.pose
-    assert vjp is not None
-
-    def adjoint_map(images: Tensor | None = None) -> StepMap:
-        at, g = (t if images is None else t.index_select(-4, images) for t in (u, cotangent))
-        # Made when it is asked for: a recorded solve makes its own.
-        transposed_jacobian = cache(lambda: vjp(at))
-        return lambda w: transposed_jacobian()(w) + g
-
-    def posed(u: Tensor, cotangent: Tensor, *data: Tensor) -> FixedPointProblem:
-        assert pose is not None
-        return _adjoint_problem(pose(*data), u, cotangent)
-
-    return FixedPointProblem(
-        adjoint_map(),
-        restrict=None if problem.restrict is None else adjoint_map,
-        precondition=problem.precondition,
-        data=(u, cotangent, *problem.data),
-        pose=None if pose is None else posed,
-    )
-
-
 def implicit_fixed_point(
     problem: FixedPointProblem | StepMap,
     u0: Tensor,
     solver: Solver,
     adjoint_solver: Solver | NeumannSeries | None = None,
     on_adjoint: Callable[[Solution], None] | None = None,
-    solve: Solve = fixed_point,
 ) -> Solution:
     """Solve `u = T(u)` and attach the implicit gradient to the solution's value.
 
@@ -108,14 +79,13 @@ def implicit_fixed_point(
         adjoint_solver: solver of `w = J^T w + dL/du*`, the same one when None; or the series that takes its
             place, whatever the problem's preconditioner and first adjoint.
         on_adjoint: called in the backward pass with the adjoint `Solution` (residual, steps, status).
-        solve: what solves both equations, as `fixed_point` does.
 
     Returns:
         The `Solution` of the fixed point; gradients flow through `value`, first ones alone: to differentiate
         them again raises a RuntimeError.
     """
     problem = problem if isinstance(problem, FixedPointProblem) else FixedPointProblem(problem)
-    solution = solve(problem, u0, solver)
+    solution = fixed_point(problem, u0, solver)
     if not torch.is_grad_enabled():
         return solution
     u = solution.value.detach().requires_grad_(problem.vjp is None)
@@ -125,19 +95,26 @@ def implicit_fixed_point(
         return torch.autograd.grad(step, u, w, retain_graph=True)[0]
 
     def solve_adjoint(cotangent: Tensor) -> Tensor:
-        if problem.vjp is None:
-            adjoint = FixedPointProblem(lambda w: recorded(w) + cotangent, precondition=problem.precondition)
-        else:
-            adjoint = _adjoint_problem(problem, u, cotangent)
+        def adjoint_map(images: Tensor | None = None) -> StepMap:
+            """`w -> J^T w + dL/du*` of some images, or of all."""
+            if problem.vjp is None:
+                return lambda w: recorded(w) + cotangent
+            at, g = (t if images is None else t.index_select(-4, images) for t in (u, cotangent))
+            transposed_jacobian = problem.vjp(at)
+            return lambda w: transposed_jacobian(w) + g
+
+        restrict = None if problem.vjp is None or problem.restrict is None else adjoint_map
         if isinstance(adjoint_solver, NeumannSeries):
-            if problem.precondition is not None:
-                adjoint = replace(adjoint, precondition=None, pose=None)
-            solution = solve(adjoint, cotangent, PlainIteration(adjoint_solver.tol, adjoint_solver.steps))
+            equation = FixedPointProblem(adjoint_map(), restrict=restrict)
+            adjoint = fixed_point(
+                equation, cotangent, PlainIteration(adjoint_solver.tol, adjoint_solver.steps)
+            )
         else:
+            equation = FixedPointProblem(adjoint_map(), restrict=restrict, precondition=problem.precondition)
             w0 = cotangent if problem.first_adjoint is None else problem.first_adjoint(cotangent)
-            solution = solve(adjoint, w0, adjoint_solver or solver)
+            adjoint = fixed_point(equation, w0, adjoint_solver or solver)
         if on_adjoint is not None:
-            on_adjoint(solution)
-        return solution.value
+            on_adjoint(adjoint)
+        return adjoint.value
 
     return replace(solution, value=cast(Tensor, _Implicit.apply(step, u, solve_adjoint)))

@@ -219,9 +219,9 @@ def cosine_kernels(count: int, side: int) -> Tensor:
     return torch.stack([torch.outer(basis[i], basis[j]) for i, j in pairs[1 : count + 1]])
 
 
-def most_kernels(kind: str, side: int) -> int:
-    """How many `initial_kernels` of a kind other than `random` there are of `side x side`."""
-    return side**2 - 1 if kind == "cosine" else len(_differences(1 if kind == "first" else 2, side))
+def count_differences(order: int, side: int) -> int:
+    """Return the number of finite differences of an order that fit into `side x side`."""
+    return len(_differences(order, side))
 
 
 @cache
@@ -241,21 +241,3 @@ def _differences(order: int, side: int) -> list[list[tuple[int, int]]]:
 
 def _plus(x: tuple[int, int], d: tuple[int, int]) -> tuple[int, int]:
     return x[0] + d[0], x[1] + d[1]
-
-
-def initial_kernels(kind: str, count: int, side: int, generator: torch.Generator) -> Tensor:
-    """Kernels `(count, side, side)` to start from, of no particular norm.
-
-    Args:
-        kind: `first` or `second` order differences, the `cosine` basis, or `random`, standard normal.
-        count, side: how many and how large.
-        generator: source of the random numbers.
-
-    Raises:
-        ValueError: there are fewer differences than `count`.
-    """
-    if kind == "random":
-        return torch.randn(count, side, side, generator=generator)
-    if kind == "cosine":
-        return cosine_kernels(count, side)
-    return difference_kernels(1 if kind == "first" else 2, count, side)

@@ -7,18 +7,8 @@ from torch import Tensor, nn
 
 from lib.operators import Identity, Mask, Operator
 from lib.products import product
-from lib.regularizer import (
-    GRADIENT_NORM,
-    NORM_TOL,
-    Activation,
-    ConvFieldsOfExperts,
-    DenseFieldsOfExperts,
-    FieldsOfExperts,
-    broadcast,
-)
+from lib.regularizer import GRADIENT_NORM, NORM_TOL, ConvFieldsOfExperts, FieldsOfExperts, broadcast
 from lib.solvers import FixedPointProblem, StepMap
-
-MODELS = ("bilevel", "deq")
 
 WEIGHT_PACE = 8.0
 """`lambda = exp(WEIGHT_PACE t)`: steps in `t` as long as those in the kernels are then as fast."""
@@ -111,14 +101,12 @@ class FixedPointModel(nn.Module):
             restrict=(lambda images: self.step_map(f.index_select(-4, images))) if conv else None,
             precondition=None if P is None else precondition,
             first_adjoint=start if P is None else precondition,
-            data=(f,) if P is None else (f, P),
-            pose=self.problem,
         )
 
     def step_map(self, f: Tensor) -> StepMap:
         """`T` for the data `f`, `(*stack, batch, C, H, W)`, which it refuses as `problem` does."""
-        self.regularizer.require(f)
         K, Ktf = self.operator, self.operator.adjoint(f)
+        self.regularizer.require(Ktf)
         lam = self.lam if self.weight is None else torch.exp(WEIGHT_PACE * self.weight)
         tau, lam = broadcast(self.tau, f), broadcast(lam, f)
 
@@ -190,58 +178,3 @@ class FixedPointModel(nn.Module):
         """`lambda/2 ||K u - f||^2 + R(u)` of every image, `(*stack, batch)`; `R` is that of `A, b`."""
         misfit = (self.operator.forward(u) - f).square().sum((-3, -2, -1))
         return self.lam[..., None] / 2 * misfit + self.regularizer.energy(u, self.gamma, self.tau)
-
-
-def build_model(
-    model: str,
-    operator: Operator,
-    weights: tuple[Tensor, Tensor, Tensor],
-    activation: str,
-    *,
-    tau: float | Tensor,
-    lam: float | Tensor,
-    gamma: float | Tensor,
-) -> FixedPointModel:
-    """The bilevel model (`C = A`) or the DEQ (`C` a parameter of its own) from dense weights `A, b, C`.
-
-    Raises:
-        ValueError: the model is unknown.
-    """
-    A, b, C = weights
-    regularizer = DenseFieldsOfExperts(A, b, C if is_free(model) else None, activation)
-    return FixedPointModel(operator, regularizer, tau, lam, gamma)
-
-
-def build_conv_model(
-    model: str,
-    operator: Operator,
-    kernels: tuple[Tensor, Tensor],
-    activation: Activation,
-    direction: Tensor | None = None,
-    *,
-    tau: float | Tensor,
-    lam: float | Tensor,
-    gamma: float | Tensor,
-    learn_weight: bool = False,
-    differentiate_norm: bool = False,
-) -> FixedPointModel:
-    """The same two models from kernels `A, C`, normalized in training (see `ConvFieldsOfExperts`).
-
-    Raises:
-        ValueError: the model is unknown.
-    """
-    A, C = kernels
-    free = C if is_free(model) else None
-    regularizer = ConvFieldsOfExperts(A, free, activation, direction, differentiate_norm)
-    return FixedPointModel(operator, regularizer, tau, lam, gamma, learn_weight)
-
-
-def is_free(model: str) -> bool:
-    """Whether `C` is a parameter of its own.
-
-    Raises:
-        ValueError: the model is unknown.
-    """
-    if model not in MODELS:
-        raise ValueError(f"model: got {model!r}, allowed: {', '.join(MODELS)}")
-    return model == "deq"

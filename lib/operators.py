@@ -10,8 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-TASKS = ("denoising", "inpainting", "deblurring")
-
 
 class Operator(Protocol):
     """A linear operator `K` between images, with `<K u, v> = <u, K^T v>`."""
@@ -129,27 +127,3 @@ def central_block_mask(height: int, width: int) -> Tensor:
 def diagonal_motion_kernel(size: int) -> Tensor:
     """Point spread function `eye(size) / size` of a motion along the diagonal."""
     return torch.eye(size) / size
-
-
-def forward_operator(
-    task: str, height: int, width: int, *, faces: bool = False, blur: int | None = None
-) -> Operator:
-    """The operator `K` that the paper uses for a task on images of `height x width` pixels.
-
-    Args:
-        task: one of `TASKS`.
-        height, width: image size in pixels.
-        faces: faces have a central block masked and an 11x11 blur; MNIST has its top rows masked
-            and a 5x5 blur.
-        blur: another side of the blur's kernel in pixels.
-
-    Raises:
-        ValueError: the task is unknown.
-    """
-    if task == "denoising":
-        return Identity()
-    if task == "inpainting":
-        return Mask((central_block_mask if faces else top_rows_mask)(height, width))
-    if task == "deblurring":
-        return CircularBlur(diagonal_motion_kernel(blur or (11 if faces else 5)))
-    raise ValueError(f"task: got {task!r}, allowed: {', '.join(TASKS)}")

@@ -45,23 +45,19 @@ def _softshrink(z: Tensor, tau: Tensor) -> Tensor:
 NORM_ITERATIONS, NORM_TOL = 500, 3e-3
 """Products at most for a norm, and the relative residual at which they end after a small step."""
 
-ACTIVATIONS = {
-    "relu": Activation(
-        sigma=lambda z, tau: z.relu(),
-        slope=lambda z, tau: (z > 0).to(z),
-        potential=lambda z, tau: z.relu().square() / 2,
-    ),
-    "softshrink": Activation(
-        sigma=_softshrink,
-        slope=lambda z, tau: (z.abs() > tau).to(z),
-        potential=lambda z, tau: _softshrink(z, tau).square() / 2,
-    ),
-    "identity": Activation(
-        sigma=lambda z, tau: z,
-        slope=lambda z, tau: torch.ones_like(z),
-        potential=lambda z, tau: z.square() / 2,
-    ),
-}
+RELU = Activation(
+    sigma=lambda z, tau: z.relu(),
+    slope=lambda z, tau: (z > 0).to(z),
+    potential=lambda z, tau: z.relu().square() / 2,
+)
+SOFTSHRINK = Activation(
+    sigma=_softshrink,
+    slope=lambda z, tau: (z.abs() > tau).to(z),
+    potential=lambda z, tau: _softshrink(z, tau).square() / 2,
+)
+LINEAR = Activation(
+    sigma=lambda z, tau: z, slope=lambda z, tau: torch.ones_like(z), potential=lambda z, tau: z.square() / 2
+)
 
 
 def smoothed_sign(sharpness: float) -> Activation:
@@ -196,17 +192,17 @@ class DenseFieldsOfExperts(FieldsOfExperts):
         A: `(*stack, m, n)`, analysis operator.
         b: `(*stack, m)`, bias.
         C: `(*stack, m, n)`, or None to tie `C = A`, which makes the field a gradient.
-        activation: a name in `ACTIVATIONS`.
+        activation: such as `RELU`.
     """
 
     weight_dims = 2
 
-    def __init__(self, A: Tensor, b: Tensor, C: Tensor | None, activation: str) -> None:
+    def __init__(self, A: Tensor, b: Tensor, C: Tensor | None, activation: Activation) -> None:
         super().__init__()
         self.A = nn.Parameter(A)
         self.b = nn.Parameter(b)
         self.C = None if C is None else nn.Parameter(C)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
 
     def analysis(self, u: Tensor) -> Tensor:
         """`A u + b`, `(*stack, batch, m)`, of images `u` `(*stack, batch, C, H, W)`."""

@@ -31,8 +31,6 @@ class FixedPointProblem:
             same fixed points, while the residuals that are reported and stop it stay those of `T`.
         first_adjoint: takes `dL/du*` and returns the first iterate of `w = J^T w + dL/du*`; None starts from
             `dL/du*` itself.
-        data: the tensors that make this problem and are others in the next solve.
-        pose: the same problem for other `data`, which lets solves be recorded (`lib.graphs`).
     """
 
     step_map: StepMap
@@ -40,8 +38,6 @@ class FixedPointProblem:
     restrict: Callable[[Tensor], StepMap] | None = None
     precondition: StepMap | None = None
     first_adjoint: StepMap | None = None
-    data: tuple[Tensor, ...] = ()
-    pose: Callable[..., FixedPointProblem] | None = None
 
 
 class Status(IntEnum):
@@ -160,19 +156,10 @@ class _AndersonHistory:
         scale = torch.where(scale > 0, scale, 1)
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         factor, info = torch.linalg.cholesky_ex(gram / scale + self.solver.regularization * identity)
-        alpha = _cholesky_solve(torch.ones_like(gram[..., :1]), factor).squeeze(-1)
+        alpha = torch.cholesky_solve(torch.ones_like(gram[..., :1]), factor).squeeze(-1)
         alpha = alpha / alpha.sum(-1, keepdim=True)
         usable = (info == 0) & alpha.isfinite().all(-1)
         return torch.where(usable[:, None], alpha, identity[newest])
-
-
-def _cholesky_solve(right: Tensor, factor: Tensor) -> Tensor:
-    if at_once(right):
-        return torch.cholesky_solve(right, factor)
-    # What torch has for a batch on a GPU may ask the device, which a recorded solve cannot (`lib.graphs`).
-    forward = torch.linalg.solve_triangular(factor, right, upper=False)
-    solved: Tensor = torch.linalg.solve_triangular(factor.mT, forward, upper=True)
-    return solved
 
 
 Solver = PlainIteration | Anderson
@@ -202,22 +189,6 @@ class _OnRunning:
         return self.last.reshape(u.shape)
 
 
-FIRST_LOOKS, LOOKS_APART = 6, 5
-"""Where the samples are on another device, to look whether one still runs makes it wait: that is done after
-each of the first evaluations, since many solves end there, and then seldom."""
-
-
-def at_once(u: Tensor) -> bool:
-    """Whether what a tensor holds is known as soon as it is asked for, as on a CPU."""
-    return u.device.type == "cpu"
-
-
-def _chosen(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """For each sample one of two; most of the time all are alike, and where that can be seen nothing is
-    copied."""
-    return yes if at_once(condition) and condition.all() else torch.where(condition[:, None], yes, no)
-
-
 DIVERGENCE_FACTOR = 1e6
 """A sample has diverged when its residual is this many times its first one, or not finite."""
 
@@ -225,92 +196,16 @@ STAGNATION_FACTOR = 0.9
 """A sample stagnates when its smallest residual is more than this share of that `patience` steps ago, and the
 residual then more than this share of the one now."""
 
+FIRST_CHECKS, CHECK_EVERY = 6, 5
+"""On an accelerator, reading whether a sample still runs waits for the device: it is read after each of the
+first evaluations, since many solves end there, and then after every fifth one."""
 
-class Iteration:
-    """A solve on its way, as `fixed_point` takes it.
 
-    Where `at_once` says no, nothing that is done depends on what a tensor holds: samples that have stopped
-    are evaluated, and stay what they are, until it is seen that none runs any more.
-
-    Attributes:
-        evaluations: of `T`, so far.
-        running: `(n,)`, the samples that have not stopped.
-    """
-
-    def __init__(self, problem: FixedPointProblem, u0: Tensor, solver: Solver) -> None:
-        self.problem, self.solver, self.shape = problem, solver, u0.shape
-        self.u = u0.reshape(-1, u0.shape[-3:].numel()).clone()
-        self.accelerate, self.evaluate = solver.start(self.u), _OnRunning(problem, u0)
-        n = self.u.shape[0]
-        self.evaluations = 0
-        self.status = torch.full((n,), Status.MAX_STEPS, dtype=torch.int8, device=u0.device)
-        self.steps = torch.zeros(n, dtype=torch.int32, device=u0.device)
-        self.relative = torch.full((n,), torch.inf, dtype=u0.dtype, device=u0.device)
-        self.best, self.smallest = self.u, self.relative
-        self.running = torch.ones(n, dtype=torch.bool, device=u0.device)
-        self.step = self.residual = self.u
-        self.limit = torch.zeros_like(self.relative)
-        # Allocated once: small tensors that stay would keep the large ones' memory from being used again.
-        self.history, self.smallests, self.sizes = self.u.new_empty(3, solver.max_steps, n)
-
-    def advance(self) -> None:
-        """Evaluate `T` as often as nobody need look which samples run: once, where that costs nothing."""
-        looked = at_once(self.u) or self.problem.restrict is not None
-        while True:
-            if self.evaluations:
-                self._propose()
-            self._evaluate()
-            k = self.evaluations
-            if looked or k <= FIRST_LOOKS or k % LOOKS_APART == 0 or k == self.solver.max_steps:
-                return
-
-    def _evaluate(self) -> None:
-        k, solver, running = self.evaluations, self.solver, self.running
-        self.evaluations += 1
-        step = self.evaluate(self.u, running)
-        residual = step - self.u
-        size = torch.linalg.vector_norm(residual, dim=-1)
-        scale = torch.linalg.vector_norm(step, dim=-1)
-        if k == 0:
-            self.limit = DIVERGENCE_FACTOR * size
-        self.steps += running
-        self.relative = torch.where(running, torch.where(size == 0, size, size / scale), self.relative)
-        self.history[k] = self.relative
-        finite = size.isfinite() & scale.isfinite()
-        converged = running & finite & (size <= solver.tol * scale)
-        diverged = running & ~converged & ~(finite & (size <= self.limit))
-        self.status.masked_fill_(converged, Status.CONVERGED)
-        self.status.masked_fill_(diverged, Status.DIVERGED)
-        kept = running & (diverged | (self.relative <= self.smallest))
-        self.best = _chosen(kept, _chosen(~diverged, step, self.u), self.best)
-        self.smallest = torch.where(kept, self.relative, self.smallest)
-        running = running & ~converged & ~diverged
-        self.smallests[k], self.sizes[k] = self.smallest, size
-        if solver.patience is not None and k >= solver.patience:
-            fallen = self.smallest <= STAGNATION_FACTOR * self.smallests[k - solver.patience]
-            grown = size * STAGNATION_FACTOR >= self.sizes[k - solver.patience]
-            stagnated = running & ~fallen & ~grown
-            self.status.masked_fill_(stagnated, Status.STAGNATED)
-            running = running & ~stagnated
-        self.running, self.step, self.residual = running, step, residual
-
-    def _propose(self) -> None:
-        if self.problem.precondition is not None:
-            residual = self.residual.view(self.shape)
-            self.residual = self.problem.precondition(residual).reshape(self.u.shape)
-            self.step = self.u + self.residual
-        self.u = _chosen(self.running, self.accelerate(self.u, self.step, self.residual), self.u)
-
-    def solution(self) -> Solution:
-        """The samples as they are now."""
-        batch = self.shape[:-3]
-        return Solution(
-            value=self.best.view(self.shape),
-            residual=self.smallest.view(batch),
-            residuals=self.history[: self.evaluations].clone().view(-1, *batch),
-            steps=self.steps.view(batch),
-            status=self.status.view(batch),
-        )
+def _select(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Return one of two rows for each sample; where all are alike on a CPU nothing is copied."""
+    if condition.device.type == "cpu" and condition.all():
+        return yes
+    return torch.where(condition[:, None], yes, no)
 
 
 @torch.no_grad()
@@ -334,7 +229,54 @@ def fixed_point(problem: FixedPointProblem | StepMap, u0: Tensor, solver: Solver
         layout = "(..., N, C, H, W)" if problem.restrict else "(..., C, H, W)"
         got = f"{tuple(u0.shape)} of {u0.dtype}".replace("torch.", "")
         raise ValueError(f"u0: got {got}, allowed: {layout} of floating point numbers")
-    iteration = Iteration(problem, u0, solver)
-    while iteration.evaluations < solver.max_steps and (not iteration.evaluations or iteration.running.any()):
-        iteration.advance()
-    return iteration.solution()
+    u = u0.reshape(-1, u0.shape[-3:].numel()).clone()
+    accelerate, evaluate = solver.start(u), _OnRunning(problem, u0)
+    n, evaluations, limit = u.shape[0], 0, torch.empty(0)
+    status = torch.full((n,), Status.MAX_STEPS, dtype=torch.int8, device=u.device)
+    steps = torch.zeros(n, dtype=torch.int32, device=u.device)
+    relative = torch.full((n,), torch.inf, dtype=u.dtype, device=u.device)
+    best, smallest = u, relative
+    running = torch.ones(n, dtype=torch.bool, device=u.device)
+    # Allocated once: small tensors that stay would keep the large ones' memory from being used again.
+    history, smallests, sizes = u.new_empty(3, solver.max_steps, n)
+    for k in range(solver.max_steps):
+        step = evaluate(u, running)
+        evaluations, residual = k + 1, step - u
+        size = torch.linalg.vector_norm(residual, dim=-1)
+        scale = torch.linalg.vector_norm(step, dim=-1)
+        if k == 0:
+            limit = DIVERGENCE_FACTOR * size
+        steps += running
+        relative = torch.where(running, torch.where(size == 0, size, size / scale), relative)
+        history[k] = relative
+        finite = size.isfinite() & scale.isfinite()
+        converged = running & finite & (size <= solver.tol * scale)
+        diverged = running & ~converged & ~(finite & (size <= limit))
+        status.masked_fill_(converged, Status.CONVERGED)
+        status.masked_fill_(diverged, Status.DIVERGED)
+        improved = running & (diverged | (relative <= smallest))
+        best = _select(improved, _select(~diverged, step, u), best)
+        smallest = torch.where(improved, relative, smallest)
+        running = running & ~converged & ~diverged
+        smallests[k], sizes[k] = smallest, size
+        if solver.patience is not None and k >= solver.patience:
+            fallen = smallest <= STAGNATION_FACTOR * smallests[k - solver.patience]
+            grown = size * STAGNATION_FACTOR >= sizes[k - solver.patience]
+            stagnated = running & ~fallen & ~grown
+            status.masked_fill_(stagnated, Status.STAGNATED)
+            running = running & ~stagnated
+        checked = u.device.type == "cpu" or problem.restrict is not None or k < FIRST_CHECKS
+        if k + 1 == solver.max_steps or ((checked or (k + 1) % CHECK_EVERY == 0) and not running.any()):
+            break
+        if problem.precondition is not None:
+            residual = problem.precondition(residual.view(u0.shape)).reshape(u.shape)
+            step = u + residual
+        u = _select(running, accelerate(u, step, residual), u)
+    batch = u0.shape[:-3]
+    return Solution(
+        value=best.view(u0.shape),
+        residual=smallest.view(batch),
+        residuals=history[:evaluations].clone().view(-1, *batch),
+        steps=steps.view(batch),
+        status=status.view(batch),
+    )

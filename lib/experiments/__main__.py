@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.experiments.archive import take
+from lib.experiments.build import Config
 from lib.experiments.cluster import LocalJobs, job_options, train_on_cluster
 from lib.experiments.config import ConfigError, FacesConfig, RunConfig, parse_parameters
 from lib.experiments.data import DataError
-from lib.experiments.problem import Config
 from lib.experiments.profiles import faces_config, grid, profile_config
 from lib.experiments.runs import (
     default_device,

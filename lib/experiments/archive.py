@@ -9,8 +9,8 @@ from zipfile import BadZipFile, ZipFile
 
 from filelock import FileLock
 
+from lib.experiments.build import Config
 from lib.experiments.config import ConfigError
-from lib.experiments.problem import Config
 from lib.experiments.runs import is_stored, load_run, run_folder, run_key
 from lib.experiments.store import RESULTS, DamagedFile, Results, write_atomic
 

@@ -40,12 +40,12 @@ from submitit.helpers import Checkpointable, clean_env
 from tqdm import tqdm
 
 from lib.experiments import runs
+from lib.experiments.build import Config, load_images, shared
 from lib.experiments.config import Checked, ConfigError, RunConfig, named, require_name, shown
 from lib.experiments.method import METHOD_VERSION
-from lib.experiments.problem import Config, load_images
 from lib.experiments.processes import interrupts_ignored
 from lib.experiments.store import RESULTS, Results, read_sealed, write_sealed
-from lib.experiments.trainer import DIVERGED, OUT_OF_TIME, shared
+from lib.training import DIVERGED, OUT_OF_TIME
 
 REQUEUES = 20
 """How often a job that came to its time limit is queued again; one that was preempted always is."""

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 MNIST_SIDE, MNIST_TRAIN, MNIST_TEST, BLUR_SIDE = 28, 60_000, 10_000, 5
 
+TASKS = ("denoising", "inpainting", "deblurring")
+MODELS = ("bilevel", "deq")
+
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -270,9 +273,10 @@ class FacesConfig(TrainingConfig):
             )
         if isinstance(self.initial, str) and self.initial != "random":
             # Imported here because a value should be refused at once, and torch takes seconds to come.
-            from lib.kernels import most_kernels
+            from lib.kernels import count_differences
 
-            most = most_kernels(self.initial, self.filter_size)
+            side, order = self.filter_size, 1 if self.initial == "first" else 2
+            most = side**2 - 1 if self.initial == "cosine" else count_differences(order, side)
             if self.filters > most:
                 raise ValueError(
                     f"filters: got {self.filters}, allowed: at most the {most} that start as {self.initial} "

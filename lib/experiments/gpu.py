@@ -1,7 +1,6 @@
 """What a GPU does with the trainings of the grid: whether it agrees with the CPU, and how fast it is.
 
-`make gpu` needs nothing but Python and torch (`lib.experiments.bare`). It measures for some minutes and
-writes tables; with `--sweep MINUTES` it then trains runs of a grid, packed into one file for `make sweep`.
+`make gpu` measures for some minutes and writes tables; with `--sweep MINUTES` it then trains runs of a grid, packed into one file for `make sweep`.
 """
 
 from __future__ import annotations
@@ -21,17 +20,16 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from lib.experiments import data, trainer
+from lib.experiments import build, data
 from lib.experiments.archive import pack
+from lib.experiments.build import Config, load_images, make_training, total_steps
 from lib.experiments.config import MNIST_SIDE, ConfigError, RunConfig
 from lib.experiments.method import METHOD_VERSION
-from lib.experiments.problem import Config, generator, load_images
 from lib.experiments.profiles import GRID, grid
 from lib.experiments.provenance import write_with_provenance
 from lib.experiments.runs import Progress, is_stored, stacks, train_stack
 from lib.experiments.store import RESULTS
-from lib.experiments.trainer import Member, Trainer, total_steps
-from lib.solvers import fixed_point
+from lib.training import History, generator
 
 STEPS, WARM_STEPS = 12, 3
 """Optimizer steps of a timing, and those at its start that do not count: they record the solves."""
@@ -75,25 +73,21 @@ def stack_of(case: Case, members: int, **values: Any) -> list[RunConfig]:
 def agreement(case: Case, device: torch.device, **values: Any) -> Row:
     """Largest relative differences of a stack's losses after a few steps.
 
-    Of the device from the CPU, with TF32 from the CPU, and of replayed solves from those that are not.
+    The device is compared with the CPU, in float32 and with TF32.
     """
     configs = stack_of(case, 5, train_images=AGREEMENT_STEPS * values["batch_size"], **values)
 
-    def trained(where: torch.device, precision: str = "float32", replayed: bool = True) -> list[Member]:
-        training = Trainer([c.model_copy(update={"precision": precision}) for c in configs], where)
-        if not replayed:
-            training.solve = fixed_point
-        return training.train()
+    def trained(where: torch.device, precision: str = "float32") -> list[History]:
+        return make_training([c.model_copy(update={"precision": precision}) for c in configs], where).run()
 
-    def apart(members: Sequence[Member], others: Sequence[Member], name: str) -> float:
-        pairs = [(a.history[-1][name], b.history[-1][name]) for a, b in zip(members, others, strict=True)]
+    def apart(members: Sequence[History], others: Sequence[History], name: str) -> float:
+        pairs = [(a.rows[-1][name], b.rows[-1][name]) for a, b in zip(members, others, strict=True)]
         return max((abs(a - b) / abs(b) for a, b in pairs), default=0.0)
 
     reference, here = trained(torch.device("cpu")), trained(device)
     row: Row = {"task": case[0], "model": case[1]}
     row |= {"train loss, from CPU": apart(here, reference, "train_loss")}
     row |= {"test loss, from CPU": apart(here, reference, "test_loss")}
-    row |= {"test loss, from not replayed": apart(here, trained(device, replayed=False), "test_loss")}
     if device.type == "cuda":
         row |= {"test loss, TF32 from CPU": apart(trained(device, "tf32"), reference, "test_loss")}
     return row
@@ -116,21 +110,19 @@ def timing(case: Case, stack: int, precision: str, device: torch.device, **value
             profiler.start()
         begins.append(time.perf_counter())
 
-    training = Trainer(configs, device)
-    members = training.train(on_step=on_step)
+    members = make_training(configs, device).run(on_step=on_step)
     row: Row = {"task": case[0], "model": case[1], "stack": stack, "precision": precision}
     spans = [end - begin for begin, end in zip(begins, ends[1:], strict=False)]
     if len(spans) < STEPS - 1:
         return row
     row["ms"] = 1e3 * statistics.median(spans[WARM_STEPS - 1 : STEPS - PROFILED_STEPS - 1])
-    last = [member.history[-1] for member in members if len(member.history) == 2]
+    last = [member.rows[-1] for member in members if len(member.rows) == 2]
     row |= {f"{name} steps": _mean(h[f"{name}_steps"] for h in last) for name in ("forward", "backward")}
     if cuda:
         profiler.stop()
         computed = sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
         row["GPU computes"] = computed / sum(spans[-PROFILED_STEPS:])
         row["GB"] = torch.cuda.max_memory_allocated(device) / 1e9
-        row["replayed"] = not getattr(training.solve, "failed", True)
     return row
 
 
@@ -204,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("device: got 'cuda', allowed: cpu, for torch sees no GPU here", file=sys.stderr)
         return 2
-    with patch.object(trainer, "load_images", some_images):
+    with patch.object(build, "load_images", some_images):
         measure(options, device)
     try:
         if options.sweep > 0:
@@ -249,3 +241,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> None:
 
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -30,19 +30,21 @@ from IPython.display import clear_output
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.experiments.config import ConfigError, FacesConfig, RunConfig, shown
-from lib.experiments.data import FACES_FILES, MNIST_FILES, photograph_files
-from lib.experiments.method import METHOD_VERSION
-from lib.experiments.problem import (
-    TEST_BATCH,
+from lib.experiments.build import (
     Config,
     Weights,
     image_shape,
     load_images,
     make_operator,
+    make_training,
     require_device,
+    shared,
+    total_steps,
     trained_model,
 )
+from lib.experiments.config import ConfigError, FacesConfig, RunConfig, shown
+from lib.experiments.data import FACES_FILES, MNIST_FILES, photograph_files
+from lib.experiments.method import METHOD_VERSION
 from lib.experiments.processes import at_the_end, cores, in_processes
 from lib.experiments.store import (
     RESULTS,
@@ -54,17 +56,8 @@ from lib.experiments.store import (
     write_atomic,
     write_sealed,
 )
-from lib.experiments.trainer import (
-    DIVERGED,
-    OUT_OF_TIME,
-    Member,
-    Trainer,
-    read_checkpoint,
-    shared,
-    total_steps,
-)
 from lib.models import FixedPointModel
-from lib.solvers import FIRST_LOOKS, LOOKS_APART
+from lib.training import DIVERGED, OUT_OF_TIME, TEST_BATCH, History, Training
 
 DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
 
@@ -236,14 +229,12 @@ def member_bytes(config: Config, device: torch.device) -> int:
     """Memory that a configuration takes in a stack.
 
     A member needs its weights, their gradient and Adam's two moments, and per image of a batch the
-    solver's history and the iterates of a step, on a GPU also those that recorded solves end with.
+    solver's history and the iterates of a step.
     """
     height, width = image_shape(config)
     n = height * width
     experts = config.filters if isinstance(config, FacesConfig) else 1
     buffers = 2 * config.memory + SOLVER_BUFFERS + EXPERT_BUFFERS * experts
-    if device.type == "cuda":
-        buffers += 2 * (FIRST_LOOKS + config.max_steps // LOOKS_APART)
     images = max(config.batch_size, min(TEST_BATCH, config.test_images)) * n * buffers
     return 4 * 4 * weight_count(config) + 4 * images
 
@@ -557,7 +548,7 @@ def train_stack(configs: Sequence[Config], results: Results, report: Report) -> 
 
 def _train(configs: Sequence[Config], results: Results, report: Report) -> None:
     """Train configurations of one stack, whose locks are held: those of one epoch together."""
-    by_epoch: dict[int, list[tuple[Config, bytes | None]]] = {}
+    by_epoch: dict[int, list[tuple[Config, dict[str, Any] | None]]] = {}
     for config in configs:
         epoch, checkpoint = _read_checkpoint(config, results)
         by_epoch.setdefault(epoch, []).append((config, checkpoint))
@@ -566,7 +557,7 @@ def _train(configs: Sequence[Config], results: Results, report: Report) -> None:
         _train_together([config for config, _ in pairs], checkpoints if epoch else None, results, report)
 
 
-def _read_checkpoint(config: Config, results: Results) -> tuple[int, bytes | None]:
+def _read_checkpoint(config: Config, results: Results) -> tuple[int, dict[str, Any] | None]:
     """The checkpoint of a run and its epoch, or epoch 0 and None where there is none that can be used."""
     path = run_folder(config, results) / "checkpoint.pt"
     if not path.exists():
@@ -576,21 +567,23 @@ def _read_checkpoint(config: Config, results: Results) -> tuple[int, bytes | Non
     except DamagedFile as error:
         set_aside(path, str(error))
         return 0, None
-    return read_checkpoint(checkpoint)["epoch"], checkpoint
+    state = torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True)
+    return state["epoch"], state
 
 
 def _train_together(
-    configs: Sequence[Config], checkpoints: Sequence[bytes] | None, results: Results, report: Report
+    configs: Sequence[Config], checkpoints: Sequence[dict[str, Any]] | None, results: Results, report: Report
 ) -> None:
-    trainer = Trainer(configs, default_device(), checkpoints, learned_start(configs[0], results))
+    training = make_training(configs, default_device(), learned_start(configs[0], results))
+    if checkpoints is not None:
+        training.restore(checkpoints)
     stored: set[int] = set()
-    reported = trainer.step * len(configs)
+    reported = training.step * len(configs)
     report(Progress(steps=reported, resumed=reported))
 
     def tell(ended: Iterable[str] = ()) -> None:
         nonlocal reported
-        whole = total_steps(trainer.config)
-        done = sum(whole if member.status else trainer.step for member in trainer.members)
+        done = sum(training.steps if member.status else training.step for member in training.members)
         report(Progress(steps=done - reported, ended=tuple(ended)))
         reported = done
 
@@ -606,25 +599,31 @@ def _train_together(
                 del waiting[index]
             written = time.monotonic()
 
-    def keep(trainer: Trainer) -> None:
+    def keep(training: Training) -> None:
         with writing:
-            store(trainer)
+            store(training)
 
-    def store(trainer: Trainer) -> None:
-        ended = [i for i, member in enumerate(trainer.members) if member.status and i not in stored]
+    def store(training: Training) -> None:
+        ended = [i for i, member in enumerate(training.members) if member.status and i not in stored]
         for index in ended:
-            _store(trainer.members[index], results)
+            _store(configs[index], training.members[index], results)
             stored.add(index)
             waiting.pop(index, None)
-        if trainer.epoch < trainer.config.epochs:
-            waiting.update({index: trainer.checkpoint(index) for index in trainer.alive})
+        if training.epoch < training.epochs:
+            waiting.update({index: _packed(training.checkpoint(index)) for index in training.alive})
             if time.monotonic() - written >= CHECKPOINT_SECONDS:
                 write()
-        tell(trainer.members[index].status for index in ended)
+        tell(training.members[index].status for index in ended)
 
     with at_the_end(write):
-        trainer.train(on_epoch=keep, on_step=tell)
-        keep(trainer)
+        training.run(on_epoch=keep, on_step=tell)
+        keep(training)
+
+
+def _packed(content: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def run_folder(config: Config, results: Results = None) -> Path:
@@ -706,19 +705,19 @@ def _run_of(key: str, config: Config, record: dict[str, Any], weights: Weights) 
     )
 
 
-def _store(member: Member, results: Results) -> None:
+def _store(config: Config, member: History, results: Results) -> None:
     """Write a run that has ended; its record comes last, and then its checkpoint is not needed any more."""
-    folder = run_folder(member.config, results)
+    folder = run_folder(config, results)
     record = {
-        "config": member.config.model_dump(),
+        "config": config.model_dump(),
         "status": member.status,
         "reason": member.reason,
         "history": [
             {name: value if math.isfinite(value) else None for name, value in row.items()}
-            for row in member.history
+            for row in member.rows
         ],
         "provenance": {
-            "data": data_digests(member.config),
+            "data": data_digests(config),
             "method": METHOD_VERSION,
             "environment": environment(default_device()),
             "seconds": member.seconds,

@@ -14,9 +14,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from lib.experiments.build import Config, make_training, shared, total_steps
 from lib.experiments.config import RunConfig, require_name
 from lib.experiments.data import DataError
-from lib.experiments.problem import Config
 from lib.experiments.profiles import SWEEPS, grid
 from lib.experiments.provenance import PROVENANCE, read_described, write_with_provenance
 from lib.experiments.runs import (
@@ -33,7 +33,7 @@ from lib.experiments.runs import (
     workers,
 )
 from lib.experiments.store import RESULTS, DamagedFile, Results
-from lib.experiments.trainer import COMPLETED, DIVERGED, OUT_OF_TIME, Member, Trainer, shared, total_steps
+from lib.training import COMPLETED, DIVERGED, OUT_OF_TIME, History
 
 NOT_RUN, IN_PROGRESS = "not run", "in progress"
 
@@ -264,11 +264,11 @@ def _seconds_per_run(trained: Sequence[list[Config]], device: torch.device) -> f
     # On a GPU the first epoch records the solves.
     epochs = 1 if device.type == "cpu" else 2
     changes = {"train_images": images, "test_images": 1, "epochs": epochs, "time_budget": 1e6}
-    members, steps = list[Member](), math.ceil(images / config.batch_size)
+    members, steps = list[History](), math.ceil(images / config.batch_size)
     for stack in tried:
-        members += Trainer([c.model_copy(update=changes) for c in stack], device).train()
-    last = [member for member in members if len(member.history) >= epochs]
-    spent = sum(member.seconds - member.history[epochs - 1]["seconds"] for member in last)
+        members += make_training([c.model_copy(update=changes) for c in stack], device).run()
+    last = [member for member in members if len(member.rows) >= epochs]
+    spent = sum(member.seconds - member.rows[epochs - 1]["seconds"] for member in last)
     per_step = spent / len(members) / steps
     evaluations = (config.epochs + 1) * config.test_images / config.batch_size / 2
     return per_step * (total_steps(config) + evaluations)

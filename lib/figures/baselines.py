@@ -11,13 +11,14 @@ import skimage
 import torch
 from torch import Tensor
 
+from lib.experiments.build import load_images, make_operator
 from lib.experiments.config import FacesConfig
-from lib.experiments.problem import generator, load_images, make_operator, observe
 from lib.kernels import difference_kernels
-from lib.models import FixedPointModel, build_conv_model
+from lib.models import FixedPointModel
 from lib.operators import Mask, Operator
-from lib.regularizer import smoothed_sign
+from lib.regularizer import ConvFieldsOfExperts, smoothed_sign
 from lib.solvers import Anderson, fixed_point
+from lib.training import generator, observe
 
 Method = Callable[[Tensor, float], Tensor]
 """Takes data `f` and a weight, and returns images, all `(N, 1, H, W)`."""
@@ -46,8 +47,7 @@ def tv_model(operator: Operator, lam: float, sharpness: float = 100.0) -> FixedP
     """Our lower level with the two forward differences as kernels: smoothed anisotropic total variation."""
     A = difference_kernels(1, 2, 3)
     tau = 1 / (lam + sharpness * DIFFERENCES_NORM**2)
-    activation = smoothed_sign(sharpness)
-    return build_conv_model("bilevel", operator, (A, A), activation, tau=tau, lam=lam, gamma=1.0)
+    return FixedPointModel(operator, ConvFieldsOfExperts(A, None, smoothed_sign(sharpness)), tau, lam, 1.0)
 
 
 def tv_reconstruction(operator: Operator, tol: float = 1e-5, max_steps: int = 500) -> Method:

@@ -14,10 +14,9 @@ import pandas as pd
 import scipy
 from numpy.typing import NDArray
 
-from lib.experiments.config import RunConfig
+from lib.experiments.config import TASKS, RunConfig
 from lib.experiments.sweep import NOT_RUN, Sweep
-from lib.experiments.trainer import DIVERGED, OUT_OF_TIME
-from lib.operators import TASKS
+from lib.training import DIVERGED, OUT_OF_TIME
 
 LOSS_THRESHOLD = 0.5
 """Runs whose final test loss is above it are left out of the comparison, as in the paper."""

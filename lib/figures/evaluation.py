@@ -23,16 +23,16 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.experiments.config import ConfigError, FacesConfig
+from lib.experiments.build import make_operator, solve
+from lib.experiments.config import MODELS, ConfigError, FacesConfig
 from lib.experiments.data import IMAGE_SUFFIXES, DataError, photograph, photograph_files
-from lib.experiments.problem import generator, make_operator, observe, one_thread, psnr, solve
 from lib.experiments.runs import Run, stored_kernels, trained_kernels
 from lib.experiments.store import Results
 from lib.figures.baselines import Method, best_tv_weight, best_weight, tuning_data, tv_method
 from lib.figures.comparison import paired_test
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, note
-from lib.models import MODELS
 from lib.solvers import Status
+from lib.training import generator, observe, one_thread, psnr
 
 SCIKIT_IMAGE = "scikit-image"
 SCIKIT_IMAGES = ("brick", "camera", "cell", "coins", "grass", "gravel", "moon", "page", "text")

@@ -16,12 +16,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from lib.experiments.config import MODELS, TASKS
 from lib.experiments.sweep import Sweep
 from lib.figures import comparison
 from lib.figures.comparison import LOSS_THRESHOLD
 from lib.figures.style import MODEL_COLORS, MODEL_NAMES, STYLE, TEXT_WIDTH, model_line, note, sweep_budget
-from lib.models import MODELS
-from lib.operators import TASKS
 
 LOWEST_LOSS = 1e-12
 """Below it a loss is drawn as this one: one of zero has no place on a logarithmic axis."""

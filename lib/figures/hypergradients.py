@@ -16,25 +16,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lib.experiments.problem import (
-    Config,
-    generator,
-    is_preconditioned,
-    load_images,
-    make_adjoint_solver,
-    make_model,
-    observe,
-    one_thread,
-)
+from lib.experiments.build import Config, is_preconditioned, load_images, make_adjoint_solver, make_model
+from lib.experiments.config import MODELS, TASKS
 from lib.experiments.profiles import our_config, profile_config
 from lib.experiments.runs import Run, get_runs
 from lib.experiments.store import Results
-from lib.experiments.trainer import COMPLETED
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, model_line, note
 from lib.implicit import implicit_fixed_point
-from lib.models import MODELS, FixedPointModel
-from lib.operators import TASKS
+from lib.models import FixedPointModel
 from lib.solvers import Anderson, FixedPointProblem, PlainIteration, Solver, fixed_point
+from lib.training import COMPLETED, generator, observe, one_thread
 
 ADJOINTS: dict[str, dict[str, Any]] = {
     "solved to 1e-5": {"adjoint": "solved", "adjoint_tol": 1e-5},

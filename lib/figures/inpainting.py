@@ -12,13 +12,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lib.experiments.problem import make_operator, one_thread, psnr, solve
+from lib.experiments.build import make_operator, solve
 from lib.experiments.runs import Run
 from lib.figures.baselines import harmonic_inpainting, tv_model
 from lib.figures.style import STYLE, TEXT_WIDTH, budget, note
 from lib.kernels import correlate
 from lib.operators import Mask
 from lib.solvers import Anderson, Solution, Solver, fixed_point
+from lib.training import one_thread, psnr
 
 
 def lost_pixels(run: Run) -> Tensor:

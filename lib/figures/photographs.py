@@ -20,19 +20,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from lib.experiments.config import FacesConfig
+from lib.experiments.build import Weights, image_shape, load_images, make_model, solve
+from lib.experiments.config import MODELS, FacesConfig
 from lib.experiments.data import TEST_FACES, photograph
-from lib.experiments.problem import (
-    Weights,
-    generator,
-    image_shape,
-    load_images,
-    make_model,
-    observe,
-    one_thread,
-    psnr,
-    solve,
-)
 from lib.experiments.processes import cores
 from lib.experiments.profiles import FILTERS, faces_config, our_config, profile_seeds
 from lib.experiments.runs import Run, get_runs, learned_start, train_runs
@@ -42,9 +32,9 @@ from lib.figures.comparison import paired_test
 from lib.figures.reconstructions import Reconstructions, image_quality, runs_by_seed, seed_by_seed, test_data
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.kernels import spectral_norm
-from lib.models import MODELS
 from lib.regularizer import GRADIENT_NORM
 from lib.solvers import Solution, Status
+from lib.training import generator, observe, one_thread, psnr
 
 CHECK_TOL = 1e-4
 """How exact the norms of kernels are, which are checked to a percent."""

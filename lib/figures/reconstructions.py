@@ -16,25 +16,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lib.experiments.problem import (
-    TEST_BATCH,
-    Config,
-    load_images,
-    make_operator,
-    observe,
-    one_thread,
-    psnr,
-    solve,
-    test_noise,
-)
+from lib.experiments.build import Config, load_images, make_operator, solve, test_noise
+from lib.experiments.config import MODELS
 from lib.experiments.profiles import profile_config, profile_seeds
 from lib.experiments.runs import Run, default_device, find_histories, find_runs, get_runs, workers
 from lib.experiments.store import Results
 from lib.experiments.sweep import NOT_RUN, row_config
-from lib.experiments.trainer import COMPLETED
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
-from lib.models import MODELS
 from lib.solvers import Status
+from lib.training import COMPLETED, TEST_BATCH, observe, one_thread, psnr
 
 SSIM_WINDOW = 7
 """Side of the windows of SSIM in pixels, as scikit-image has it by default."""

@@ -19,14 +19,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from lib.experiments.data import faces, mnist
-from lib.experiments.problem import generator, one_thread
 from lib.figures.style import STYLE, TEXT_WIDTH, note
 from lib.implicit import implicit_fixed_point
-from lib.kernels import initial_kernels
-from lib.models import FixedPointModel, build_conv_model, build_model
+from lib.models import FixedPointModel
 from lib.operators import Identity
-from lib.regularizer import initial_weights, smoothed_sign
+from lib.regularizer import RELU, ConvFieldsOfExperts, DenseFieldsOfExperts, initial_weights, smoothed_sign
 from lib.solvers import PlainIteration
+from lib.training import generator, one_thread
 
 SOLVER_STEPS = 10
 """Evaluations of the step map in each solve whose time is taken."""
@@ -76,11 +75,11 @@ def problem(size: Size) -> tuple[FixedPointModel, Tensor, Tensor]:
     tau, lam, gamma = (torch.full((size.stack,), value) for value in (0.01, 1.0, 0.1))
     if size.kind == "dense":
         A, b, C = stacked(*initial_weights(size.side**2, draws))
-        return build_model("deq", Identity(), (A, b, C), "relu", tau=tau, lam=lam, gamma=gamma), f, truth
-    kernels = (initial_kernels("random", size.filters, size.filter_size, draws) for _ in range(2))
-    A, C = stacked(*(kernel / size.filter_size for kernel in kernels))
-    sigma = smoothed_sign(10.0)
-    return build_conv_model("deq", Identity(), (A, C), sigma, tau=tau, lam=lam, gamma=gamma), f, truth
+        return FixedPointModel(Identity(), DenseFieldsOfExperts(A, b, C, RELU), tau, lam, gamma), f, truth
+    shape = (size.filters, size.filter_size, size.filter_size)
+    A, C = stacked(*(torch.randn(shape, generator=draws) / size.filter_size for _ in range(2)))
+    experts = ConvFieldsOfExperts(A, C, smoothed_sign(10.0))
+    return FixedPointModel(Identity(), experts, tau, lam, gamma), f, truth
 
 
 def training_step(size: Size) -> Callable[[], object]:

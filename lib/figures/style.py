@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
+from lib.experiments.build import image_shape
 from lib.experiments.config import FacesConfig
-from lib.experiments.problem import image_shape
 from lib.experiments.provenance import write_with_provenance
 from lib.experiments.runs import Run, data_digests
 from lib.experiments.store import RESULTS, Results

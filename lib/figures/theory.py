@@ -17,16 +17,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.experiments.data import faces
-from lib.experiments.problem import generator
 from lib.experiments.profiles import FILTERS
 from lib.experiments.runs import trained_kernels
 from lib.figures.style import MODEL_COLORS, MODEL_NAMES, STYLE
 from lib.implicit import implicit_fixed_point
-from lib.kernels import initial_kernels
-from lib.models import FixedPointModel, build_conv_model
+from lib.models import FixedPointModel
 from lib.operators import Identity
-from lib.regularizer import GRADIENT_NORM, smoothed_sign
+from lib.regularizer import GRADIENT_NORM, ConvFieldsOfExperts, smoothed_sign
 from lib.solvers import Solver
+from lib.training import generator
 
 
 @dataclass(frozen=True)
@@ -66,18 +65,19 @@ def small_problem(
         seed: of the kernels and the noise.
     """
     draws = generator(seed, "small problem")
+    shape = (filters, filter_size, filter_size)
     A, other = (
         kernels * (GRADIENT_NORM / torch.linalg.vector_norm(kernels) / filter_size)
-        for kernels in (initial_kernels("random", filters, filter_size, draws).double() for _ in range(2))
+        for kernels in (torch.randn(shape, generator=draws).double() for _ in range(2))
     )
     truth = faces("test", 1)[..., 40 : 40 + height, 30 : 30 + width].double()
     f = truth + noise * torch.randn(truth.shape, generator=draws, dtype=torch.float64)
     # The sum of the moduli of all entries bounds the norm of each kernel's convolution.
     bound = A.abs().sum((-2, -1)).square().sum().item()
-    numbers = {"tau": 1 / (lam + sharpness * bound), "lam": lam, "gamma": 1.0}
+    tau, sigma = 1 / (lam + sharpness * bound), smoothed_sign(sharpness)
     tied, free = (
-        build_conv_model(model, Identity(), (A.clone(), A.clone()), smoothed_sign(sharpness), **numbers)
-        for model in ("bilevel", "deq")
+        FixedPointModel(Identity(), ConvFieldsOfExperts(A.clone(), C, sigma), tau, lam, 1.0)
+        for C in (None, A)
     )
     return SmallProblem(tied, free, other, f, truth)
 

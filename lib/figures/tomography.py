@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -18,16 +17,15 @@ from torch.nn import functional
 from lib.deepinverse import PhysicsOperator, tomography, with_operator
 from lib.experiments.config import FacesConfig
 from lib.experiments.data import faces
-from lib.experiments.problem import generator, one_thread, psnr
 from lib.experiments.runs import Run
 from lib.figures.baselines import TUNING_IMAGES, Method, best_weight, tv_model
 from lib.figures.evaluation import TV, progress, reweighted
 from lib.figures.reconstructions import image_quality
 from lib.figures.style import STYLE, TEXT_WIDTH, note
-from lib.implicit import implicit_fixed_point
-from lib.models import FixedPointModel, build_conv_model
-from lib.regularizer import smoothed_sign
+from lib.models import FixedPointModel
+from lib.regularizer import ConvFieldsOfExperts, smoothed_sign
 from lib.solvers import Anderson, Solution, Status, fixed_point
+from lib.training import Adam, generator, one_thread, psnr, train
 
 SOLVER = Anderson(tol=1e-4, max_steps=300, memory=10, patience=50)
 
@@ -140,69 +138,41 @@ def tuned(scans: Scans, run: Run | None) -> tuple[FixedPointModel, float]:
     return model(lam), lam
 
 
-@one_thread()
 def train_kernels(
-    scans: Scans, run: Run, lam: float, epochs: int, learning_rate: float, seed: int
+    scans: Scans, run: Run, lam: float, epochs: int, learning_rate: float, noise: float, seed: int
 ) -> FixedPointModel:
     """Train a run's kernels for tomography, and `lambda` with them, by Adam on all training images at once.
 
-    Solves start from the last ones' solutions, as in the trainings of photographs; the learning rate falls to
-    a hundredth.
-
     Args:
-        scans: the training data.
+        scans: the operator and the training images.
         run: the kernels to start from.
         lam: the weight to start from.
         epochs: steps of the optimizer.
-        learning_rate: the first one.
-        seed: of the direction from which the kernels' norm is looked for.
+        learning_rate: the first one; it falls to a hundredth.
+        noise: standard deviation in the sinogram.
+        seed: of the noise and of the direction from which the kernels' norm is looked for.
     """
     config = run.config
     assert isinstance(config, FacesConfig)
-    u, f = scans.first("train")
-    A = run.weights["A"]
-    model = build_conv_model(
-        config.model,
-        scans.operator,
-        (A.clone(), run.weights.get("C", A)),
-        smoothed_sign(config.sharpness),
-        torch.randn(1, *u.shape[1:], generator=generator(seed, "direction")),
-        tau=config.tau,
-        lam=lam,
-        gamma=config.gamma,
-        learn_weight=True,
-        differentiate_norm=True,
-    )
-    optimizer = torch.optim.Adam(model.parameters(), learning_rate)
-    decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / epochs))
-    start, adjoints = scans.operator.adjoint(f), list[Solution]()
-    for _ in progress(range(epochs), f"{config.model} tomography"):
-        problem = model.problem(f)
-        if adjoints:
-            problem = replace(problem, first_adjoint=partial(_last, adjoints[-1]))
-        solution = implicit_fixed_point(problem, start, SOLVER, on_adjoint=adjoints.append)
-        optimizer.zero_grad()
-        (solution.value - u).square().mean().backward()
-        optimizer.step()
-        decay.step()
-        model.refresh()
-        start = solution.value.detach()
+    images, A = scans.truth["train"], run.weights["A"]
+    direction = torch.randn(1, *images.shape[1:], generator=generator(seed, "direction"))
+    sigma = smoothed_sign(config.sharpness)
+    experts = ConvFieldsOfExperts(A.clone(), run.weights.get("C"), sigma, direction, differentiate_norm=True)
+    model = FixedPointModel(scans.operator, experts, config.tau, lam, config.gamma, learn_weight=True)
+    optimizer = Adam(learning_rate, learning_rate / 100)
+    train(model, images, noise, epochs=epochs, optimizer=optimizer, solver=SOLVER, warm_start=True, seed=seed)
     return model
 
 
 def all_models(
-    scans: Scans, runs: Mapping[str, Run], epochs: int, learning_rate: float, seed: int
+    scans: Scans, runs: Mapping[str, Run], epochs: int, learning_rate: float, noise: float, seed: int
 ) -> dict[str, FixedPointModel]:
     """Total variation, and of each run its kernels as they are and trained for tomography, by name."""
     models = {TV: tuned(scans, None)[0]}
     for name, run in progress(list(runs.items()), "models"):
         models[f"{name}, from denoising"], lam = tuned(scans, run)
-        models[f"{name}, trained here"] = train_kernels(scans, run, lam, epochs, learning_rate, seed)
+        models[f"{name}, trained here"] = train_kernels(scans, run, lam, epochs, learning_rate, noise, seed)
     return models
-
-
-def _last(adjoint: Solution, cotangent: Tensor) -> Tensor:
-    return adjoint.value
 
 
 @torch.no_grad()

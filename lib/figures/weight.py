@@ -14,8 +14,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lib.experiments.build import Weights, solve, trained_model
 from lib.experiments.config import FacesConfig
-from lib.experiments.problem import Weights, one_thread, psnr, solve, trained_model
 from lib.experiments.processes import cores
 from lib.experiments.profiles import OURS, faces_config, our_config
 from lib.experiments.runs import Run, get_runs
@@ -25,6 +25,7 @@ from lib.figures.hypergradients import exact_hypergradient, training_loss, train
 from lib.figures.reconstructions import test_data
 from lib.figures.style import MODEL_COLORS, STYLE, TEXT_WIDTH, note
 from lib.solvers import Anderson
+from lib.training import one_thread, psnr
 
 ADAM: dict[str, Any] = {"optimizer": "adam", "learning_rate": 0.02, "final_learning_rate": 2e-4}
 ADAM |= {"sharpness": 100.0, "initial": "first"}

@@ -24,19 +24,19 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from lib.experiments.build import load_images, make_operator, test_noise
 from lib.experiments.config import ConfigError, RunConfig, parse_parameters, shown
 from lib.experiments.data import DataError
-from lib.experiments.problem import load_images, make_operator, observe, test_noise
 from lib.experiments.profiles import grid
 from lib.experiments.provenance import write_with_provenance
 from lib.experiments.runs import Run, get_run
 from lib.experiments.store import Results
 from lib.experiments.sweep import NOT_RUN, TABLES, Sweep, load_sweep, load_table, row_config, table_folder
-from lib.experiments.trainer import COMPLETED
 from lib.figures.comparison import PAIRED
 from lib.figures.grid import draw_histories, draw_solver_steps
 from lib.figures.reconstructions import keeps_loss, reconstruct
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
+from lib.training import COMPLETED, observe
 
 AXES = ("task", "noise", "sigma", "gamma", "tau")
 """What is chosen from, beside whatever else a sweep varies."""

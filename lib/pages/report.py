@@ -36,10 +36,10 @@ from lib.experiments.provenance import PROVENANCE, read_described
 from lib.experiments.runs import COMMITTED
 from lib.experiments.store import REPOSITORY, RESULTS, DamagedFile, write_atomic
 from lib.experiments.sweep import duration
-from lib.experiments.trainer import COMPLETED
 from lib.figures.comparison import ANSWERS, Question
 from lib.figures.style import sweep_budget
 from lib.pages.notebooks import NOTEBOOKS
+from lib.training import COMPLETED
 
 TEMPLATES = Path(__file__).parent / "templates"
 

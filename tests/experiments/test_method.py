@@ -11,10 +11,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lib.experiments.build import Config, make_training
 from lib.experiments.config import FacesConfig, RunConfig
 from lib.experiments.method import METHOD_VERSION, METHODS
-from lib.experiments.problem import Config
-from lib.experiments.trainer import Trainer
 from lib.regularizer import DenseFieldsOfExperts
 
 TABLE = Path(__file__).with_name("method.csv")
@@ -50,10 +49,10 @@ TOLERANCES = {"loss": 1e-3, "moved": 1e-2, "steps": 0.1}
 
 def results_of(config: Config) -> dict[str, float]:
     """Train a configuration, and return its last losses, solver steps and how far its weights moved."""
-    trainer = Trainer([config])
-    start = {name: weight[0].clone() for name, weight in trainer.model.weights().items()}
-    (member,) = trainer.train()
-    last = member.history[-1]
+    training = make_training([config])
+    start = {name: weight[0].clone() for name, weight in training.model.weights().items()}
+    (member,) = training.run()
+    last = member.rows[-1]
     names = ("train_loss", "test_loss", "forward_steps", "backward_steps")
     moved = {f"{name} moved": float((weight - start[name]).norm()) for name, weight in member.weights.items()}
     return {name: last[name] for name in names} | moved
