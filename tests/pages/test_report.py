@@ -1,0 +1,179 @@
+"""The report page: it shows what the figures' folders hold, names what is missing, and needs no network."""
+
+from __future__ import annotations
+
+import base64
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+
+from lib.experiments.provenance import write_with_provenance
+from lib.experiments.store import DamagedFile
+from lib.figures.comparison import NO, YES, Question
+from lib.pages import report
+from lib.pages.notebooks import NOTEBOOKS
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+HOSTILE = '<script>document.title = "taken"</script><img src=x onerror="alert(1)">'
+QUESTIONS = [
+    Question("the first?", YES, "median +3 [+1, +4]; 3 pairs", "by counting"),
+    Question("the second?", NO, "in 2 of 4; p = 0.4", "by a test"),
+]
+
+
+def notebook(name: str, text: str, **parameters: Any) -> nbformat.NotebookNode:
+    """An executed notebook of a figure with a caption, a reading, a picture and an HTML output."""
+    code = nbformat.v4.new_code_cell("x = 1", execution_count=1)
+    picture = {"image/png": base64.b64encode(PNG).decode()}
+    code.outputs = [
+        nbformat.v4.new_output("display_data", data=picture),
+        nbformat.v4.new_output("stream", text=text),
+    ]
+    words = [f"# Figure {int(name[3:])}: {text}\n\n{text} $A^\\top < b$", f"## What one sees\n\n{text}"]
+    cells = [*map(nbformat.v4.new_markdown_cell, words), code]
+    run = {"duration": 75.4, "parameters": {"profile": "quick"} | parameters}
+    return nbformat.v4.new_notebook(cells=cells, metadata={"papermill": run})
+
+
+def write_figure(parent: Path, name: str, questions: Sequence[Question] = (), **changes: Any) -> Path:
+    """Write a figure's folder as its notebook does."""
+    files = {f"{name}.png": PNG, f"{name}.csv": b"image,psnr\ninput,26.021871\nbilevel,\n"}
+    if questions:
+        files["questions.json"] = json.dumps([asdict(question) for question in questions]).encode()
+    shared = {"dataset": "mnist", "size": 14, "train_images": 320, "test_images": 100, "epochs": 5}
+    provenance = {
+        "profile": "quick",
+        "data": {"mnist": {"train-images": "md5:123"}},
+        "axes": {},
+        "shared": shared,
+    }
+    provenance |= {"trained_on": [], "training_seconds": 579.6, "statuses": {"completed": 540}}
+    write_with_provenance(parent / name, files, provenance | changes)
+    nbformat.write(notebook(name, "a figure"), parent / name / f"{name}.ipynb")
+    return parent / name
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Figures 1 and 2 of the profile quick, and the notebooks of figures 1 to 3."""
+    (tmp_path / "nbs").mkdir()
+    for name in ("fig01", "fig02", "fig03"):
+        nbformat.write(notebook(name, "a figure"), tmp_path / "nbs" / f"{name}_x.ipynb")
+    write_figure(tmp_path / "quick", "fig01", QUESTIONS)
+    write_figure(tmp_path / "quick", "fig02")
+    return tmp_path
+
+
+def built(results: Path) -> BeautifulSoup:
+    path = report.build("quick", results, results / "nbs")
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+def text_of(page: BeautifulSoup, selector: str) -> str:
+    return " ".join(page.select_one(selector).get_text(" ").split())
+
+
+def test_a_figure_is_shown_with_its_numbers_and_provenance(results: Path) -> None:
+    nbformat.write(notebook("fig02", "a figure", gamma=0.5), results / "quick" / "fig02" / "fig02.ipynb")
+    page = built(results)
+    assert [article["id"] for article in page.select("article")] == ["fig01", "fig02", "fig03"]
+    rows = [[td.get_text() for td in tr.select("td")] for tr in page.select("#fig02 tbody tr")]
+    assert rows == [["input", "26.02"], ["bilevel", ""]]
+    shown = text_of(page, "#fig02").replace(" ;", ";")
+    assert "gamma = 0.5 the notebook ran for 75 s" in shown
+    assert "training runs: 540 completed; they took 10 min" in shown
+    assert f"Python {platform.python_version()}, torch" in shown
+    assert "data: mnist, train-images, md5:123" in shown
+    assert page.select("#found p, #found img")
+
+
+def test_pages_need_no_network(results: Path) -> None:
+    """Pictures are inlined with alternative texts, nothing is loaded, and links lead to files or anchors."""
+    built(results)
+    pages = [results / "quick" / "index.html", *(results / "quick").glob("*/*.html")]
+    assert len(pages) == 3
+    for path in pages:
+        page = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        for image in page.select("img"):
+            assert image["src"].startswith("data:image/png;base64,")
+            assert image["alt"]
+        assert page.select("img")
+        assert not page.select("script, link:not([rel=icon])")
+        assert "http" not in page.style.get_text()
+        for link in page.select("article a, nav a"):
+            target, _, anchor = link["href"].partition("#")
+            assert (path.parent / target).is_file() if target else page.find(id=anchor), link
+
+
+def test_answers_of_profiles_stand_side_by_side(results: Path) -> None:
+    other = Question("the first?", NO, "median -9 [-9, -8]; 3 pairs", "by counting")
+    write_figure(results / "reference", "fig01", QUESTIONS)
+    write_figure(results / "reference" / "overnight", "fig01", [other], profile="overnight")
+    page = built(results)
+    assert [[td.get_text() for td in tr.select("td")] for tr in page.select("#questions tbody tr")] == [
+        ["1", "the first?", "yes: median +3 [+1, +4]; 3 pairs", "no: median −9 [−9, −8]; 3 pairs"],
+        ["1", "the second?", "no: in 2 of 4; p = 0.4", "–"],
+    ]
+    assert "overnight: MNIST 14x14; profile overnight: 540 configurations" in text_of(page, "#questions")
+    assert "Figure 1 : by counting" in text_of(page, "#questions")
+    assert "2 questions answered by a rule: 1 yes, 1 no" in text_of(page, "header")
+    assert report.answers_table(results).splitlines()[2:] == [
+        "| 1 | the first? | yes: median +3 [+1, +4] | no: median −9 [−9, −8] |",
+        "| 1 | the second? | no: in 2 of 4 | – |",
+    ]
+
+
+def test_what_is_missing_or_damaged_is_named(results: Path) -> None:
+    """A file that its checksum does not fit is not shown, and damaged answers make no table."""
+    write_figure(results / "quick", "fig02", statuses={"completed": 2, "diverged": 1})
+    (results / "quick" / "fig01" / "fig01.png").unlink()
+    (results / "quick" / "fig02" / "fig02.csv").write_text("a,b\n1,2\n")
+    (results / "quick" / "fig03.failed.ipynb").write_text("{}")
+    damaged = write_figure(results / "reference" / "overnight", "fig01", QUESTIONS)
+    (damaged / "questions.json").write_text("[]")
+    page = built(results)
+    described = "is missing or not the file that provenance.json describes."
+    assert [item.get_text() for item in page.select("#missing li")] == [
+        f"quick/fig01/fig01.png {described}",
+        f"quick/fig02/fig02.csv {described}",
+        "fig02: 1 training runs diverged.",
+        "the last run of fig03 failed: quick/fig03.failed.ipynb has the error.",
+        "fig03 has not been made: make fig03 PROFILE=quick makes it.",
+        f"overnight/fig01/questions.json {described}",
+    ]
+    assert not page.select("#fig01 img, #fig02 table")
+    with pytest.raises(DamagedFile, match=r"overnight/fig01/questions\.json"):
+        report.answers_table(results)
+
+
+def test_hostile_text_stays_text(results: Path) -> None:
+    write_figure(
+        results / "quick",
+        "fig01",
+        [Question(HOSTILE, YES, HOSTILE, HOSTILE)],
+        data={HOSTILE: {HOSTILE: HOSTILE}},
+    )
+    for path in (results / "nbs" / "fig01_x.ipynb", results / "quick" / "fig01" / "fig01.ipynb"):
+        nbformat.write(notebook("fig01", f"{HOSTILE} $\\text{{{HOSTILE}}}$", gamma=HOSTILE), path)
+    page = built(results)
+    assert page.get_text().count("document.title") > 5
+    for html in (page, BeautifulSoup((results / "quick/fig01/fig01.html").read_text(), "html.parser")):
+        assert not html.select("script, [onerror], img:not([src^=data])")
+
+
+def test_every_formula_of_the_notebooks_is_converted() -> None:
+    for source in NOTEBOOKS.glob("*.ipynb"):
+        for cell in nbformat.read(source, as_version=4).cells:
+            if cell.cell_type == "markdown":
+                page = BeautifulSoup(report.markdown(cell.source), "html.parser")
+                assert "\\" not in page.get_text(), cell.source
+                assert cell.source.count("$$") // 2 == len(page.select("math[display=block]"))
