@@ -1,6 +1,6 @@
-"""Makes the environment: `python3.11 .ci/environment.py .venv`.
+"""Make the environment: `python3.11 .ci/environment.py .venv`.
 
-Where packages come from is the user's affair; which ones, and into what folder, is not.
+The user's pip configuration decides where packages come from, but not which ones or into what folder.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from configparser import RawConfigParser
+from ast import literal_eval
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,38 +28,26 @@ SOURCES = {
     "cache-dir",
     "keyring-provider",
 }
-"""Of pip's options those that say where it looks, and how it gets there."""
+"""pip's options for where it finds packages and how it gets there."""
 
 
-def configured() -> RawConfigParser:
-    """What pip's own files say, the later ones over the earlier ones."""
-    home, named = Path.home(), os.environ.get("PIP_CONFIG_FILE", "")
-    shared = (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")
-    own = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
-    files = [
-        *(Path(folder, "pip", "pip.conf") for folder in ("/Library/Application Support", *shared)),
-        Path("/etc/pip.conf"),
-        home / ".pip" / "pip.conf",
-        home / "Library" / "Application Support" / "pip" / "pip.conf",
-        own / "pip" / "pip.conf",
-    ]
-    configuration = RawConfigParser()
-    configuration.optionxform = lambda name: name.lower().replace("_", "-")
-    configuration.read([named] if named == os.devnull else [*files, named])
-    return configuration
-
-
-def sources() -> dict[str, str]:
-    """The variables of this process, but of pip's configuration the sources alone."""
+def sources(python: Path) -> dict[str, str]:
+    """Return this process's variables, with no option of pip but the user's sources."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
-    configuration = configured()
-    for name in SOURCES:
-        variable = f"PIP_{name.upper().replace('-', '_')}"
-        for section in ("global", "install"):
-            if value := configuration.get(section, name, fallback=None):
-                variables[variable] = value.strip().replace("\n", " ")
-        if variable in os.environ:
-            variables[variable] = os.environ[variable]
+    # With `user = true` in a file, pip would list the user's own file alone.
+    listed = subprocess.run(
+        [str(python), "-m", "pip", "config", "list"],
+        env=os.environ | {"PIP_USER": "0"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    options = dict(line.split("=", 1) for line in listed.stdout.splitlines())
+    for section in ("global", "install", ":env:"):
+        for name in SOURCES:
+            if value := options.get(f"{section}.{name}"):
+                variable = f"PIP_{name.upper().replace('-', '_')}"
+                variables[variable] = literal_eval(value).strip().replace("\n", " ")
     return variables | {"PIP_CONFIG_FILE": os.devnull}
 
 
@@ -73,7 +61,7 @@ def main(folder: str) -> None:
     venv.create(folder, clear=True, symlinks=True, with_pip=True)
     python = ROOT / folder / "bin" / "python"
     lock = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]
-    if subprocess.run([*lock, str(ROOT / "requirements.lock")], env=sources()).returncode:
+    if subprocess.run([*lock, str(ROOT / "requirements.lock")], env=sources(python)).returncode:
         sys.exit("the packages could not be installed: check the network and run make again")
     (packages,) = (ROOT / folder).glob("lib/python3.*/site-packages")
     # Relative, so that even a copy of the whole folder imports its own code.
