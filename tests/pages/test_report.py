@@ -15,14 +15,12 @@ import pytest
 from bs4 import BeautifulSoup
 
 from lib.experiments.provenance import write_with_provenance
-from lib.experiments.store import DamagedFile
+from lib.experiments.store import REPOSITORY, DamagedFile
 from lib.figures.comparison import NO, YES, Question
 from lib.pages import report
 from lib.pages.notebooks import NOTEBOOKS
 
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
-)
+PNG = base64.b64encode((REPOSITORY / "results" / "reference" / "fig02" / "fig02.png").read_bytes()).decode()
 HOSTILE = '<script>document.title = "taken"</script><img src=x onerror="alert(1)">'
 QUESTIONS = [
     Question("the first?", YES, "median +3 [+1, +4]; 3 pairs", "by counting"),
@@ -31,31 +29,22 @@ QUESTIONS = [
 
 
 def notebook(name: str, text: str, **parameters: Any) -> nbformat.NotebookNode:
-    """An executed notebook of a figure with a caption, a reading, a picture and an HTML output."""
-    code = nbformat.v4.new_code_cell("x = 1", execution_count=1)
-    picture = {"image/png": base64.b64encode(PNG).decode()}
-    code.outputs = [
-        nbformat.v4.new_output("display_data", data=picture),
-        nbformat.v4.new_output("stream", text=text),
-    ]
+    """An executed notebook of a figure with a caption, a reading, a picture and printed text."""
+    picture = nbformat.v4.new_output("display_data", data={"image/png": PNG})
+    outputs = [picture, nbformat.v4.new_output("stream", text=text)]
     words = [f"# Figure {int(name[3:])}: {text}\n\n{text} $A^\\top < b$", f"## What one sees\n\n{text}"]
-    cells = [*map(nbformat.v4.new_markdown_cell, words), code]
+    cells = [*map(nbformat.v4.new_markdown_cell, words), nbformat.v4.new_code_cell("x = 1", outputs=outputs)]
     run = {"duration": 75.4, "parameters": {"profile": "quick"} | parameters}
     return nbformat.v4.new_notebook(cells=cells, metadata={"papermill": run})
 
 
 def write_figure(parent: Path, name: str, questions: Sequence[Question] = (), **changes: Any) -> Path:
     """Write a figure's folder as its notebook does."""
-    files = {f"{name}.png": PNG, f"{name}.csv": b"image,psnr\ninput,26.021871\nbilevel,\n"}
+    files = {f"{name}.png": base64.b64decode(PNG), f"{name}.csv": b"image,psnr\ninput,26.021871\nbilevel,\n"}
     if questions:
         files["questions.json"] = json.dumps([asdict(question) for question in questions]).encode()
     shared = {"dataset": "mnist", "size": 14, "train_images": 320, "test_images": 100, "epochs": 5}
-    provenance = {
-        "profile": "quick",
-        "data": {"mnist": {"train-images": "md5:123"}},
-        "axes": {},
-        "shared": shared,
-    }
+    provenance = {"profile": "quick", "axes": {}, "shared": shared, "data": {"mnist": {"images": "md5:123"}}}
     provenance |= {"trained_on": [], "training_seconds": 579.6, "statuses": {"completed": 540}}
     write_with_provenance(parent / name, files, provenance | changes)
     nbformat.write(notebook(name, "a figure"), parent / name / f"{name}.ipynb")
@@ -92,7 +81,7 @@ def test_a_figure_is_shown_with_its_numbers_and_provenance(results: Path) -> Non
     assert "gamma = 0.5 the notebook ran for 75 s" in shown
     assert "training runs: 540 completed; they took 10 min" in shown
     assert f"Python {platform.python_version()}, torch" in shown
-    assert "data: mnist, train-images, md5:123" in shown
+    assert "data: mnist, images, md5:123" in shown
     assert page.select("#found p, #found img")
 
 
