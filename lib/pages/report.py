@@ -208,7 +208,7 @@ def _figure(source: Path, results: Path, problems: list[str]) -> dict[str, Any]:
     figure["numbers"] = pd.read_csv(io.BytesIO(numbers)) if numbers else None
     figure["origin"] = _origin(origin) if contents else {}
     ends = figure["origin"].get("ends", {})
-    problems += [f"{name}: {n:,} training runs {status}" for status, n in ends.items() if status != COMPLETED]
+    problems += [f"{name}: {n:,} runs with status {end!r}" for end, n in ends.items() if end != COMPLETED]
     executed: dict[str, Any] = {}
     if (path := folder / f"{name}.ipynb").exists():
         notebook = nbformat.read(path, as_version=4)

@@ -134,7 +134,7 @@ def test_what_is_missing_or_damaged_is_named(results: Path) -> None:
     assert [item.get_text() for item in page.select("#missing li")] == [
         f"quick/fig01/fig01.png {described}",
         f"quick/fig02/fig02.csv {described}",
-        "fig02: 1 training runs diverged.",
+        "fig02: 1 runs with status 'diverged'.",
         "the last run of fig03 failed: quick/fig03.failed.ipynb has the error.",
         "fig03 has not been made: make fig03 PROFILE=quick makes it.",
         f"overnight/fig01/questions.json {described}",
