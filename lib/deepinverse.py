@@ -1,6 +1,6 @@
-"""DeepInverse beside this library: its physics as `K`, our field as its prior, our models as reconstructors.
+"""Adapters to DeepInverse: its physics as `K`, a field as its prior, a model as its reconstructor.
 
-This is the one module that imports DeepInverse (Tachella et al., JOSS 10(115), 2025), which takes seconds.
+DeepInverse (Tachella et al., JOSS 10(115), 2025) is imported in this module alone: that takes seconds.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lib.solvers import Solution, Solver
 try:
     import torchvision  # noqa: F401
 except RuntimeError:
-    # DeepInverse imports torchvision. PyPI's is built for CUDA: beside a CPU build of torch its operators do
-    # not load, and its import fails for want of two schemas, of operators that nothing here calls.
+    # DeepInverse imports torchvision. With a CPU build of torch the operators of PyPI's build for CUDA do not
+    # load, and its import fails without the schemas of two of them, which are not used here.
     schemas = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -34,13 +34,13 @@ with warnings.catch_warnings():
 
 
 class PhysicsOperator:
-    """A linear physics of DeepInverse as `K`, an `Operator` of images `(..., C, H, W)`.
+    """A linear physics of DeepInverse as an `Operator` of images `(..., C, H, W)`.
 
-    `K^T` is `A_adjoint`, which not every physics has exactly: ask for the exact one, or fixed points and
-    gradients are those of no energy (see `tomography`).
+    `K^T` is `A_adjoint`, which some physics only approximate by default: fixed points and gradients are then
+    those of no energy (see `tomography`).
 
     Args:
-        physics: with `A`, `A_adjoint` and data of three dimensions behind those of the batch.
+        physics: data must have three dimensions behind those of the batch.
 
     Raises:
         ValueError: the physics is not linear.
@@ -64,28 +64,26 @@ class PhysicsOperator:
 
 
 class _NormalOperator(PhysicsOperator):
-    """`K` for those who have `K^T f` in the place of the data `f`, which may then be of any shape.
-
-    The step map, its Jacobian and its fixed points see no more of the data.
-    """
+    """`K` for data given as `K^T f`, so that `f` may have any shape; the step map needs no more of `f`."""
 
     def adjoint(self, v: Tensor) -> Tensor:
         return v
 
 
 def _batched(images: Tensor, like: Tensor) -> Tensor:
-    """What DeepInverse returned, `(N, ...)`, with the batch dimensions of what it was given."""
+    """Return DeepInverse's images or data `(N, ...)` with the batch dimensions of `like`."""
     return images.view(*like.shape[:-3], *images.shape[1:])
 
 
 def with_operator(model: FixedPointModel, operator: Any, norm: float = 1.0) -> FixedPointModel:
-    """A model with another `K`; the weights are shared, and gradients reach those of `model`.
+    """Return a model with another `K` that shares the weights of `model`, and their gradients.
 
     Args:
-        model: with kernels, or with dense weights and images of their size.
+        model: with kernels, or with dense weights for images of the same size.
         operator: an `Operator`.
-        norm: what `||K||` is at most; above 1 the step is shortened to `1 / (1 / tau + lambda (norm^2 - 1))`,
-            which keeps a contraction one. Softshrink, whose threshold is the step, wants a norm of 1.
+        norm: upper bound of `||K||`. If it is above 1, the step size becomes
+            `1 / (1 / tau + lambda (norm^2 - 1))`, so that contractions remain contractions. Softshrink, whose
+            threshold is the step size, requires a norm of 1.
     """
     lam = model.lam if model.weight is None else torch.exp(WEIGHT_PACE * model.weight)
     tau = 1 / (1 / model.tau + lam.detach() * max(0.0, norm**2 - 1))
@@ -93,13 +91,13 @@ def with_operator(model: FixedPointModel, operator: Any, norm: float = 1.0) -> F
 
 
 class FieldPrior(deepinv.optim.Prior):
-    """The learned field as the gradient of DeepInverse's prior, for images in [-1, 1].
+    """A learned field as the gradient of a prior of DeepInverse, for images in [-1, 1].
 
-    With tied weights it is explicit, with `R` as its function. Gradient descent with the data fidelity `L2`
-    of deviation 1 has our step map with `lambda_reg = 1 / lambda` and `stepsize = tau lambda`.
+    With tied weights it is explicit, with the function `R`. DeepInverse's gradient descent with the data
+    fidelity `L2`, `lambda_reg = 1 / lambda` and `stepsize = tau lambda` iterates the model's step map.
 
     Args:
-        model: has the field and its weight `gamma`; one model, whose leading dimension, if any, is 1.
+        model: one model, without a stack dimension or with one of size 1.
     """
 
     def __init__(self, model: FixedPointModel) -> None:
@@ -108,12 +106,12 @@ class FieldPrior(deepinv.optim.Prior):
         self.explicit_prior = model.regularizer.C is None
 
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`R(x)` of every image, `(N,)`, of images `(N, C, H, W)`; of a DEQ that of `A, b` alone."""
+        """Return `R(x)` of images `(N, C, H, W)`, `(N,)`; for a DEQ `R` has `A` and `b`."""
         model = self.model
         return model.regularizer.energy(self._stacked(x), model.gamma, model.tau).view(-1)
 
     def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`gamma C^T sigma(A x + b)`, `(N, C, H, W)` like `x`."""
+        """Return `gamma C^T sigma(A x + b)`, `(N, C, H, W)` like `x`."""
         return self.model.regularizer.field(self._stacked(x), self.model.gamma, self.model.tau).view_as(x)
 
     def _stacked(self, x: Tensor) -> Tensor:
@@ -121,20 +119,20 @@ class FieldPrior(deepinv.optim.Prior):
 
 
 class Reconstructor(deepinv.models.Reconstructor):
-    """A model as a reconstructor of DeepInverse: `forward(y, physics)`, for its trainer and its metrics.
+    """A model as a reconstructor of DeepInverse, for its trainer and its metrics.
 
-    Images are in [0, 1], as DeepInverse has them: with `x = (u + 1) / 2` the data are `2 y - A 1` in ours,
-    and a noise of deviation `s` is one of `2 s`. Gradients are implicit ones. In training each call measures
-    the norms of kernels that are normalized (`FixedPointModel.refresh`).
+    Images of DeepInverse are in [0, 1]: `x = (u + 1) / 2`. In the units of `u` its data `y` are `2 y - A 1`,
+    and noise of standard deviation `s` has `2 s`. Gradients are implicit ones. In training mode each call
+    updates the norms of normalized kernels (`FixedPointModel.refresh`).
 
     Args:
-        model: such as `run.model()`; its `K` is not used, its `lambda` is for the noise of its training.
-        solver: such as `make_solver(run.config)`.
-        adjoint_solver: of the adjoint equation; the same when None.
-        norm: what the norm of the physics is at most (see `with_operator`).
+        model: such as `run.model()`. Its `K` is not used; its `lambda` fits the noise of its training.
+        solver: of the fixed point.
+        adjoint_solver: of the adjoint equation; None is `solver`.
+        norm: upper bound of the norm of the physics (see `with_operator`).
 
     Attributes:
-        solution: the last `Solution`, without a gradient: its `status` says which images have converged.
+        solution: the last `Solution`, without a gradient.
     """
 
     solution: Solution
@@ -146,7 +144,7 @@ class Reconstructor(deepinv.models.Reconstructor):
         self.model, self.solver, self.adjoint_solver, self.norm = model, solver, adjoint_solver, norm
 
     def train(self, mode: bool = True) -> Self:
-        """As of every module; what the last steps of an optimizer changed is measured when training ends."""
+        """Set the mode, and update what depends on the parameters."""
         self.model.refresh()
         super().train(mode)
         return self
@@ -155,7 +153,7 @@ class Reconstructor(deepinv.models.Reconstructor):
         """Reconstruct data `y`, `(N, ...)`, of a linear physics as images `(N, C, H, W)` in [0, 1].
 
         Raises:
-            ValueError: the physics is not linear, or its images are not what the weights are for.
+            ValueError: the physics is not linear, or the weights are for other images.
         """
         K = _NormalOperator(physics)
         if self.training:
@@ -169,19 +167,19 @@ class Reconstructor(deepinv.models.Reconstructor):
 
 
 def tomography(side: int, angles: int) -> Any:
-    """DeepInverse's parallel-beam tomography with the exact adjoint, of a norm just below 1.
+    """Return DeepInverse's parallel-beam tomography with the exact adjoint and a norm just below 1.
 
-    The adjoint differentiates `A` backwards. DeepInverse also has a back-projection that interpolates, which
-    is only near the adjoint: the two inner products differ in the third digit.
+    The adjoint is backpropagation through `A`. DeepInverse's interpolating back-projection only approximates
+    it: the two inner products differ in the third digit.
 
     Args:
-        side: of the square images in pixels.
+        side: side of the square images in pixels.
         angles: number of projections, evenly spaced over half a turn.
     """
     turn = torch.arange(angles) * (180.0 / angles)
     physics = deepinv.physics.Tomography(
         angles=turn, img_width=side, circle=False, adjoint_via_backprop=True, normalize=True
     )
-    # Measured from below, with other last digits each time: rounded up it is the same on every machine.
+    # A lower bound whose last digits vary: rounded up, it is the same on every machine.
     physics.operator_norm = torch.ceil(100.1 * physics.operator_norm) / 100
     return physics

@@ -1,8 +1,8 @@
-"""Implicit differentiation of a fixed point, for any problem and either solver.
+"""Implicit differentiation of fixed points.
 
-For `u* = T(u*; theta)` and a loss `L(u*)`, the implicit function theorem gives `dL/dtheta = w^T dT/dtheta`
-where `w` solves `w = J^T w + dL/du*` with `J = dT/du` at `u*` (Bai, Kolter and Koltun, NeurIPS 2019). Only
-one evaluation of `T` is recorded, so memory does not grow with the number of solver steps.
+For `u* = T(u*; theta)` and a loss `L(u*)` the implicit function theorem gives `dL/dtheta = w^T dT/dtheta`,
+where `w` solves the adjoint equation `w = J^T w + dL/du*`, `J = dT/du` at `u*` (Bai, Kolter and Koltun,
+NeurIPS 2019). autograd records one evaluation of `T`: memory does not grow with the number of solver steps.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from lib.solvers import FixedPointProblem, PlainIteration, Solution, Solver, Ste
 
 @dataclass(frozen=True)
 class NeumannSeries:
-    """`sum_(j = 0)^steps (J^T)^j dL/du*`, in the place of the adjoint equation's solution.
+    """The truncated series `sum_(j = 0)^steps (J^T)^j dL/du*` instead of the adjoint equation's solution.
 
-    Without any step it is `dL/du*` itself, as if there were no Jacobian (Fung et al., AAAI 2022). It ends
-    early where the equation's relative residual is at most `tol`.
+    With `steps = 0` it is `dL/du*`: Jacobian-free backpropagation (Fung et al., AAAI 2022). It ends early if
+    the equation's relative residual is at most `tol`.
     """
 
     steps: int
@@ -30,7 +30,7 @@ class NeumannSeries:
 
 
 class _Once(torch.autograd.Function):
-    """`w`, which depends on all that `step` does, and refuses to be differentiated."""
+    """`w` as a function of everything that `step` depends on, without a derivative."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, step: Tensor) -> Tensor:
@@ -42,10 +42,10 @@ class _Once(torch.autograd.Function):
 
 
 class _Implicit(torch.autograd.Function):
-    """`u*`, whose derivative is that of `T(u*)` with the adjoint's solution as cotangent.
+    """`u*` with the derivative of `T(u*)` for the adjoint solution as cotangent.
 
-    The derivatives of that solution are not known: with `create_graph` it is marked as what cannot be
-    differentiated again. Derivatives in forward mode autograd refuses by itself.
+    There are no second derivatives: with `create_graph` an attempt to compute one raises an error. autograd
+    itself refuses forward mode.
     """
 
     @staticmethod
@@ -72,17 +72,22 @@ def implicit_fixed_point(
     """Solve `u = T(u)` and attach the implicit gradient to the solution's value.
 
     Args:
-        problem: a `FixedPointProblem`, or `T` alone; whatever `T` depends on and requires a gradient
-            receives one.
+        problem: a `FixedPointProblem`, or `T` alone; every tensor that `T` depends on and that requires a
+            gradient receives one.
         u0: `(..., C, H, W)`, first iterate.
-        solver: solver of the fixed point.
-        adjoint_solver: solver of `w = J^T w + dL/du*`, the same one when None; or the series that takes its
-            place, whatever the problem's preconditioner and first adjoint.
+        solver: of the fixed point.
+        adjoint_solver: of the adjoint equation; None is `solver`. A `NeumannSeries` ignores the problem's
+            preconditioner and first adjoint.
         on_adjoint: called in the backward pass with the adjoint `Solution` (residual, steps, status).
 
     Returns:
-        The `Solution` of the fixed point; gradients flow through `value`, first ones alone: to differentiate
-        them again raises a RuntimeError.
+        The `Solution` of the fixed point. Gradients flow through `value`; second derivatives raise a
+        RuntimeError.
+
+    >>> a, u0 = torch.tensor(0.5, requires_grad=True), torch.zeros(1, 1, 1)
+    >>> implicit_fixed_point(lambda u: a * u + 1, u0, PlainIteration(tol=1e-6)).value.sum().backward()
+    >>> torch.allclose(a.grad, torch.tensor(4.0), atol=1e-3)  # of 1 / (1 - a)
+    True
     """
     problem = problem if isinstance(problem, FixedPointProblem) else FixedPointProblem(problem)
     solution = fixed_point(problem, u0, solver)
@@ -96,7 +101,7 @@ def implicit_fixed_point(
 
     def solve_adjoint(cotangent: Tensor) -> Tensor:
         def adjoint_map(images: Tensor | None = None) -> StepMap:
-            """`w -> J^T w + dL/du*` of some images, or of all."""
+            """Return `w -> J^T w + dL/du*` of the images of these indices, or of all."""
             if problem.vjp is None:
                 return lambda w: recorded(w) + cotangent
             at, g = (t if images is None else t.index_select(-4, images) for t in (u, cotangent))

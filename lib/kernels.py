@@ -1,10 +1,9 @@
-"""Small convolution kernels: `A u` with zero padding and exactly `A^T z`, their norm, their initial values.
+"""Convolution with small kernels: `A u`, its exact adjoint `A^T z`, its norm, and initial kernels.
 
-`(A u)_i(x) = sum_y A_i(y) u(x + y)`, with `u = 0` outside the image, as in `torch.nn.functional.conv2d`. Both
-products are one matrix product per block of pixels: all experts of a block of `r x r` pixels depend on one
-patch of `p x p` pixels, `p = k + r - 1`, so that a convolution with few kernels becomes a product with a
-matrix that is large enough to be fast, and the transposed matrix, whose patches are summed where they
-overlap, is the exact adjoint.
+`(A u)_i(x) = sum_y A_i(y) u(x + y)` with `u = 0` outside the image, as in `torch.nn.functional.conv2d`.
+Images are processed in blocks: all experts of a block of `r x r` pixels depend on one patch of `p x p` pixels,
+`p = k + r - 1`, so that a convolution with few kernels becomes a product with a matrix that is large enough
+to be fast. The transposed matrix is the adjoint; its patches are summed where they overlap.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from torch.nn import functional
 from lib.products import product
 
 NEIGHBOURS = tuple((i, j) for i, j in itertools.product(range(3), range(-2, 3)) if (i, j) > (0, 0))
-"""Offsets of the pixels up to two rows and columns away, one of each pair of opposite ones."""
+"""Offsets of up to two rows and columns, one of each pair of opposite ones."""
 
 
 def block_side(kernel_side: int) -> int:
-    """Side `r` of the blocks: 2 for kernels of 3x3, 8 for 11x11, near the fastest on a CPU."""
+    """Return the side `r` of the blocks: 2 for kernels of 3x3, 8 for 11x11, near the fastest on a CPU."""
     return max(1, 3 * kernel_side // 4)
 
 
 @cache
 def _packing(k: int) -> Tensor:
-    """Where the entries of the block matrix `(r r, p p)` come from in a kernel with a zero behind it."""
+    """Return the indices of the block matrix's entries, `(r r, p p)`, in a kernel followed by a zero."""
     r = block_side(k)
     p = k + r - 1
     origin = torch.full((r, r, p, p), k * k)
@@ -40,7 +39,7 @@ def _packing(k: int) -> Tensor:
 
 
 def _block_matrix(kernels: Tensor) -> Tensor:
-    """`(*stack, F, k, k)` as `(*stack, F r r, p p)`."""
+    """Return the block matrices `(*stack, F r r, p p)` of kernels `(*stack, F, k, k)`."""
     padded: Tensor = functional.pad(kernels.flatten(-2), (0, 1))
     matrices: Tensor = padded[..., _packing(kernels.shape[-1]).to(kernels.device)].flatten(-3, -2)
     return matrices
@@ -48,7 +47,7 @@ def _block_matrix(kernels: Tensor) -> Tensor:
 
 @cache
 def _inside(height: int, width: int, r: int) -> Tensor | None:
-    """`(r r, blocks)`: whether a block's pixel is in the image; None where all are."""
+    """Return which pixels of the blocks are in the image, `(r r, blocks)`; None if all are."""
     if height % r == 0 and width % r == 0:
         return None
     ones: Tensor = functional.pad(torch.ones(1, 1, height, width), (0, -width % r, 0, -height % r))
@@ -57,7 +56,7 @@ def _inside(height: int, width: int, r: int) -> Tensor | None:
 
 
 def _restricted(z: Tensor, height: int, width: int, r: int) -> Tensor:
-    """Experts `(*stack, N, F r r, blocks)`, those outside the image set to zero."""
+    """Return experts `(*stack, N, F r r, blocks)` with zeros outside the image."""
     inside = _inside(height, width, r)
     if inside is None:
         return z
@@ -65,19 +64,19 @@ def _restricted(z: Tensor, height: int, width: int, r: int) -> Tensor:
 
 
 def _for_each(matrices: Tensor, images: Tensor) -> Tensor:
-    """Products `M X` of a matrix `(*stack, l, n)` with every image's `X` of `(*stack, N, n, m)`."""
+    """Return the products `M X` of matrices `(*stack, l, n)` and the `X` of images, `(*stack, N, n, m)`."""
     return product(matrices[..., None, :, :].expand(*images.shape[:-2], *matrices.shape[-2:]), images)
 
 
 def correlate(kernels: Tensor, u: Tensor) -> Tensor:
-    """`A u`.
+    """Return `A u`.
 
     Args:
         kernels: `A`, `(*stack, F, k, k)`, `k` odd.
         u: `(*stack, N, 1, H, W)`.
 
     Returns:
-        `(*stack, N, F r r, blocks)`: all experts, block by block (see `block_side`).
+        `(*stack, N, F r r, blocks)`, the experts block by block (see `block_side`).
     """
     k = kernels.shape[-1]
     r, (height, width) = block_side(k), u.shape[-2:]
@@ -90,7 +89,7 @@ def correlate(kernels: Tensor, u: Tensor) -> Tensor:
 
 
 def correlate_adjoint(kernels: Tensor, z: Tensor, height: int, width: int) -> Tensor:
-    """`A^T z`, `(*stack, N, 1, H, W)`, of `z` in the layout of `correlate`."""
+    """Return `A^T z`, `(*stack, N, 1, H, W)`, of experts `z` in the layout of `correlate`."""
     k = kernels.shape[-1]
     r = block_side(k)
     patches = _for_each(_block_matrix(kernels).mT, _restricted(z, height, width, r))
@@ -101,10 +100,10 @@ def correlate_adjoint(kernels: Tensor, z: Tensor, height: int, width: int) -> Te
 
 
 def most_amplified_wave(kernels: Tensor, height: int, width: int) -> Tensor:
-    """The plane wave that `A` amplifies most, faded out towards the image's borders, `(*stack, 1, 1, H, W)`.
+    """Return the plane wave that `A` amplifies most, tapered to the image's borders, `(*stack, 1, 1, H, W)`.
 
-    On the whole plane `A` multiplies a wave of frequency `w` by the kernels' transfer functions there, and
-    the largest of `sqrt(sum_i |A_i(w)|^2)` is its norm. On an image the norm is a little smaller.
+    On the whole plane `A` multiplies a wave of frequency `w` by the kernels' transfer functions, and its norm
+    is the largest `sqrt(sum_i |A_i(w)|^2)`. On an image the norm is a little smaller.
     """
     power = torch.fft.rfft2(kernels, s=(height, width)).abs().square().sum(-3)
     peak = functional.one_hot(power.flatten(-2).argmax(-1), power.shape[-2:].numel())
@@ -115,29 +114,27 @@ def most_amplified_wave(kernels: Tensor, height: int, width: int) -> Tensor:
 
 
 KRYLOV = 8
-"""Images that span the space in which `spectral_norm` looks for the worst one."""
+"""Dimension of the Krylov spaces of `spectral_norm`."""
 
 
 @torch.no_grad()
 def spectral_norm(
     kernels: Tensor, direction: Tensor, iterations: int, tol: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Norm of `A` as an operator on whole images: the root of the largest eigenvalue of `A^T A`.
+    """Compute the norm of `A` on whole images by the restarted Lanczos method.
 
-    In the space of `v, A^T A v, (A^T A)^2 v, ...` the image with the largest `||A v||` is found, and the
-    search goes on from there (the Lanczos method, restarted). It starts from a given image and the wave that
-    the kernels amplify most, together: whichever image is the worst one after a change of the kernels, and
-    whatever its symmetry, one of them is not orthogonal to it.
+    The start is the sum of a direction and of the wave that the kernels amplify most, so that it is not
+    orthogonal to the maximizer of `||A v||`, even if the kernels or their symmetry have changed.
 
     Args:
         kernels: `A`, `(*stack, F, k, k)`.
-        direction: `(*stack, 1, 1, H, W)`, image to start from, such as the one of the last kernels.
-        iterations: products with `A^T A` at most; the norm is approached from below.
-        tol: stop when `||A^T A v - s v|| <= tol s`, with `s = ||A v||^2`; `s` is then within that of an
-            eigenvalue, and in general far closer.
+        direction: `(*stack, 1, 1, H, W)`, such as the maximizer for the last kernels.
+        iterations: maximum number of products with `A^T A`; the norm is approached from below.
+        tol: tolerance of `||A^T A v - s v|| <= tol s`, `s = ||A v||^2`; the relative distance of `s` from an
+            eigenvalue is at most that, and in general far less.
 
     Returns:
-        The norm, `(*stack)`, and the direction of unit norm that attains it.
+        The norm, `(*stack)`, and the maximizer of unit norm.
     """
 
     def size(image: Tensor) -> Tensor:
@@ -158,13 +155,13 @@ def spectral_norm(
             space[..., j, :] = v.flatten(-4)
             images[..., j, :] = correlate_adjoint(kernels, correlate(kernels, v), *v.shape[-2:]).flatten(-4)
             rest = images[..., j, None, :]
-            # Twice, for what rounding leaves of the projection.
+            # Twice, against rounding errors.
             for _ in range(2):
                 rest = rest - rest @ space.mT @ space
-            # Where nothing but rounding is left, the space is complete.
+            # A zero vector if only rounding errors are left: the space is then complete.
             more = size(image(rest)) > 100 * torch.finfo(v.dtype).eps * size(image(images[..., j, :]))
             v = image(rest) / size(image(rest)) * more
-        # Symmetric but for rounding; `eigh` takes one half.
+        # Symmetric up to rounding; `eigh` reads one triangle.
         eigenvalues, eigenvectors = torch.linalg.eigh(space @ images.mT)
         best = eigenvectors[..., None, :, -1]
         v, squared = image(best @ space), eigenvalues[..., -1, None, None, None, None]
@@ -176,27 +173,34 @@ def spectral_norm(
 
 
 def difference_kernels(order: int, count: int, side: int) -> Tensor:
-    """Finite differences of first or second order, the shortest and most central ones first.
+    """Return finite differences of first or second order, the shortest and most central ones first.
 
-    `D_d u(x) = u(x + d) - u(x)` or `D_d D_e u(x)` for offsets `d`, `e` of up to two pixels, at every position
-    in the kernel; of first order the first two are the forward differences.
+    They are `D_d u(x) = u(x + d) - u(x)` or `D_d D_e u(x)` for offsets `d`, `e` of up to two pixels, at every
+    position in the kernel. The first two of first order are the forward differences.
 
     Args:
         order: 1 or 2.
-        count: how many.
+        count: number of kernels.
         side: `k`.
 
     Returns:
         `(count, k, k)`.
 
     Raises:
-        ValueError: there are not that many.
+        ValueError: there are fewer.
+
+    >>> difference_kernels(order=1, count=1, side=3)
+    tensor([[[ 0.,  0.,  0.],
+             [ 0., -1.,  1.],
+             [ 0.,  0.,  0.]]])
     """
-    found = _differences(order, side)
-    if count > len(found):
-        raise ValueError(f"filters: got {count}, allowed: at most {len(found)} differences of {side}x{side}")
+    differences = _differences(order, side)
+    if count > len(differences):
+        raise ValueError(
+            f"filters: got {count}, allowed: at most {len(differences)} differences of {side}x{side}"
+        )
     kernels = torch.zeros(count, side, side)
-    for kernel, corners in zip(kernels, found, strict=False):
+    for kernel, corners in zip(kernels, differences, strict=False):
         signs = (-1, 1) if order == 1 else (1, -1, -1, 1)
         for (i, j), sign in zip(corners, signs, strict=False):
             kernel[i, j] += sign
@@ -204,10 +208,10 @@ def difference_kernels(order: int, count: int, side: int) -> Tensor:
 
 
 def cosine_kernels(count: int, side: int) -> Tensor:
-    """The discrete cosine basis (DCT-II, orthonormal) without its constant, low frequencies first.
+    """Return the discrete cosine basis (DCT-II, orthonormal) without its constant, low frequencies first.
 
     Args:
-        count: how many, at most `side**2 - 1`.
+        count: number of kernels, at most `side**2 - 1`.
         side: `k`.
 
     Returns:
@@ -226,17 +230,17 @@ def count_differences(order: int, side: int) -> int:
 
 @cache
 def _differences(order: int, side: int) -> list[list[tuple[int, int]]]:
-    """For each difference the pixels of the kernel that it takes."""
+    """Return the pixels of all differences, with alternating signs, in the order of `difference_kernels`."""
     pairs = [(d, e) for d in NEIGHBOURS for e in (NEIGHBOURS if order == 2 else [(0, 0)]) if e <= d]
     centre = side // 2
-    found = []
+    ordered = []
     for (d, e), x in itertools.product(pairs, itertools.product(range(side), range(side))):
         corners = [x, _plus(x, d), _plus(x, e), _plus(_plus(x, d), e)]
         if all(0 <= i < side and 0 <= j < side for i, j in corners):
             length = sum(i * i for i in (*d, *e))
             off = sum((2 * (i - centre) + di + ei) ** 2 for i, di, ei in zip(x, d, e, strict=True))
-            found.append(((length, order == 2 and d != e, off, (-x[0], -x[1]), d, e), corners))
-    return [corners for _, corners in sorted(found)]
+            ordered.append(((length, order == 2 and d != e, off, (-x[0], -x[1]), d, e), corners))
+    return [corners for _, corners in sorted(ordered)]
 
 
 def _plus(x: tuple[int, int], d: tuple[int, int]) -> tuple[int, int]:

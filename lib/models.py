@@ -1,6 +1,8 @@
-"""The two models: fixed points of one step map, with tied (bilevel) or free (DEQ) synthesis weights."""
+"""Fixed-point models: one step map, with tied (bilevel) or free (DEQ) synthesis weights."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +13,32 @@ from lib.regularizer import GRADIENT_NORM, NORM_TOL, ConvFieldsOfExperts, Fields
 from lib.solvers import FixedPointProblem, StepMap
 
 WEIGHT_PACE = 8.0
-"""`lambda = exp(WEIGHT_PACE t)`: steps in `t` as long as those in the kernels are then as fast."""
+"""Scale of the learned weight, `lambda = exp(WEIGHT_PACE t)`: `t` learns about as fast as the kernels."""
 
 PRECONDITIONER_RIDGE = 1e-2
-"""Relative to `lambda`, for where neither `K` nor the experts see much."""
+"""Ridge of the preconditioner relative to `lambda`, for directions that neither `K` nor the experts see."""
 
 
 class FixedPointModel(nn.Module):
     """Reconstruction as a fixed point of `T(u) = u - tau (lambda K^T (K u - f) + field(u))`.
 
-    With tied weights the field is `grad R` and `T` is one step of gradient descent on the lower level
-    `lambda/2 ||K u - f||^2 + R(u)`: the bilevel model. With a free `C` it is the deep equilibrium model.
+    With tied weights, `C = A`, the field is `grad R` and `T` is a step of gradient descent on the lower level
+    `lambda/2 ||K u - f||^2 + R(u)`: the bilevel model. With a free `C` it is a deep equilibrium model (DEQ).
 
     Args:
         operator: `K`.
-        regularizer: the learned field; tied or free.
+        regularizer: the learned field.
         tau: step size, a number or `(*stack)`.
         lam: weight `lambda` of the data term, a number or `(*stack)`.
         gamma: weight of the regularizer, a number or `(*stack)`.
         learn_weight: whether `lambda` is a parameter too, `exp(WEIGHT_PACE t)`, which starts at `lam`; the
-            step then follows it (`refresh`) and needs kernels that are normalized.
+            step size then depends on it (`refresh`), and kernels must be normalized.
+
+    >>> from lib.regularizer import smoothed_sign
+    >>> A, f = torch.randn(4, 3, 3), torch.randn(2, 1, 8, 8)
+    >>> model = FixedPointModel(Identity(), ConvFieldsOfExperts(A, None, smoothed_sign(5)), 0.01, 4, 1)
+    >>> model.step_map(f)(f).shape
+    torch.Size([2, 1, 8, 8])
     """
 
     tau: Tensor
@@ -56,8 +64,11 @@ class FixedPointModel(nn.Module):
         self._follow_weight()
 
     def refresh(self, tol: float = NORM_TOL) -> None:
-        """Called when the parameters have changed: measures the kernels' norms to `tol`, sets `lambda`, and
-        the step `1 / (lambda + gamma max(sigma') N^2)`, with which `T` contracts where `K` loses nothing."""
+        """Update everything that depends on the parameters after they have changed.
+
+        Kernels' norms are computed to the relative tolerance `tol`. If `lambda` is learned, the step size is
+        `1 / (lambda + gamma max(sigma') N^2)`, `N = GRADIENT_NORM`: `T` then contracts if `K` is injective.
+        """
         self.regularizer.refresh(tol)
         self._follow_weight()
 
@@ -68,28 +79,26 @@ class FixedPointModel(nn.Module):
             self.tau = 1 / (self.lam + self.gamma * self.regularizer.activation.steepest * GRADIENT_NORM**2)
 
     def weights(self) -> dict[str, Tensor]:
-        """All that was learned, by name: those of the regularizer and, where it is learned, `lam`."""
+        """Return the weights of the regularizer and a learned `lam`, by name."""
         learned = {} if self.weight is None else {"lam": self.lam}
         return self.regularizer.weights() | learned
 
     def problem(self, f: Tensor, P: Tensor | None = None) -> FixedPointProblem:
-        """`u = T(u)` for the data `f`, with all that is known of it.
+        """Return the problem `u = T(u)` for the data `f`.
 
-        Only kernels go from image to image: a matrix multiplies the whole batch at once, and fewer images are
-        not much cheaper, nor the same to the bit. In denoising the adjoint equation starts from the solution
-        of `w = (1 - tau lambda) w + dL/du*`, that of the data term alone.
+        Kernels are evaluated on running images only. Dense weights are not: one product serves the whole
+        batch, and fewer images would be hardly cheaper and round differently. In denoising the adjoint
+        equation starts from the solution for the data term alone, of `w = (1 - tau lambda) w + dL/du*`.
 
         Args:
             f: `(*stack, batch, C, H, W)`.
-            P: what `preconditioner` returned, for solves that are preconditioned.
+            P: a `preconditioner`; None solves without one.
 
         Raises:
-            ValueError: the images are not of the size or the number of channels that the weights are for.
+            ValueError: the weights are for images of another size or number of channels.
         """
         conv = isinstance(self.regularizer, ConvFieldsOfExperts)
-
-        def precondition(r: Tensor) -> Tensor:
-            return r if P is None else self.precondition(r, P)
+        precondition = None if P is None else partial(self.precondition, P=P)
 
         def solved_without_experts(g: Tensor) -> Tensor:
             return g / broadcast(self.tau * self.lam, g)
@@ -99,12 +108,12 @@ class FixedPointModel(nn.Module):
             self.step_map(f),
             self.vjp,
             restrict=(lambda images: self.step_map(f.index_select(-4, images))) if conv else None,
-            precondition=None if P is None else precondition,
-            first_adjoint=start if P is None else precondition,
+            precondition=precondition,
+            first_adjoint=precondition or start,
         )
 
     def step_map(self, f: Tensor) -> StepMap:
-        """`T` for the data `f`, `(*stack, batch, C, H, W)`, which it refuses as `problem` does."""
+        """Return `T` for the data `f`, `(*stack, batch, C, H, W)`; errors are those of `problem`."""
         K, Ktf = self.operator, self.operator.adjoint(f)
         self.regularizer.require(Ktf)
         lam = self.lam if self.weight is None else torch.exp(WEIGHT_PACE * self.weight)
@@ -118,7 +127,7 @@ class FixedPointModel(nn.Module):
 
     @torch.no_grad()
     def vjp(self, u: Tensor) -> StepMap:
-        """`w -> J^T w` with `J = dT/du` at `u`, `(*stack, batch, C, H, W)`, whatever the data are."""
+        """Return `w -> J^T w` with `J = dT/du` at `u`, `(*stack, batch, C, H, W)`, the same for all data."""
         K, field_vjp = self.operator, self.regularizer.vjp(u, self.gamma, self.tau)
         tau, lam = broadcast(self.tau, u), broadcast(self.lam, u)
 
@@ -130,22 +139,22 @@ class FixedPointModel(nn.Module):
 
     @torch.no_grad()
     def preconditioner(self, shape: torch.Size) -> Tensor:
-        """`P`, near `(I - dT/du)^-1` for all data at once.
+        """Return an approximation `P` of `(I - dT/du)^-1` for all images.
 
-        `I - dT/du = tau (lambda K^T K + gamma C^T D A)`, where `D` holds the slopes of `sigma`, each image's
-        own. `P` is the inverse with half the steepest slope in place of each, and a ridge: the eigenvalues of
-        `P (I - dT/du)` are then in [0, 2) with tied dense weights, whatever `tau` is. Of kernels `P` is a
-        convolution, as if images went on periodically, and for a DEQ the modulus of `C^T A` is taken.
+        `I - dT/du = tau (lambda K^T K + gamma C^T D A)` with the slopes of `sigma` in the diagonal `D`, which
+        differ from image to image. `P` is the inverse with half the steepest slope in place of each, and a
+        ridge: with tied dense weights the eigenvalues of `P (I - dT/du)` are in [0, 2) for every `tau`. For
+        kernels `P` is a circular convolution; for those of a DEQ it uses the modulus of `C^T A`.
 
         Args:
             shape: `(C, H, W)`, of an image.
 
         Returns:
-            For dense weights the symmetric matrix `(*stack, n, n)`, `n` the pixels of an image; the identity
-            where no inverse can be had. For kernels the transfer function `(*stack, H, W // 2 + 1)`, real.
+            For dense weights a symmetric matrix `(*stack, n, n)`, `n` the pixels of an image; the identity
+            if there is no inverse. For kernels a real transfer function `(*stack, H, W // 2 + 1)`.
 
         Raises:
-            ValueError: dense weights are free, or kernels meet a `K` that is no convolution.
+            ValueError: dense weights are free, or `K` is a mask and the weights are kernels.
         """
         field, conv = self.regularizer, isinstance(self.regularizer, ConvFieldsOfExperts)
         if (conv and isinstance(self.operator, Mask)) or not (conv or field.C is None):
@@ -161,20 +170,20 @@ class FixedPointModel(nn.Module):
         identity = torch.eye(curvature.shape[-1]).to(curvature)
         data = self.operator.normal(identity.view(-1, *shape)).flatten(1) + PRECONDITIONER_RIDGE * identity
         factor, info = torch.linalg.cholesky_ex(tau * (lam * data + gamma * curvature))
-        # By hand: `cholesky_inverse` rounds by a matrix's place in memory, and members would not be equal.
+        # `cholesky_inverse` rounds depending on the alignment in memory: equal members would differ.
         root = torch.linalg.solve_triangular(factor, identity, upper=False)
         P = product(root.mT, root)
         usable = (info == 0)[..., None, None] & P.isfinite().all(-1).all(-1)[..., None, None]
         return torch.where(usable, P, identity)
 
     def precondition(self, r: Tensor, P: Tensor) -> Tensor:
-        """`P r` for residuals `r` `(*stack, batch, C, H, W)` and what `preconditioner` returned."""
+        """Return `P r` of residuals `r`, `(*stack, batch, C, H, W)`, for a `preconditioner` `P`."""
         if isinstance(self.regularizer, ConvFieldsOfExperts):
             filtered: Tensor = torch.fft.irfft2(P[..., None, None, :, :] * torch.fft.rfft2(r), s=r.shape[-2:])
             return filtered
         return product(r.flatten(-3), P).view_as(r)
 
     def lower_level(self, u: Tensor, f: Tensor) -> Tensor:
-        """`lambda/2 ||K u - f||^2 + R(u)` of every image, `(*stack, batch)`; `R` is that of `A, b`."""
+        """Return `lambda/2 ||K u - f||^2 + R(u)` of every image, `(*stack, batch)`; `R` has `A` and `b`."""
         misfit = (self.operator.forward(u) - f).square().sum((-3, -2, -1))
         return self.lam[..., None] / 2 * misfit + self.regularizer.energy(u, self.gamma, self.tau)

@@ -1,6 +1,6 @@
-"""Forward operators `K` of the three inverse problems, each with its exact adjoint.
+"""Forward operators `K` with their exact adjoints.
 
-Images are tensors of shape `(..., H, W)`; any leading dimensions are treated as a batch.
+Images are tensors `(..., C, H, W)`; all leading dimensions are a batch.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ from torch import Tensor
 
 
 class Operator(Protocol):
-    """A linear operator `K` between images, with `<K u, v> = <u, K^T v>`."""
+    """A linear operator `K` from images to data, with `<K u, v> = <u, K^T v>`.
+
+    Data have three dimensions behind those of the batch, as images have, of any size.
+    """
 
     def forward(self, u: Tensor) -> Tensor:
-        """`K u`, shape `(..., H, W)`."""
+        """Return the data `K u` of images `u`."""
 
     def adjoint(self, v: Tensor) -> Tensor:
-        """`K^T v`, shape `(..., H, W)`."""
+        """Return the images `K^T v` of data `v`."""
 
     def normal(self, u: Tensor) -> Tensor:
-        """`K^T K u`, shape `(..., H, W)`, where it is cheaper than the two in turn."""
+        """Return the images `K^T K u`, for operators where that is cheaper than both in turn."""
 
 
 class Identity:
-    """`K u = u`: denoising."""
+    """The identity, `K u = u`: denoising."""
 
     def forward(self, u: Tensor) -> Tensor:
         return u
@@ -38,10 +41,13 @@ class Identity:
 
 
 class Mask:
-    """`K u = m * u` pixel by pixel: inpainting. `K` is an orthogonal projection, so `K^T = K`.
+    """Multiplication with a mask, `K u = m * u`: inpainting. It is an orthogonal projection, so `K^T = K`.
 
     Args:
         mask: `(H, W)`, one where a pixel is observed and zero where it is lost.
+
+    >>> Mask(torch.tensor([[1.0, 0.0]])).forward(torch.tensor([[5.0, 5.0]]))
+    tensor([[5., 0.]])
     """
 
     def __init__(self, mask: Tensor) -> None:
@@ -73,6 +79,10 @@ class CircularBlur:
 
     Args:
         kernel: `(p, q)`, point spread function.
+
+    >>> blur, (u, v) = CircularBlur(diagonal_motion_kernel(3)), torch.randn(2, 1, 8, 8)
+    >>> torch.allclose((blur.forward(u) * v).sum(), (u * blur.adjoint(v)).sum(), atol=1e-4)
+    True
     """
 
     def __init__(self, kernel: Tensor) -> None:
@@ -80,7 +90,7 @@ class CircularBlur:
         self._transfer: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
 
     def transfer(self, u: Tensor) -> Tensor:
-        """Transfer function `(H, W // 2 + 1)` of the kernel on the grid of `u`."""
+        """Return the transfer function `(H, W // 2 + 1)` of the kernel on the grid of `u`."""
         key = (u.shape[-2:], u.dtype, u.device)
         if key not in self._transfer:
             height, width = u.shape[-2:]
@@ -109,14 +119,14 @@ def _filtered(u: Tensor, transfer: Tensor) -> Tensor:
 
 
 def top_rows_mask(height: int, width: int) -> Tensor:
-    """Mask `(height, width)` that loses the top third of the rows, rounded up (10 of 28)."""
+    """Return the mask `(height, width)` that loses the top third of the rows, rounded up (10 of 28)."""
     mask = torch.ones(height, width)
     mask[: -(-height // 3)] = 0
     return mask
 
 
 def central_block_mask(height: int, width: int) -> Tensor:
-    """Mask `(height, width)` that loses a central block of a quarter of each side."""
+    """Return the mask `(height, width)` that loses a central block of a quarter of each side."""
     mask = torch.ones(height, width)
     rows, columns = height // 4, width // 4
     top, left = (height - rows) // 2, (width - columns) // 2
@@ -125,5 +135,5 @@ def central_block_mask(height: int, width: int) -> Tensor:
 
 
 def diagonal_motion_kernel(size: int) -> Tensor:
-    """Point spread function `eye(size) / size` of a motion along the diagonal."""
+    """Return the point spread function `eye(size) / size` of a motion along the diagonal."""
     return torch.eye(size) / size

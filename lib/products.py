@@ -1,4 +1,4 @@
-"""Products of matrices by the kernel that is the fastest for their size."""
+"""Matrix products by the fastest kernel for their size."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 LARGE_PRODUCT = 2**21
-"""Multiplications from which oneDNN's product of two float32 matrices is the faster one on a CPU."""
+"""Number of multiplications from which oneDNN's product of float32 matrices is faster on a CPU."""
 
 
 class _LargeProduct(torch.autograd.Function):
-    """`x W` member by member with oneDNN, which is up to twice as fast as torch's default product.
+    """The product `x W`, matrix by matrix, with oneDNN: up to twice as fast as torch's default.
 
-    oneDNN keeps its product for linear layers, whose weight is `W^T`.
+    torch offers oneDNN's product for linear layers alone, whose weight is `W^T`.
     """
 
     @staticmethod
@@ -33,12 +33,12 @@ class _LargeProduct(torch.autograd.Function):
         dx = product(w, W.mT) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None
-        # With the layout of W, for a parameter's gradient has to have the parameter's.
+        # In the layout of W: a gradient must have its parameter's.
         return dx, product(x.mT, w) if W.stride(-1) == 1 else product(w.mT, x).mT
 
 
 def product(x: Tensor, W: Tensor) -> Tensor:
-    """`x W` of matrices `(*stack, l, n)` and `(*stack, n, m)`, by the faster kernel for their size."""
+    """Return `x W` of matrices `(*stack, l, n)` and `(*stack, n, m)`."""
     large = x.shape[-2] * W.shape[-2:].numel() >= LARGE_PRODUCT
     if large and x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return cast(Tensor, _LargeProduct.apply(x, W))
@@ -47,10 +47,10 @@ def product(x: Tensor, W: Tensor) -> Tensor:
 
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """Products of float32 matrices have this precision in here, whatever is set outside.
+    """Set the precision of products of float32 matrices within the block.
 
     Args:
-        precision: `float32`, or `tf32`, with which a GPU rounds the factors to 10 bits behind the first one.
+        precision: `float32`, or `tf32`: a GPU then rounds the factors to a mantissa of 10 bits.
     """
     settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]

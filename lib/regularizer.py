@@ -1,10 +1,10 @@
-"""Fields-of-experts regularizers `R(u) = gamma sum phi(A u + b)` and their learned fields.
+"""Fields-of-experts regularizers `R(u) = gamma sum phi(A u + b)` and their gradient fields.
 
-`grad R(u) = gamma A^T sigma(A u + b)` with `sigma = phi'` (Roth and Black, IJCV 82, 2009). Freeing the
-transpose, `gamma C^T sigma(A u + b)`, gives the deep equilibrium model's field. `A` is a dense matrix with a
-bias, or a convolution with several kernels and none.
+`grad R(u) = gamma A^T sigma(A u + b)` with `sigma = phi'` (Roth and Black, IJCV 82, 2009). The field of a
+deep equilibrium model, `gamma C^T sigma(A u + b)`, has a synthesis `C` of its own. `A` is a dense matrix with
+a bias, or a convolution with several kernels and no bias.
 
-Every tensor may carry leading dimensions for a stack of models that are evaluated together.
+Every tensor may have leading dimensions: a stack of models that are evaluated together.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from lib.products import product
 
 @dataclass(frozen=True)
 class Activation:
-    """`sigma` with its slope `sigma'` and its potential `phi`, `sigma = phi'`.
+    """An activation function `sigma`, its slope `sigma'` and its potential `phi`, `sigma = phi'`.
 
-    All take `(z, tau)`, `tau` the step size.
+    All three are functions of `(z, tau)` with the step size `tau`.
 
     Attributes:
-        steepest: the largest slope; the smallest one is zero or more.
+        sigma, slope, potential: `sigma`, `sigma'` and `phi`, elementwise.
+        steepest: the largest slope; no slope is negative.
     """
 
     sigma: Callable[[Tensor, Tensor], Tensor]
@@ -43,7 +44,7 @@ def _softshrink(z: Tensor, tau: Tensor) -> Tensor:
 
 
 NORM_ITERATIONS, NORM_TOL = 500, 3e-3
-"""Products at most for a norm, and the relative residual at which they end after a small step."""
+"""Maximum number of Lanczos steps for a norm, and their relative tolerance after an optimizer step."""
 
 RELU = Activation(
     sigma=lambda z, tau: z.relu(),
@@ -61,16 +62,16 @@ LINEAR = Activation(
 
 
 def smoothed_sign(sharpness: float) -> Activation:
-    """`sigma(z) = tanh(s z)` and `phi(z) = log(cosh(s z)) / s`, the smoothed sign and modulus.
+    """Return the smoothed sign `sigma(z) = tanh(s z)`, with `phi(z) = log(cosh(s z)) / s`.
 
-    With finite differences as kernels `R` is a smoothed total variation.
+    With finite differences as kernels, `R` is a smoothed total variation.
 
     Args:
         sharpness: `s`, the slope of `sigma` at zero.
     """
 
-    # torch.sigmoid is several times faster than torch.tanh on a CPU, but for the tiny numbers far from zero;
-    # beyond 40 the result is +-1 in every precision.
+    # torch.sigmoid is several times faster than torch.tanh on a CPU, unless its result is denormal; beyond 40
+    # the result is +-1 in every precision.
     def sigma(z: Tensor) -> Tensor:
         return torch.add(z.new_tensor(-1), torch.sigmoid((2 * sharpness * z).clamp_(-40, 40)), alpha=2)
 
@@ -88,18 +89,18 @@ def smoothed_sign(sharpness: float) -> Activation:
 
 
 def broadcast(value: Tensor, like: Tensor) -> Tensor:
-    """A value per model, `(*stack)`, with the dimensions behind it that `like` has."""
+    """Return a value per model, `(*stack)`, with as many dimensions as `like` has."""
     return value.view(*value.shape, *[1] * (like.dim() - value.dim()))
 
 
 class FieldsOfExperts(nn.Module, ABC):
-    """What dense and convolutional fields of experts share.
+    """Base class of dense and convolutional fields of experts.
 
     Attributes:
         A: analysis weights.
-        C: synthesis weights, or None where they are tied, `C = A`, which makes the field a gradient.
+        C: synthesis weights; None ties them, `C = A`, and the field is a gradient.
         activation: `sigma`, its slope and its potential.
-        weight_dims: dimensions of `A` behind those of a stack.
+        weight_dims: dimensions of `A` behind those of the stack.
     """
 
     weight_dims: ClassVar[int]
@@ -109,37 +110,40 @@ class FieldsOfExperts(nn.Module, ABC):
 
     @abstractmethod
     def analysis(self, u: Tensor) -> Tensor:
-        """`A u + b`, the experts of images `u` `(*stack, batch, C, H, W)`."""
+        """Return the experts `A u + b` of images `u`, `(*stack, batch, C, H, W)`."""
 
     @abstractmethod
     def analysis_of_synthesis(self, w: Tensor) -> Tensor:
-        """`C w`, `w` like `u`."""
+        """Return `C w` of images `w`."""
 
     @abstractmethod
     def synthesis(self, z: Tensor, u: Tensor) -> Tensor:
-        """`C^T z`, like `u`, of experts `z`."""
+        """Return the images `C^T z` of experts `z`, of the shape of `u`."""
 
     @abstractmethod
     def adjoint_analysis(self, z: Tensor, u: Tensor) -> Tensor:
-        """`A^T z`, like `u`, of experts `z`."""
+        """Return the images `A^T z` of experts `z`, of the shape of `u`."""
 
     @abstractmethod
     def curvature(self, shape: torch.Size) -> Tensor:
-        """`C^T A` on images `(C, H, W)`: a matrix `(*stack, n, n)`; of kernels the modulus of its transfer
-        function, `(*stack, H, W // 2 + 1)`."""
+        """Return `C^T A` on images of a shape `(C, H, W)`.
+
+        Dense weights have a matrix `(*stack, n, n)`, kernels the modulus of a transfer function,
+        `(*stack, H, W // 2 + 1)`.
+        """
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """The weights that act on images, by name, with the leading dimensions of the stack."""
+        """Return the weights that act on images, by name, with the leading dimensions of the stack."""
 
     def refresh(self, tol: float = NORM_TOL) -> None:
-        """Called whenever the parameters have changed; `tol` is for norms that are measured then."""
+        """Update everything that depends on the parameters after they have changed; norms to `tol`."""
 
     def require(self, f: Tensor) -> None:
-        """Refuse data that the weights cannot act on.
+        """Check that the weights can act on `K^T f`.
 
         Raises:
-            ValueError: says what was expected.
+            ValueError: the shape is another one; the message has the expected one.
         """
         stack = tuple(self.A.shape[: -self.weight_dims])
         pixels = self.A.shape[-1] if self.weight_dims == 2 else None
@@ -153,7 +157,7 @@ class FieldsOfExperts(nn.Module, ABC):
             raise ValueError(f"images: got {tuple(f.shape)}, allowed: ({layout}) with {size}")
 
     def field(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
-        """`gamma C^T sigma(A u + b)`, which is `grad R(u)` when `C = A`.
+        """Return `gamma C^T sigma(A u + b)`, which is `grad R(u)` when `C = A`.
 
         Args:
             u: `(*stack, batch, C, H, W)`, images.
@@ -168,7 +172,7 @@ class FieldsOfExperts(nn.Module, ABC):
 
     @torch.no_grad()
     def vjp(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Callable[[Tensor], Tensor]:
-        """The transposed Jacobian of `field` at `u`, `w -> gamma A^T (sigma'(A u + b) * C w)`."""
+        """Return the transposed Jacobian of `field` at `u`, `w -> gamma A^T (sigma'(A u + b) * C w)`."""
         z = self.analysis(u)
         slope = self.activation.slope(z, broadcast(tau, z))
 
@@ -179,7 +183,7 @@ class FieldsOfExperts(nn.Module, ABC):
         return transposed_jacobian
 
     def energy(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
-        """`R(u) = gamma sum phi(A u + b)` of every image, `(*stack, batch)`."""
+        """Return `R(u) = gamma sum phi(A u + b)` of every image, `(*stack, batch)`."""
         z = self.analysis(u)
         potential = self.activation.potential(z, broadcast(tau, z))
         return gamma[..., None] * potential.flatten(u.dim() - 3).sum(-1)
@@ -191,7 +195,7 @@ class DenseFieldsOfExperts(FieldsOfExperts):
     Args:
         A: `(*stack, m, n)`, analysis operator.
         b: `(*stack, m)`, bias.
-        C: `(*stack, m, n)`, or None to tie `C = A`, which makes the field a gradient.
+        C: `(*stack, m, n)`; None ties `C = A`, and the field is a gradient.
         activation: such as `RELU`.
     """
 
@@ -205,7 +209,7 @@ class DenseFieldsOfExperts(FieldsOfExperts):
         self.activation = activation
 
     def analysis(self, u: Tensor) -> Tensor:
-        """`A u + b`, `(*stack, batch, m)`, of images `u` `(*stack, batch, C, H, W)`."""
+        """Return `A u + b`, `(*stack, batch, m)`, of images `u`, `(*stack, batch, C, H, W)`."""
         return product(u.flatten(-3), self.A.mT) + self.b[..., None, :]
 
     def analysis_of_synthesis(self, w: Tensor) -> Tensor:
@@ -225,26 +229,26 @@ class DenseFieldsOfExperts(FieldsOfExperts):
 
 
 GRADIENT_NORM = 2.7300944
-"""The norm to which kernels are scaled, the paper's for the finite-difference gradient."""
+"""Norm to which kernels are scaled: the paper's value for the finite-difference gradient."""
 
 CACHED = 2**18
-"""Experts that a core's cache holds while they are worked on."""
+"""Number of experts whose intermediate results fit in the cache of a CPU core."""
 
 
 class ConvFieldsOfExperts(FieldsOfExperts):
     """Convolutional fields of experts: `F` kernels, zero padding, no bias (see `lib.kernels`).
 
-    In training each of `A` and `C` acts as `GRADIENT_NORM A / ||A||`. The norm is that of the operator on
-    images of the training's size. It is refreshed after every optimizer step, by a search that goes on from
-    the last direction. For the gradient it is a constant, as in the paper, or, where it is differentiated,
-    `||A v||` at the image `v` that attains it: `d||A|| = <A v, dA v> / ||A||`.
+    Normalized kernels `A` act as `GRADIENT_NORM A / ||A||`, and so do those of `C`. The norm is that of the
+    operator on whole images. It is updated after every optimizer step (`refresh`), starting from the last
+    direction. The gradient treats it as a constant, as in the paper, or differentiates `||A v||` at the image
+    `v` that attains it: `d||A|| = <A v, dA v> / ||A||`.
 
     Args:
         A: `(*stack, F, k, k)`, analysis kernels, `k` odd.
-        C: `(*stack, F, k, k)`, or None to tie `C = A`, which makes the field a gradient.
+        C: `(*stack, F, k, k)`; None ties `C = A`, and the field is a gradient.
         activation: such as `smoothed_sign(100)`.
-        direction: `(*stack, 1, 1, H, W)`, image from which the search for the norm starts; None takes the
-            kernels as they are.
+        direction: `(*stack, 1, 1, H, W)`, image from which the computation of the norm starts; None does
+            not normalize the kernels.
         differentiate_norm: whether the gradient goes through the norm.
     """
 
@@ -262,7 +266,7 @@ class ConvFieldsOfExperts(FieldsOfExperts):
     ) -> None:
         super().__init__()
         self.A = nn.Parameter(A)
-        # A copy, for `C` may be given as the same tensor.
+        # A copy: `C` may be the same tensor as `A`.
         self.C = None if C is None else nn.Parameter(C.clone())
         self.activation = activation
         sets = 1 if C is None else 2
@@ -274,7 +278,7 @@ class ConvFieldsOfExperts(FieldsOfExperts):
             self.refresh(tol=0.0)
 
     def refresh(self, tol: float = NORM_TOL) -> None:
-        """Measure the norms of the kernels, where they are to be normalized."""
+        """Compute the norms of normalized kernels to a relative tolerance."""
         if self.normalized:
             kernels = torch.stack([k.detach() for k in (self.A, self.C) if k is not None], dim=-4)
             norms, self.directions = spectral_norm(kernels, self.directions, NORM_ITERATIONS, tol)
@@ -289,7 +293,7 @@ class ConvFieldsOfExperts(FieldsOfExperts):
         return scale[..., None, None, None] * kernels
 
     def _parts(self, u: Tensor) -> tuple[Tensor, ...]:
-        """The images in groups whose experts stay in the cache; on a GPU all at once."""
+        """Split the images into groups whose experts fit in the cache; on a GPU, return all of them."""
         at_once = CACHED // (self.A.shape[-3] * u.shape[-2:].numel())
         return (u,) if u.device.type != "cpu" else u.split(max(1, at_once), dim=-4)
 
@@ -307,7 +311,7 @@ class ConvFieldsOfExperts(FieldsOfExperts):
         return transposed_jacobian
 
     def analysis(self, u: Tensor) -> Tensor:
-        """`A u`, `(*stack, batch, F r r, blocks)`, block by block, of images `(*stack, batch, 1, H, W)`."""
+        """Return `A u`, `(*stack, batch, F r r, blocks)`, of images `(*stack, batch, 1, H, W)`."""
         return correlate(self._kernels("A"), u)
 
     def analysis_of_synthesis(self, w: Tensor) -> Tensor:
@@ -329,7 +333,7 @@ class ConvFieldsOfExperts(FieldsOfExperts):
 
 
 def initial_weights(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """`A`, `b` and an independent `C` as torch's linear layer of `n` inputs starts: U(-1, 1)/sqrt(n).
+    """Draw `A`, `b` and an independent `C` from U(-1, 1) / sqrt(n), as torch initializes linear layers.
 
     Args:
         n: number of pixels, and of experts.

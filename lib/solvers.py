@@ -1,7 +1,7 @@
-"""Fixed points `u = T(u)`: one interface, two solvers.
+"""Solvers of fixed-point equations `u = T(u)`: plain iteration and Anderson acceleration.
 
-A batch of images is solved as many independent problems: every sample has its own residual, its own
-stopping step and its own status. The last three dimensions `(C, H, W)` of a tensor are one sample.
+The images of a batch are independent problems: each has its own residual, last step and status. The last
+three dimensions `(C, H, W)` of a tensor are one sample.
 """
 
 from __future__ import annotations
@@ -19,18 +19,16 @@ StepMap = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class FixedPointProblem:
-    """A fixed-point problem `u = T(u)`, and what is known of it beyond `T`.
+    """A fixed-point problem `u = T(u)`, with optional knowledge about `T`.
 
     Attributes:
-        step_map: `T`, maps `(..., C, H, W)` to the same shape and each sample independently.
-        vjp: takes `u` and returns `w -> J^T w` with `J = dT/du` there; None leaves it to autograd.
-        restrict: takes indices along the batch, the last dimension before `(C, H, W)`, and returns `T` of
-            those samples alone: samples that have stopped then cost nothing. When None all are evaluated
-            until the last one stops.
-        precondition: `r -> P r`, `P` symmetric: a solver then sees the map `u + P (T(u) - u)`, which has the
-            same fixed points, while the residuals that are reported and stop it stay those of `T`.
-        first_adjoint: takes `dL/du*` and returns the first iterate of `w = J^T w + dL/du*`; None starts from
-            `dL/du*` itself.
+        step_map: `T`, from `(..., C, H, W)` to the same shape, each sample independently.
+        vjp: maps `u` to `w -> J^T w` with `J = dT/du` at `u`; None uses autograd.
+        restrict: maps indices along the batch, the last dimension before `(C, H, W)`, to `T` of these
+            samples, so that stopped ones are not evaluated; None evaluates all until the last one stops.
+        precondition: `r -> P r`, `P` symmetric: the solver iterates `u + P (T(u) - u)`, which has the same
+            fixed points; residuals and the stopping criterion remain those of `T`.
+        first_adjoint: maps `dL/du*` to the first iterate of `w = J^T w + dL/du*`; None uses `dL/du*`.
     """
 
     step_map: StepMap
@@ -51,14 +49,14 @@ class Status(IntEnum):
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solve returns; a failure is a status, never an exception.
+    """Result of a solve; a failure is a status, never an exception.
 
     Attributes:
-        value: `(..., C, H, W)`, `T(u)` at the iterate `u` with the smallest residual, which is the last one
-            of a converged sample; of a diverged sample the last iterate itself.
-        residual: `(...)`, relative residual `||T(u) - u|| / ||T(u)||` at that iterate; infinite where `T` was
-            not evaluated once.
-        residuals: `(evaluations, ...)`, the same at every iterate, constant once a sample stopped.
+        value: `(..., C, H, W)`, `T(u)` at the iterate `u` with the smallest residual, the last one of a
+            converged sample; the last iterate itself of a diverged sample.
+        residual: `(...)`, relative residual `||T(u) - u|| / ||T(u)||` at that iterate; infinite if `T` was
+            never evaluated.
+        residuals: `(evaluations, ...)`, relative residuals of all iterates, constant after a sample stopped.
         steps: `(...)`, evaluations of `T` until the sample stopped.
         status: `(...)`, integer codes of `Status`.
     """
@@ -70,22 +68,23 @@ class Solution:
     status: Tensor
 
     def fraction(self, status: Status) -> float:
-        """Share of the samples that ended with `status`, in [0, 1]."""
+        """Return the share of the samples with a status, in [0, 1]."""
         return (self.status == status).double().mean().item()
 
 
 class Acceleration(Protocol):
-    """Proposes the next iterate from the current one and the step map's value there."""
+    """Choice of the next iterate."""
 
     def __call__(self, u: Tensor, step: Tensor, residual: Tensor) -> Tensor:
-        """Next iterate `(N, d)` from `u`, `step = T(u)` and `residual = T(u) - u`, all `(N, d)`."""
+        """Return the next iterate from `u`, `step = T(u)` and `residual = T(u) - u`, all `(N, d)`."""
 
 
 @dataclass(frozen=True)
 class PlainIteration:
-    """`u <- T(u)`, until the relative residual is at most `tol` or after `max_steps` evaluations.
+    """Plain iteration `u <- T(u)`.
 
-    `patience` is as in `Anderson`.
+    Attributes:
+        tol, max_steps, patience: as in `Anderson`.
     """
 
     tol: float = 1e-3
@@ -100,20 +99,20 @@ class PlainIteration:
 class Anderson:
     """Anderson acceleration of type II, each sample with its own history.
 
-    Given the last `m` iterates `u_i` and residuals `g_i = T(u_i) - u_i`, it takes
-    `sum_i alpha_i (u_i + beta g_i)` with `alpha` the minimiser of `||sum_i alpha_i g_i||^2 + delta
-    ||alpha||^2` subject to `sum_i alpha_i = 1` (Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011).
-    The ridge `delta` is `regularization` times the mean squared norm of the `g_i`: the scale of the
-    right-hand side then has no effect, and the system is positive definite whatever the history.
+    From the last `m` iterates `u_i` and residuals `g_i = T(u_i) - u_i` the next iterate is
+    `sum_i alpha_i (u_i + beta g_i)`; `alpha` minimizes `||sum_i alpha_i g_i||^2 + delta ||alpha||^2` subject
+    to `sum_i alpha_i = 1` (Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011). The ridge `delta` is
+    `regularization` times the mean squared norm of the `g_i`, so that the scale of the problem has no effect
+    and the system is positive definite.
 
     Attributes:
         tol: relative residual at which a sample has converged.
-        max_steps: evaluations of `T` at most.
+        max_steps: maximum number of evaluations of `T`.
         memory: `m`, length of the history.
         regularization: weight of the ridge relative to the Gram matrix of the residuals.
-        beta: mixing weight in (0, 1]; 1 takes the images `T(u_i)` alone.
-        patience: a sample stagnates when in this many evaluations its smallest residual has not fallen by a
-            tenth and its residual has not grown by one, as when it diverges; None never gives up.
+        beta: mixing weight in (0, 1]; 1 combines the `T(u_i)` alone.
+        patience: a sample stagnates if in this many evaluations its smallest residual has not fallen by a
+            tenth, nor its residual grown by one; None disables the criterion.
     """
 
     tol: float = 1e-3
@@ -143,7 +142,7 @@ class _AndersonHistory:
         beta = self.solver.beta
         self.iterates[:, slot] = step if beta == 1 else torch.lerp(u, step, beta)
         self.residuals[:, slot] = residual
-        # The row of the Gram matrix from the left: the same product from the right is ten times slower.
+        # A product with a row vector: that with a column vector is ten times slower.
         row = torch.bmm(residual[:, None], self.residuals[:, :m].mT).squeeze(1)
         self.gram[:, slot, :m] = row
         self.gram[:, :m, slot] = row
@@ -151,7 +150,7 @@ class _AndersonHistory:
         return torch.bmm(alpha[:, None], self.iterates[:, :m]).squeeze(1)
 
     def _weights(self, gram: Tensor, newest: int) -> Tensor:
-        """Minimiser `alpha`, `(N, m)`; a plain step where the system cannot be factorised."""
+        """Return `alpha`, `(N, m)`; a plain step if the system cannot be factorized."""
         scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         scale = torch.where(scale > 0, scale, 1)
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -166,7 +165,7 @@ Solver = PlainIteration | Anderson
 
 
 class _OnRunning:
-    """A step map that is evaluated on images only while they run; the others keep their last value."""
+    """The step map, evaluated on running images only; the others keep their last value."""
 
     def __init__(self, problem: FixedPointProblem, u0: Tensor) -> None:
         self.step_map, self.restrict, self.shape = problem.step_map, problem.restrict, u0.shape
@@ -174,7 +173,7 @@ class _OnRunning:
         self.last = u0.flatten(-3)
 
     def __call__(self, u: Tensor, running: Tensor) -> Tensor:
-        """`T(u)`, `(n, d)`, of iterates `u` `(n, d)` of which `running` `(n,)` still run."""
+        """Return `T(u)`, `(n, d)`, of iterates `u` `(n, d)`; `running` `(n,)` says which ones still run."""
         if self.restrict is None or running.all():
             step = self.step_map(u.view(self.shape))
             if step.shape != self.shape:
@@ -190,19 +189,18 @@ class _OnRunning:
 
 
 DIVERGENCE_FACTOR = 1e6
-"""A sample has diverged when its residual is this many times its first one, or not finite."""
+"""Ratio of a residual to the first one above which a sample has diverged, as if it were not finite."""
 
 STAGNATION_FACTOR = 0.9
-"""A sample stagnates when its smallest residual is more than this share of that `patience` steps ago, and the
-residual then more than this share of the one now."""
+"""Factor by which the smallest residual must fall in `patience` steps, or the residual grow."""
 
 FIRST_CHECKS, CHECK_EVERY = 6, 5
-"""On an accelerator, reading whether a sample still runs waits for the device: it is read after each of the
-first evaluations, since many solves end there, and then after every fifth one."""
+"""Evaluations after which a GPU is asked whether any sample still runs, which waits for it: each of the first
+six, where many solves end, then every fifth one."""
 
 
 def _select(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Return one of two rows for each sample; where all are alike on a CPU nothing is copied."""
+    """Return one of two rows for each sample, on a CPU without a copy where all are alike."""
     if condition.device.type == "cpu" and condition.all():
         return yes
     return torch.where(condition[:, None], yes, no)
@@ -210,7 +208,7 @@ def _select(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fixed_point(problem: FixedPointProblem | StepMap, u0: Tensor, solver: Solver) -> Solution:
-    """Iterate `u <- T(u)` from `u0` with a solver.
+    """Solve `u = T(u)`, starting from `u0`.
 
     Args:
         problem: a `FixedPointProblem`, or `T` alone.
@@ -218,10 +216,14 @@ def fixed_point(problem: FixedPointProblem | StepMap, u0: Tensor, solver: Solver
         solver: `PlainIteration` or `Anderson`.
 
     Returns:
-        The `Solution`; it carries no gradient (see `lib.implicit`).
+        The `Solution`, without a gradient (see `lib.implicit`).
 
     Raises:
-        ValueError: `u0` is no such tensor of real numbers, or `T` changes its shape.
+        ValueError: `u0` has another shape or type, or `T` changes its shape.
+
+    >>> solution = fixed_point(torch.cos, torch.ones(1, 1, 1), PlainIteration(tol=1e-4))
+    >>> solution.value.round(decimals=3).item(), Status(solution.status.item()).name
+    (0.739..., 'CONVERGED')
     """
     problem = problem if isinstance(problem, FixedPointProblem) else FixedPointProblem(problem)
     least = 4 if problem.restrict else 3
@@ -237,7 +239,7 @@ def fixed_point(problem: FixedPointProblem | StepMap, u0: Tensor, solver: Solver
     relative = torch.full((n,), torch.inf, dtype=u.dtype, device=u.device)
     best, smallest = u, relative
     running = torch.ones(n, dtype=torch.bool, device=u.device)
-    # Allocated once: small tensors that stay would keep the large ones' memory from being used again.
+    # Allocated once: many small tensors would fragment the memory that the large ones use.
     history, smallests, sizes = u.new_empty(3, solver.max_steps, n)
     for k in range(solver.max_steps):
         step = evaluate(u, running)

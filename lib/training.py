@@ -1,7 +1,7 @@
-"""Training of fixed-point models by implicit differentiation: objects in, history out.
+"""Training of fixed-point models by implicit differentiation.
 
 One loop trains one model, or a stack of models whose tensors share a leading dimension. The members of a
-stack never mix: each has its own loss, its own optimizer state and its own end.
+stack are independent: each has its own loss, optimizer state and status.
 """
 
 from __future__ import annotations
@@ -26,22 +26,19 @@ from lib.solvers import Anderson, Solution, Solver, Status, fixed_point
 COMPLETED, DIVERGED, OUT_OF_TIME = "completed", "diverged", "out of time"
 
 LOSS_LIMIT = 1e3
-"""A loss above this is a divergence: images in [-1, 1] are at most 4 apart in mean square."""
+"""Loss above which a member has diverged; the mean squared error of two images in [-1, 1] is at most 4."""
 
 TEST_BATCH = 100
-"""Images in a batch of an evaluation."""
+"""Batch size of an evaluation."""
 
 PRECONDITIONER_AGE = 10
-"""Optimizer steps after which a preconditioner is computed again; it costs about as much as 20 products."""
+"""Number of optimizer steps that share a preconditioner, which costs about as much as 20 products."""
 
 FARTHEST = 10.0
 """Largest entry of the parameters at which a line search evaluates the loss."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state in a checkpoint, behind each parameter."""
-
-UNREAD_STEPS = 50
-"""On an accelerator, where reading a loss waits for the device: optimizer steps between two readings."""
+"""Adam's state of a parameter in a checkpoint."""
 
 Row = dict[str, float]
 Evaluation = tuple[Tensor, Solution, Solution]
@@ -55,6 +52,9 @@ class Adam:
         learning_rate: at the first step.
         final_learning_rate: after the last step; None keeps the first one.
         schedule: the decay between them over all steps.
+
+    >>> [round(Adam(0.1, 0.02, "linear").rate(step, 4), 3) for step in range(5)]
+    [0.1, 0.08, 0.06, 0.04, 0.02]
     """
 
     learning_rate: float = 1e-3
@@ -62,7 +62,7 @@ class Adam:
     schedule: Literal["cosine", "linear"] = "cosine"
 
     def rate(self, step: int, steps: int) -> float:
-        """Return the learning rate at a step of so many."""
+        """Return the learning rate at one of `steps` steps."""
         high = self.learning_rate
         low = high if self.final_learning_rate is None else self.final_learning_rate
         share = step / steps
@@ -75,8 +75,8 @@ class LBFGS:
     """L-BFGS with a strong Wolfe line search: one iteration per epoch, for one loss that stays the same.
 
     Attributes:
-        evaluations: of the loss in a line search, at most.
-        memory: pairs of steps and gradients.
+        evaluations: maximum number of evaluations of the loss in a line search.
+        memory: number of pairs of steps and gradients.
     """
 
     evaluations: int = 20
@@ -85,16 +85,15 @@ class LBFGS:
 
 @dataclass
 class History:
-    """What the training of one model results in.
+    """Result of the training of one model.
 
     Attributes:
-        rows: a row of metrics per epoch; epoch 0 is the untrained model. Columns `epoch`, `seconds`,
-            `train_loss`, `test_loss`, `test_psnr` (dB) and, for the solves `forward`, `backward` (training)
-            and `test`, the means of `_steps` and `_residual` and the share `_unconverged`; a Neumann series
-            has no such share.
-        status: `completed`, `diverged`, `out of time`, or empty while it trains.
+        rows: metrics of each epoch; epoch 0 is the untrained model. Columns `epoch`, `seconds`, `train_loss`,
+            `test_loss`, `test_psnr` (dB) and, for the solves `forward`, `backward` (training) and `test`, the
+            means `_steps` and `_residual` and the share `_unconverged`, which a Neumann series lacks.
+        status: `completed`, `diverged` or `out of time`; empty during the training.
         reason: why it did not complete.
-        weights: `FixedPointModel.weights` at its end, without a stack dimension.
+        weights: `FixedPointModel.weights` at the end, without a stack dimension.
         seconds: computing time.
     """
 
@@ -106,7 +105,7 @@ class History:
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
-    """Return a generator of its own for every purpose, so that no draw depends on what was drawn before."""
+    """Return an independent generator for a purpose, so that draws do not depend on earlier ones."""
     label = "/".join(str(part) for part in (seed, *purpose))
     digest = hashlib.sha256(label.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -114,9 +113,9 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread: results then do not depend on the number of cores.
+    """Compute on one thread, so that results do not depend on the number of cores.
 
-    The products of a batch are too small to gain from a second thread.
+    The products of a batch are too small to gain from more.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -127,7 +126,7 @@ def one_thread() -> Iterator[None]:
 
 
 def observe(operator: Operator, images: Tensor, noise: Tensor, n: Tensor) -> Tensor:
-    """Return the data `f = K u + noise n`, `(*stack, N, C, H, W)`, with the same `n` for a whole stack.
+    """Return the data `f = K u + noise n`, `(*stack, N, C, H, W)`, with the same `n` for all members.
 
     Args:
         operator: `K`.
@@ -149,6 +148,15 @@ def train(model: FixedPointModel, images: Tensor, noise: float, **options: Any) 
     Args:
         model: without a stack dimension.
         images, noise, options: see `Training`.
+
+    >>> from lib.models import FixedPointModel
+    >>> from lib.operators import Identity
+    >>> from lib.regularizer import ConvFieldsOfExperts, smoothed_sign
+    >>> A, images = torch.randn(4, 3, 3), torch.zeros(8, 1, 6, 6)
+    >>> model = FixedPointModel(Identity(), ConvFieldsOfExperts(A, None, smoothed_sign(5)), 0.005, 4, 1)
+    >>> history = train(model, images, noise=0.3, epochs=5, optimizer=Adam(0.01))
+    >>> history.status, history.rows[-1]["train_loss"] < history.rows[1]["train_loss"]
+    ('completed', True)
     """
     return Training(model, images, noise, **options).run()[0]
 
@@ -156,35 +164,35 @@ def train(model: FixedPointModel, images: Tensor, noise: float, **options: Any) 
 class Training:
     """Minimize the mean squared error of the fixed points `u*` over the weights of a model.
 
-    The data are `f = K u + noise n` with standard normal `n`. The gradient is the implicit one.
+    The data are `f = K u + noise n` with standard normal `n`, the gradients implicit ones.
 
     Args:
-        model: trained in place; with a leading stack dimension in `tau`, `lam`, `gamma` and the weights it is
-            many models at once. Members that end early leave it.
+        model: trained in place. `tau`, `lam`, `gamma` and the weights may have a leading dimension: a stack
+            of models, which members that diverge or run out of time leave.
         images: `u`, `(N, C, H, W)`, on the model's device.
         noise: standard deviation, a number or one for each member of the stack.
-        epochs: passes over the images; of L-BFGS iterations.
-        batch_size: images in an optimizer step; None takes all.
+        epochs: passes over the images, or iterations of L-BFGS.
+        batch_size: images of an optimizer step; None takes all.
         optimizer: `Adam` or `LBFGS`.
         solver: of the fixed point.
-        adjoint: solver of the adjoint equation, or a Neumann series in its place; None is `solver`.
-        start: first iterate `u^0` of the data `f`; None is `K^T f`.
+        adjoint: solver of the adjoint equation, or a Neumann series instead; None is `solver`.
+        start: maps the data `f` to the first iterate `u^0`; None is `K^T f`.
         precondition: whether both solves are preconditioned (`FixedPointModel.preconditioner`).
-        warm_start: every image keeps its noise, and its solves start from the solutions of the last epoch;
-            otherwise order and noise are drawn in each epoch. It needs all images in one batch.
-        test: images of the evaluation, or None for none.
+        warm_start: whether solves start from the solutions of the last epoch; every image then keeps its
+            noise, and all images form one batch. Otherwise each epoch draws order and noise.
+        test: images of the evaluation; None skips it.
         test_every: epochs from one evaluation to the next.
         time_budget: seconds after which a member ends as `out of time`.
         precision: of the products on a GPU, `float32` or `tf32`.
         seed: of order and noise.
 
     Attributes:
-        members: the history of each member.
+        members: history of each member.
         alive: indices of the members that still train, in the order of the stack.
-        epoch, step: epochs and optimizer steps that have ended.
+        epoch, step: number of finished epochs and optimizer steps.
 
     Raises:
-        ValueError: L-BFGS or a warm start is asked for with batches, or L-BFGS with a stack.
+        ValueError: L-BFGS or a warm start with batches, or L-BFGS with a stack.
     """
 
     def __init__(
@@ -226,23 +234,19 @@ class Training:
             search = (1.0, 1, optimizer.evaluations, 0.0, 0.0, optimizer.memory, "strong_wolfe")
             self.optimizer: torch.optim.Optimizer = torch.optim.LBFGS(model.parameters(), *search)
         else:
-            # Not fused on a CPU: that kernel rounds a tensor's last numbers otherwise, and members would not
-            # be equal. On a GPU it reads and writes each tensor once, not at every operation.
+            # Fused on a GPU alone: on a CPU the fused kernel rounds depending on the position in a tensor,
+            # and members of a stack would differ from models trained alone.
             fused = self.device.type != "cpu"
             rate = optimizer.learning_rate
             self.optimizer = torch.optim.Adam(model.parameters(), lr=rate, foreach=not fused, fused=fused)
-        # The data need not have the shape of the images.
         self.data_shape = model.operator.forward(images[:1]).shape[1:]
         self.epoch = self.step = 0
         self.solutions: dict[str, Tensor] = {}
         self.P: Tensor | None = None
-        # Step, losses and solver steps of optimizer steps whose losses were not read, and when they began.
-        self.unread: list[tuple[int, Tensor, Tensor]] = []
-        self.unread_since = 0.0
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in all."""
+        """Total number of optimizer steps."""
         return self.epochs * self.steps_per_epoch
 
     @one_thread()
@@ -254,7 +258,7 @@ class Training:
         """Train until every member has ended.
 
         Args:
-            on_epoch: called after each epoch, when a `checkpoint` of each living member can be taken.
+            on_epoch: called after each epoch, for instance to take a `checkpoint` of each living member.
             on_step: called after each optimizer step.
 
         Returns:
@@ -284,12 +288,8 @@ class Training:
         for indices in order.split(self.batch_size):
             images = self.images[indices.to(self.device)]
             self._train_step(images, self._draw(images, draws), meter)
-            last = self.step % self.steps_per_epoch == 0
-            if self.device.type == "cpu" or last or len(self.unread) == UNREAD_STEPS:
-                self._read_losses(meter)
-                self._end_late(meter)
-                if not self.alive:
-                    break
+            if not self.alive:
+                break
             on_step()
         return meter
 
@@ -313,19 +313,26 @@ class Training:
         self.model.refresh()
         self.step += 1
         loss, solution, adjoint = evaluation
-        if not self.unread:
-            self.unread_since = start
-        work = solution.steps.double().mean(-1) + adjoint.steps.double().mean(-1)
-        self.unread.append((step + 1, loss, work.reshape(-1)))
         meter.add(
             len(images),
             train_loss=loss,
             **self._solver_metrics("forward", solution),
             **self._solver_metrics("backward", adjoint, series=isinstance(self.adjoint, NeumannSeries)),
         )
+        steps = solution.steps.double().mean(-1) + adjoint.steps.double().mean(-1)
+        self._charge(start, steps.reshape(-1))
+        where = f"above {LOSS_LIMIT:g} in epoch {self.epoch + 1}, step {step + 1}"
+        losses = enumerate(loss.tolist())
+        diverged = {p: f"training loss {value:.3g} {where}" for p, value in losses if not value <= LOSS_LIMIT}
+        meter.keep([p for p in range(len(self.alive)) if p not in diverged])
+        self._end(DIVERGED, diverged)
+        reason = f"time budget of {self.time_budget:g} s spent in epoch {self.epoch + 1}"
+        late = [p for p, index in enumerate(self.alive) if self.members[index].seconds > self.time_budget]
+        meter.keep([p for p in range(len(self.alive)) if p not in late])
+        self._end(OUT_OF_TIME, dict.fromkeys(late, reason))
 
     def _evaluate_gradient(self, images: Tensor, f: Tensor) -> Evaluation:
-        """Return the losses `(members,)` and both solutions; the gradient is left in the parameters."""
+        """Compute the gradient, and return the losses `(members,)` and both solutions."""
         problem, u0 = self.model.problem(f, self.P), self.start(f)
         if self.solutions:
             last = self.solutions
@@ -334,7 +341,7 @@ class Training:
         solution = implicit_fixed_point(problem, u0, self.solver, self.adjoint, adjoint.append)
         loss = (solution.value - images).square().mean((-4, -3, -2, -1))
         self.optimizer.zero_grad()
-        # A member that diverged takes no part in the sum: its NaN stays in its own slice.
+        # Members that diverged are left out of the sum: their NaN stay in their own slices.
         torch.where(loss.detach() <= LOSS_LIMIT, loss, 0).sum().backward()
         if self.warm_start:
             zero = torch.zeros_like(solution.value)
@@ -349,7 +356,7 @@ class Training:
         evaluations: list[Evaluation] = []
 
         def closure() -> float:
-            # A search may extrapolate too far, where nothing can be computed.
+            # A line search may extrapolate to weights that overflow.
             if not all(parameter.abs().max() <= FARTHEST for parameter in self.model.parameters()):
                 self.optimizer.zero_grad()
                 return math.inf
@@ -384,34 +391,9 @@ class Training:
             metrics[f"{name}_unconverged"] = solution.status != Status.CONVERGED
         return {key: value.reshape(len(self.alive), -1) for key, value in metrics.items()}
 
-    def _read_losses(self, meter: _Meter) -> None:
-        """Charge the members with the steps since the last reading, and end those whose loss has diverged.
-
-        On a GPU such a member trains on until then, so that its last weights are those of a later step.
-        """
-        steps, losses, work = zip(*self.unread, strict=True)
-        self.unread = []
-        self._charge(self.unread_since, torch.stack(work).sum(0))
-        lost: dict[int, str] = {}
-        for step, values in zip(steps, torch.stack(losses).tolist(), strict=True):
-            where = f"above {LOSS_LIMIT:g} in epoch {self.epoch + 1}, step {step}"
-            for position, value in enumerate(values):
-                if not value <= LOSS_LIMIT:
-                    lost.setdefault(position, f"training loss {value:.3g} {where}")
-        meter.keep([position for position in range(len(self.alive)) if position not in lost])
-        self._end(DIVERGED, lost)
-
-    def _end_late(self, meter: _Meter) -> None:
-        """End the members whose time budget is spent."""
-        late = [p for p, index in enumerate(self.alive) if self.members[index].seconds > self.time_budget]
-        if late:
-            meter.keep([p for p in range(len(self.alive)) if p not in late])
-            reason = f"time budget of {self.time_budget:g} s spent in epoch {self.epoch + 1}"
-            self._end(OUT_OF_TIME, dict.fromkeys(late, reason))
-
     def _record(self, test: _Meter | None, training: _Meter | None = None) -> None:
-        """Add a row to the history of every living member; one whose test loss is absurd has diverged."""
-        lost = {}
+        """Add a row to the history of every living member, or end it if its test loss exceeds the limit."""
+        diverged = {}
         measured = [meter.rows() for meter in (test, training) if meter is not None]
         for position, index in enumerate(self.alive):
             row = {"epoch": self.epoch, "seconds": self.members[index].seconds}
@@ -421,8 +403,8 @@ class Training:
                 self.members[index].rows.append(row)
             else:
                 loss = f"test loss {row['test_loss']:.3g}"
-                lost[position] = f"{loss} above {LOSS_LIMIT:g} after epoch {self.epoch}"
-        self._end(DIVERGED, lost)
+                diverged[position] = f"{loss} above {LOSS_LIMIT:g} after epoch {self.epoch}"
+        self._end(DIVERGED, diverged)
 
     def _charge(self, start: float, steps: Tensor) -> None:
         """Charge the time since `start` to the living members in proportion to their solver steps."""
@@ -436,7 +418,7 @@ class Training:
         return (tensor[position] if self.stacked else tensor).detach().cpu().clone()
 
     def _end(self, status: str, reasons: dict[int, str]) -> None:
-        """End the members at these positions; the others go on without them."""
+        """End the members at these positions, for these reasons, and take them out of the stack."""
         if not reasons:
             return
         weights = self.model.weights()
@@ -447,10 +429,10 @@ class Training:
         left = [position for position in range(len(self.alive)) if position not in reasons]
         self.alive = [self.alive[position] for position in left]
         if left:
-            self._keep(left)
+            self._restrict(left)
 
-    def _keep(self, positions: Sequence[int]) -> None:
-        """Take the members at other positions out of the stack."""
+    def _restrict(self, positions: Sequence[int]) -> None:
+        """Restrict the stack to the members at these positions."""
         index = torch.tensor(positions, dtype=torch.long, device=self.device)
         for parameter in self.model.parameters():
             parameter.data = parameter.data[index]
@@ -466,7 +448,7 @@ class Training:
         self.P = None if self.P is None else self.P[index]
 
     def checkpoint(self, index: int) -> dict[str, Any]:
-        """Return all that is needed to resume the living member `index`, alone or in any stack."""
+        """Return the state of the living member `index`, to resume it alone or in any stack."""
         position, member = self.alive.index(index), self.members[index]
         adam, weights = isinstance(self.schedule, Adam), {}
         for name, parameter in self.model.named_parameters():
@@ -481,7 +463,7 @@ class Training:
         return content | {"weights": weights, "buffers": buffers}
 
     def restore(self, states: Sequence[dict[str, Any]]) -> None:
-        """Resume from a `checkpoint` of each member; they need not have been in one stack before.
+        """Resume from a `checkpoint` of each member, which may come from different stacks.
 
         Raises:
             ValueError: the checkpoints are of different epochs.
@@ -515,7 +497,7 @@ class Training:
 
 
 class _Meter:
-    """Sums of per-sample quantities for every member, `(members,)` each."""
+    """Means over samples of the metrics of every member."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -529,6 +511,7 @@ class _Meter:
             self.sums[name] = self.sums.get(name, 0) + total
 
     def keep(self, members: list[int]) -> None:
+        """Restrict the sums to the members at these positions."""
         self.sums = {name: total[members] for name, total in self.sums.items()}
 
     def rows(self) -> list[Row]:
@@ -538,6 +521,6 @@ class _Meter:
 
 
 def _usable(solution: Solution, otherwise: Tensor) -> Tensor:
-    """Return the solution as first iterate of the next epoch; samples that diverged start afresh."""
+    """Return the first iterates of the next epoch: the solution, or `otherwise` of samples that diverged."""
     diverged = (solution.status == Status.DIVERGED)[..., None, None, None]
     return torch.where(diverged, otherwise, solution.value.detach())
