@@ -17,24 +17,15 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lib.experiments.problem import make_operator, observe
 
 from lib.experiments import problem
 from lib.experiments.config import RunConfig
-from lib.experiments.problem import make_operator, observe
 from lib.experiments.profiles import faces_config
 from lib.experiments.runs import Run, code_version
 from lib.experiments.store import REPOSITORY, RESULTS
 from lib.experiments.sweep import Sweep
-from lib.figures import (
-    comparison,
-    evaluation,
-    hypergradients,
-    photographs,
-    reconstructions,
-    theory,
-    tomography,
-    weight,
-)
+from lib.figures import comparison, evaluation, photographs, reconstructions
 from lib.figures.reconstructions import Reconstructions
 from lib.models import MODELS
 from lib.regularizer import GRADIENT_NORM
@@ -108,7 +99,7 @@ def test_compared_cells_show_checks_alone(path: Path) -> None:
 )
 def test_a_finding_in_a_compared_cell_is_noticed(finding: str) -> None:
     """Beside checks as well; not where the output is ignored."""
-    for source in (finding, f"theory.check_shares(shares)\n{finding}"):
+    for source in (finding, f"comparison.check_sweep(sweep)\n{finding}"):
         assert compared_findings(source) != []
         assert compared_findings(f"# NBVAL_IGNORE_OUTPUT\n{source}") == []
 
@@ -228,33 +219,6 @@ def check_weights(machine: Machine) -> None:
     reconstructions.check_weights({"naive": run})
 
 
-def check_directions(machine: Machine) -> None:
-    along = {
-        "norm a constant": machine.near(0.7),
-        "through the norm": abs(machine.any(0, st.floats(0, 1e-6))),
-    }
-    losses = pd.DataFrame({name: [machine.near(0.1)] for name in along})
-    weight.check_directions({"denoising": weight.NormDirections(machine.near(45.0), along, losses)})
-
-
-def check_hypergradients(machine: Machine) -> None:
-    runs = {}
-    for case, config in hypergradients.configurations("smoke", 1, 1).items():
-        settled = machine.unconverged() == 0
-        taken = min(machine.number(3.0, settled), config.neumann_steps)
-        history = pd.DataFrame({"backward_steps": [taken], "test_loss": machine.number(0.1, settled)})
-        runs[case] = Run("key", config, machine.status(settled), "why", history, {}, {})
-    hypergradients.check_hypergradients(runs, pd.DataFrame(index=pd.MultiIndex.from_tuples(list(runs))))
-
-
-def check_shares(machine: Machine) -> None:
-    rounding = machine.any(0.0, st.floats(-1e-14, 1e-14))
-    path = pd.DataFrame(
-        {"skew": [abs(rounding), machine.near(0.3)], "lowest": [rounding, machine.near(-0.2)]}
-    )
-    theory.check_shares(path, {"bilevel 3x3": abs(rounding), "DEQ 3x3": machine.near(0.07)})
-
-
 def check_evaluation(machine: Machine) -> None:
     found = [evaluation.Picture("a", Path("a.png"), 64, (40, 50), "L", "")]
     weights = evaluation.WeightChoice(0.1, {evaluation.TV: machine.near(0.06), "DEQ": machine.near(20.0)})
@@ -264,14 +228,8 @@ def check_evaluation(machine: Machine) -> None:
     evaluation.check_evaluation(table, found, weights, "denoising")
 
 
-def check_tomography(machine: Machine) -> None:
-    scans = tomography.scan(8, 4, 0.1, {"test": 1}, 0)
-    tomography.check_tomography(scans, [tomography.tv_model(scans.operator, machine.near(500.0))])
-
-
 CHECKS = (check_reconstructions, check_stored_losses, check_sweep, check_kernels)
-CHECKS += (check_weights, check_shares, check_directions, check_hypergradients)
-CHECKS += (check_evaluation, check_tomography)
+CHECKS += (check_weights, check_evaluation)
 
 
 def assert_the_same_everywhere(said: Callable[[Machine], str]) -> None:
