@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lib.experiments.config import FacesConfig, RunConfig
-from lib.experiments.runs import run_key
+from lib.experiments.records import run_key
 from lib.experiments.store import RESULTS, write_atomic
 
 CODES = ("d15588d53c715eb9", "22cd644457e302f6")

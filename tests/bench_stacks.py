@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lib.experiments.config import RunConfig
 from lib.experiments.profiles import GRID, grid
-from lib.experiments.runs import default_device
+from lib.experiments.processes import default_device
 from lib.experiments.trainer import Trainer
 
 ALONE = 4

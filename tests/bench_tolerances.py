@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.experiments.problem import generator, load_images, make_solver, observe, one_thread
-from lib.experiments.runs import Run, trained_kernels
+from lib.experiments.records import Run, trained_kernels
 from lib.implicit import implicit_fixed_point
 from lib.models import MODELS
 from lib.solvers import Anderson, Solution, Solver

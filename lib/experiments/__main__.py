@@ -18,16 +18,10 @@ from lib.experiments.build import Config
 from lib.experiments.cluster import LocalJobs, job_options, train_on_cluster
 from lib.experiments.config import ConfigError, FacesConfig, RunConfig, parse_parameters
 from lib.experiments.data import DataError
+from lib.experiments.processes import default_device, workers
 from lib.experiments.profiles import faces_config, grid, profile_config
-from lib.experiments.runs import (
-    default_device,
-    get_runs,
-    read_record,
-    run_folder,
-    stacks,
-    train_runs,
-    workers,
-)
+from lib.experiments.records import read_record, run_folder
+from lib.experiments.runs import get_runs, stacks, train_runs
 from lib.experiments.store import Results
 from lib.experiments.sweep import duration, load_sweep, plan, status, write_tables
 

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from lib.experiments.build import Config
 from lib.experiments.config import ConfigError
-from lib.experiments.runs import is_stored, load_run, run_folder, run_key
+from lib.experiments.records import is_stored, load_run, run_folder, run_key
 from lib.experiments.store import RESULTS, DamagedFile, Results, write_atomic
 
 RUN_FILES = ("weights.pt", "run.json")
@@ -68,7 +68,7 @@ def take(path: Path, configs: Sequence[Config], results: Results = None) -> str:
                     write_atomic(run_folder(config, staging) / name, content)
             except (BadZipFile, KeyError) as error:
                 raise DamagedFile(f"{path}: {error}") from None
-            if load_run(run_folder(config, staging), config) is None:
+            if load_run(config, staging) is None:
                 raise DamagedFile(f"{path}: its run {run_key(config)} cannot be used")
         for config in new:
             folder = run_folder(config, results)

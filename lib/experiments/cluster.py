@@ -39,11 +39,11 @@ from submitit.core.utils import JobPaths
 from submitit.helpers import Checkpointable, clean_env
 from tqdm import tqdm
 
-from lib.experiments import runs
+from lib.experiments import records, runs
 from lib.experiments.build import Config, load_images, shared
 from lib.experiments.config import Checked, ConfigError, RunConfig, named, require_name, shown
 from lib.experiments.method import METHOD_VERSION
-from lib.experiments.processes import interrupts_ignored
+from lib.experiments.processes import default_device, interrupts_blocked, workers
 from lib.experiments.store import RESULTS, Results, read_sealed, write_sealed
 from lib.training import DIVERGED, OUT_OF_TIME
 
@@ -86,15 +86,15 @@ class LocalJobs(Checked):
     look_seconds: ClassVar[float] = 1.0
     place: ClassVar[str] = f"local-{platform.node()}"
 
-    jobs: Jobs = Field(default_factory=lambda: runs.workers(runs.default_device()))
+    jobs: Jobs = Field(default_factory=lambda: workers(default_device()))
 
     def groups(self, configs: Sequence[RunConfig]) -> list[list[Config]]:
         """Configurations that are trained in one job, the groups taking turns."""
-        return runs.stacks(configs, runs.default_device())
+        return runs.stacks(configs, default_device())
 
     def parameters(self, count: int) -> dict[str, Any]:
         """What submitit is told of `count` jobs: here no time limit, whose unit is a minute."""
-        accelerators = 1 if runs.default_device().type == "cuda" else 0
+        accelerators = 1 if default_device().type == "cuda" else 0
         return {"timeout_min": 365 * 24 * 60, "gpus_per_node": accelerators}
 
     def unfinished(self, jobs: Iterable[ClusterJob]) -> set[str]:
@@ -203,8 +203,8 @@ class Share(Checkpointable):
             # submitit ignores it in favour of Slurm's other signals, and nothing else would end the job.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         configs = [RunConfig(**values) for values in self.configs]
-        for stack in runs.stacks(configs, runs.default_device()):
-            runs.train_stack(stack, self.results, lambda progress: None)
+        for stack in runs.stacks(configs, default_device()):
+            runs.train_stack(stack, self.results, lambda steps, ended: None)
 
 
 def train_on_cluster(configs: Sequence[RunConfig], options: LocalJobs, results: Results = None) -> None:
@@ -223,7 +223,7 @@ def train_on_cluster(configs: Sequence[RunConfig], options: LocalJobs, results: 
         KeyboardInterrupt: with a message, since the jobs go on.
     """
     results = Path(results or RESULTS).absolute()
-    waiting = [config for config in configs if not runs.is_stored(config, results)]
+    waiting = [config for config in configs if not records.is_stored(config, results)]
     if not waiting:
         return
     # Here, where data that are missing are reported once; the machines of the jobs may have no network.
@@ -240,9 +240,9 @@ def train_on_cluster(configs: Sequence[RunConfig], options: LocalJobs, results: 
     with held:
         jobs = _submitted(folder, options)
         taken = frozenset[str]().union(*(job.keys for job in jobs))
-        left = [config for config in waiting if runs.run_key(config) not in taken]
+        left = [config for config in waiting if records.run_key(config) not in taken]
         jobs += _submit(left, options, results, folder) if left else []
-    jobs = [job for job in jobs if any(runs.run_key(config) in job.keys for config in waiting)]
+    jobs = [job for job in jobs if any(records.run_key(config) in job.keys for config in waiting)]
     try:
         _follow(configs, jobs, options, results)
     except KeyboardInterrupt:
@@ -281,9 +281,9 @@ def _submit(
         values = [tuple(config.model_dump() for config in share) for share in shares]
         tasks = [Share(own_values, str(results), METHOD_VERSION) for own_values in values]
         # Ctrl-C ends the command that waits, not jobs of this machine. The error has what sbatch prints, too.
-        with interrupts_ignored(), _no_job(), redirect_stderr(io.StringIO()):
+        with interrupts_blocked(), _no_job(), redirect_stderr(io.StringIO()):
             ids = [job.job_id for job in executor.submit_array(tasks)]
-            keys = [[runs.run_key(config) for config in share] for share in shares]
+            keys = [[records.run_key(config) for config in share] for share in shares]
             write_sealed(own / "jobs", json.dumps(dict(zip(ids, keys, strict=True))).encode())
     except BaseException:
         shutil.rmtree(own)
@@ -305,14 +305,14 @@ def _follow(
 ) -> None:
     """Wait until all runs are stored, or no job and no other process trains those that are not."""
     ended: Counter[str] = Counter()
-    left = {runs.run_key(config): config for config in configs}
+    left = {records.run_key(config): config for config in configs}
     earlier = recent = {job.id for job in jobs}
     looked = time.monotonic()
     interval = 0.2 if sys.stderr.isatty() else 5.0
     with tqdm(desc="sweep", total=len(configs), mininterval=interval, unit="run", leave=False) as bar:
         while True:
             for key, config in list(left.items()):
-                record = runs.read_record(config, results)
+                record = records.read_record(config, results)
                 if record is not None:
                     ended[record["status"]] += 1
                     del left[key]

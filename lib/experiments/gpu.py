@@ -1,6 +1,7 @@
 """What a GPU does with the trainings of the grid: whether it agrees with the CPU, and how fast it is.
 
-`make gpu` measures for some minutes and writes tables; with `--sweep MINUTES` it then trains runs of a grid, packed into one file for `make sweep`.
+`make gpu` measures for some minutes and writes tables; with `--sweep MINUTES` it then trains runs of a grid,
+packed into one file for `make sweep`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from lib.experiments.config import MNIST_SIDE, ConfigError, RunConfig
 from lib.experiments.method import METHOD_VERSION
 from lib.experiments.profiles import GRID, grid
 from lib.experiments.provenance import write_with_provenance
-from lib.experiments.runs import Progress, is_stored, stacks, train_stack
+from lib.experiments.records import is_stored
+from lib.experiments.runs import stacks, train_stack
 from lib.experiments.store import RESULTS
 from lib.training import History, generator
 
@@ -166,7 +168,7 @@ def sweep(profile: str, minutes: float, device: torch.device, out: Path) -> str:
         raise data.DataError(f"{data.DATA / 'MNIST' / 'raw'} is not there: a sweep needs it brought along")
     results = out / "store"
 
-    def report(progress: Progress) -> None:
+    def report(steps: int, ended: tuple[str, ...]) -> None:
         if time.monotonic() > until:
             raise _Over
 

@@ -1,21 +1,36 @@
-"""Files together with where they come from: the method, the machine, the time and their own checksums."""
+"""Files together with their provenance: method, machine, time and checksums."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lib.experiments.method import METHOD_VERSION
-from lib.experiments.runs import default_device, environment
+from lib.experiments.processes import default_device
 from lib.experiments.store import DamagedFile, write_atomic
 
 PROVENANCE = "provenance.json"
+
+
+def environment(device: torch.device | str | None = None) -> dict[str, Any]:
+    """Return versions and machine of a computation on a device (the default one when None)."""
+    device = torch.device(device or default_device())
+    packages = ("torch", "torchvision", "numpy", "pandas", "matplotlib")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+    }
 
 
 def write_with_provenance(
@@ -25,22 +40,19 @@ def write_with_provenance(
     name: str = PROVENANCE,
     device: torch.device | str | None = None,
 ) -> list[Path]:
-    """Write files, and beside them, last, where they come from.
+    """Write files and, last, their provenance, and return all paths.
 
     Args:
-        folder: where to.
+        folder: of the files.
         files: contents by name.
-        provenance: what to say beyond method, environment, time and checksums.
-        name: of the file that says it.
-        device: that the environment is of; the default one when None.
-
-    Returns:
-        The paths of all files.
+        provenance: entries beyond method, environment, time and checksums.
+        name: of the provenance file.
+        device: of the environment; the default one when None.
     """
     record = {
         **provenance,
         "method": METHOD_VERSION,
-        "environment": environment(device or default_device()),
+        "environment": environment(device),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "sha256": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
     }
@@ -51,11 +63,11 @@ def write_with_provenance(
 
 
 def read_described(path: Path, provenance: Mapping[str, Any]) -> bytes:
-    """Content of a file beside its provenance.
+    """Return the content of a file after a check against its provenance.
 
     Raises:
-        OSError: it cannot be read.
-        DamagedFile: it is not the file that was written.
+        OSError: the file cannot be read.
+        DamagedFile: the content does not match the checksum in its provenance.
     """
     content = path.read_bytes()
     if provenance["sha256"][path.name] != hashlib.sha256(content).hexdigest():

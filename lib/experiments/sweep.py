@@ -17,21 +17,11 @@ from tqdm import tqdm
 from lib.experiments.build import Config, make_training, shared, total_steps
 from lib.experiments.config import RunConfig, require_name
 from lib.experiments.data import DataError
+from lib.experiments.processes import default_device, workers
 from lib.experiments.profiles import SWEEPS, grid
 from lib.experiments.provenance import PROVENANCE, read_described, write_with_provenance
-from lib.experiments.runs import (
-    COMMITTED,
-    DATA_DIGESTS,
-    default_device,
-    member_bytes,
-    read_record,
-    run_folder,
-    run_key,
-    stacks,
-    train_runs,
-    weight_count,
-    workers,
-)
+from lib.experiments.records import COMMITTED, DATA_DIGESTS, read_record, run_folder, run_key
+from lib.experiments.runs import member_bytes, stacks, train_runs, weight_count
 from lib.experiments.store import RESULTS, DamagedFile, Results
 from lib.training import COMPLETED, DIVERGED, OUT_OF_TIME, History
 
@@ -55,7 +45,7 @@ class Sweep:
         profile: name of its profile.
         runs: a row per configuration: its `key` and parameters, `status` (`not run` where it was not
             trained), `reason`, `epochs_finished`, `seconds`, and the metrics of the last finished epoch
-            (see `lib.experiments.runs.Run.history`).
+            (see `lib.training.History`).
         epochs: a row per run and epoch: `key` and metrics.
         provenance: axes, data digests, environments, counts and seconds.
     """
@@ -244,7 +234,7 @@ def plan(configs: Sequence[RunConfig], results: Results = None) -> pd.DataFrame:
         row: dict[str, Any] = {"task": group[0].task, "model": group[0].model, "runs": len(group)}
         row |= {"seconds": min(_seconds_per_run(trained, device), group[0].time_budget)}
         row |= {"stored": len(group) * stored / 1e9}
-        row |= {"memory": max(map(len, trained)) * member_bytes(group[0], device) / 1e9}
+        row |= {"memory": max(map(len, trained)) * member_bytes(group[0]) / 1e9}
         rows.append(row)
     columns = ["task", "model", "runs", "seconds", "stored", "memory"]
     table = pd.DataFrame(rows, columns=columns)

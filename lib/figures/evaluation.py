@@ -26,7 +26,7 @@ from tqdm import tqdm
 from lib.experiments.build import make_operator, solve
 from lib.experiments.config import MODELS, ConfigError, FacesConfig
 from lib.experiments.data import IMAGE_SUFFIXES, DataError, photograph, photograph_files
-from lib.experiments.runs import Run, stored_kernels, trained_kernels
+from lib.experiments.records import Run, stored_kernels, trained_kernels
 from lib.experiments.store import Results
 from lib.figures.baselines import Method, best_tv_weight, best_weight, tuning_data, tv_method
 from lib.figures.comparison import paired_test

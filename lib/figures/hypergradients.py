@@ -19,7 +19,8 @@ from torch import Tensor
 from lib.experiments.build import Config, is_preconditioned, load_images, make_adjoint_solver, make_model
 from lib.experiments.config import MODELS, TASKS
 from lib.experiments.profiles import our_config, profile_config
-from lib.experiments.runs import Run, get_runs
+from lib.experiments.records import Run
+from lib.experiments.runs import get_runs
 from lib.experiments.store import Results
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, model_line, note
 from lib.implicit import implicit_fixed_point

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from lib.experiments.build import Config, load_images, make_operator, solve, test_noise
 from lib.experiments.config import MODELS
+from lib.experiments.processes import default_device, workers
 from lib.experiments.profiles import profile_config, profile_seeds
-from lib.experiments.runs import Run, default_device, find_histories, find_runs, get_runs, workers
+from lib.experiments.records import Run
+from lib.experiments.runs import find_histories, find_runs, get_runs
 from lib.experiments.store import Results
 from lib.experiments.sweep import NOT_RUN, row_config
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note

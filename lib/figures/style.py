@@ -18,7 +18,7 @@ from matplotlib.figure import Figure, SubFigure
 from lib.experiments.build import image_shape
 from lib.experiments.config import FacesConfig
 from lib.experiments.provenance import write_with_provenance
-from lib.experiments.runs import Run, data_digests
+from lib.experiments.records import Run, data_digests
 from lib.experiments.store import RESULTS, Results
 from lib.experiments.sweep import NOT_RUN, Sweep
 from lib.figures.comparison import Question, has_converged

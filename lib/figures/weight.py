@@ -18,7 +18,8 @@ from lib.experiments.build import Weights, solve, trained_model
 from lib.experiments.config import FacesConfig
 from lib.experiments.processes import cores
 from lib.experiments.profiles import OURS, faces_config, our_config
-from lib.experiments.runs import Run, get_runs
+from lib.experiments.records import Run
+from lib.experiments.runs import get_runs
 from lib.experiments.store import Results
 from lib.figures.comparison import paired_test
 from lib.figures.hypergradients import exact_hypergradient, training_loss, training_problem

@@ -29,7 +29,8 @@ from lib.experiments.config import ConfigError, RunConfig, parse_parameters, sho
 from lib.experiments.data import DataError
 from lib.experiments.profiles import grid
 from lib.experiments.provenance import write_with_provenance
-from lib.experiments.runs import Run, get_run
+from lib.experiments.records import Run
+from lib.experiments.runs import get_run
 from lib.experiments.store import Results
 from lib.experiments.sweep import NOT_RUN, TABLES, Sweep, load_sweep, load_table, row_config, table_folder
 from lib.figures.comparison import PAIRED

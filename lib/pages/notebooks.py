@@ -170,7 +170,7 @@ def keep(name: str, profile: str) -> Path:
         ConfigError: the profile's figures are not committed, or this one has not been made.
     """
     from lib.experiments.provenance import PROVENANCE
-    from lib.experiments.runs import COMMITTED, keep_history, keep_run
+    from lib.experiments.records import COMMITTED, keep_history, keep_run
 
     require_name("profile", profile, COMMITTED)
     made, committed = RESULTS / profile / name, RESULTS / COMMITTED[profile]

@@ -257,7 +257,7 @@ class Reconstruct(Parameters):
 
     def folder(self, name: str, results: Path) -> Path:
         # Imported here because a value should be refused at once, and torch takes seconds to come.
-        from lib.experiments.runs import stored_kernels, trained_kernels
+        from lib.experiments.records import stored_kernels, trained_kernels
         from lib.figures.photographs import reconstruction_folder
 
         committed = (self.task, self.model, self.filters)

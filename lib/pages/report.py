@@ -31,7 +31,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from lib.experiments.config import ConfigError, require_name
 from lib.experiments.profiles import PROFILES
 from lib.experiments.provenance import PROVENANCE, read_described
-from lib.experiments.runs import COMMITTED
+from lib.experiments.records import COMMITTED
 from lib.experiments.store import REPOSITORY, RESULTS, DamagedFile, write_atomic
 from lib.experiments.sweep import duration
 from lib.figures.comparison import ANSWERS, Question

@@ -1,0 +1,360 @@
+"""Runs on disk: a folder in the store, and the smaller files of runs that are committed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import tempfile
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lib.experiments.build import Config, Weights, trained_model
+from lib.experiments.config import ConfigError, FacesConfig, RunConfig, shown
+from lib.experiments.data import FACES_FILES, MNIST_FILES, photograph_files
+from lib.experiments.method import METHOD_VERSION
+from lib.experiments.provenance import environment
+from lib.experiments.store import (
+    RESULTS,
+    DamagedFile,
+    Results,
+    read_sealed,
+    set_aside,
+    write_atomic,
+    write_sealed,
+)
+from lib.models import FixedPointModel
+from lib.training import History
+
+DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
+
+REFERENCE, KERNELS = RESULTS / "reference", "kernels.json"
+"""The committed figures, and the file of trained kernels in the folders of some of them."""
+
+COMMITTED = {"quick": "reference", "overnight": "reference/overnight"}
+"""Profiles whose figures are committed, and where among the results."""
+
+COMMITTED_BITS = 8
+"""Significant bits of dense weights in a committed run; the rounding changes its test loss by some 0.02 %."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stored training run.
+
+    Attributes:
+        key: its key in the store.
+        config: its configuration.
+        status: `completed`, `diverged` or `out of time`.
+        reason: why it did not complete.
+        history: a row per epoch (see `lib.training.History`).
+        weights: `A`, `b` unless they are kernels and, for a DEQ, `C`.
+        provenance: data digests, version of the method, environment and seconds.
+    """
+
+    key: str
+    config: Config
+    status: str
+    reason: str
+    history: pd.DataFrame
+    weights: Weights
+    provenance: dict[str, Any]
+
+    def model(self, stacked: bool = False, shape: tuple[int, int] | None = None) -> FixedPointModel:
+        """Return the trained model.
+
+        Args:
+            stacked: give it the leading dimension that it was trained with.
+            shape: of the images, for convolutional models; that of the training's when None.
+        """
+        return trained_model(self.config, self.weights, stacked, shape)
+
+
+def run_key(config: Config) -> str:
+    """Return the key of a run: a digest of its configuration, its data and the version of the method."""
+    identity = {"config": config.model_dump(), "data": data_digests(config), "method": METHOD_VERSION}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def data_digests(config: Config) -> dict[str, str]:
+    """Return the digests of the image files of a configuration, and of the run that it starts from."""
+    if not isinstance(config, FacesConfig):
+        return DATA_DIGESTS[config.dataset]
+    if config.dataset == "faces":
+        digests = DATA_DIGESTS["faces"]
+    else:
+        files = photograph_files(config.dataset, config.train_images, config.test_images)
+        digests = {path.name: f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files}
+    if isinstance(config.initial, FacesConfig):
+        earlier = data_digests(config.initial)
+        digests = digests | {f"initial/{name}": digest for name, digest in earlier.items()}
+    return digests
+
+
+def run_folder(config: Config, results: Results = None) -> Path:
+    """Return the folder of a run in the store."""
+    return Path(results or RESULTS) / "runs" / run_key(config)
+
+
+def is_stored(config: Config, results: Results = None) -> bool:
+    """Return whether a run has ended and is in the store."""
+    return (run_folder(config, results) / "run.json").exists()
+
+
+def read_record(config: Config, results: Results = None) -> dict[str, Any] | None:
+    """Return the stored record of a run, or None; a damaged record is set aside."""
+    path = run_folder(config, results) / "run.json"
+    try:
+        record = _read_json(path, "run")
+        if record_config(record) != config:
+            raise DamagedFile(f"{path}: it belongs to another configuration")
+    except FileNotFoundError:
+        return None
+    except (ConfigError, DamagedFile) as error:
+        set_aside(path, str(error))
+        return None
+    return record
+
+
+def load_run(config: Config, results: Results = None) -> Run | None:
+    """Return the stored run of a configuration, or None; a run with damaged weights is set aside."""
+    record, folder = read_record(config, results), run_folder(config, results)
+    if record is None:
+        return None
+    try:
+        return _run(folder.name, record, _read_weights(folder / "weights.pt", record))
+    except (OSError, DamagedFile) as error:
+        set_aside(folder / "run.json", f"its weights cannot be used ({error})")
+        return None
+
+
+def store_run(config: Config, member: History, results: Results = None) -> None:
+    """Write a run that has ended, its record last, and remove its checkpoint."""
+    folder = run_folder(config, results)
+    record = {
+        "config": config.model_dump(),
+        "status": member.status,
+        "reason": member.reason,
+        "history": [
+            {name: value if math.isfinite(value) else None for name, value in row.items()}
+            for row in member.rows
+        ],
+        "provenance": {
+            "data": data_digests(config),
+            "method": METHOD_VERSION,
+            "environment": environment(),
+            "seconds": member.seconds,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    }
+    _write_run(folder, record, member.weights)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def write_checkpoint(config: Config, state: dict[str, Any], results: Results = None) -> None:
+    """Write the state to resume a run from."""
+    write_sealed(run_folder(config, results) / "checkpoint.pt", _packed(state))
+
+
+def read_checkpoint(config: Config, results: Results = None) -> dict[str, Any] | None:
+    """Return the state to resume a run from, or None; a damaged checkpoint is set aside."""
+    path = run_folder(config, results) / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        content = io.BytesIO(read_sealed(path))
+    except DamagedFile as error:
+        set_aside(path, str(error))
+        return None
+    state: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
+    return state
+
+
+def stored_kernels(key: str, results: Results = None) -> Run:
+    """Return the run on photographs of a key in the store, of any version of the method.
+
+    Raises:
+        ConfigError: there is none, or it is one on digits, whose weights fit no other images.
+        DamagedFile: it cannot be used.
+    """
+    store = Path(results or RESULTS) / "runs"
+    if key not in {path.parent.name for path in store.glob("*/run.json")}:
+        raise ConfigError(f"run: got {shown(key)}, allowed: the key of a run in {store}")
+    record = _read_json(store / key / "run.json", "run")
+    if not isinstance(record_config(record), FacesConfig):
+        raise ConfigError(
+            f"run: got {key}, of digits, allowed: a run on photographs, whose kernels fit any image"
+        )
+    return _run(key, record, _read_weights(store / key / "weights.pt", record))
+
+
+def save_kernels(run: Run, folder: Path, name: str = KERNELS) -> None:
+    """Write the kernels of a run as a small text file with their configuration and provenance.
+
+    Args:
+        run: whose kernels.
+        folder: of the figure.
+        name: of the file, which `trained_kernels` looks for as `kernels*.json`.
+    """
+    record = {
+        "config": run.config.model_dump(),
+        "status": run.status,
+        "reason": run.reason,
+        "weights": {name: weight.tolist() for name, weight in run.weights.items()},
+        "provenance": run.provenance | {"run": run.key},
+    }
+    _write_json(folder / name, "kernels", record)
+
+
+def load_kernels(path: Path) -> Run:
+    """Return the run in a file of `save_kernels`, without a history.
+
+    Raises:
+        DamagedFile: the file is not what `save_kernels` wrote.
+    """
+    record = _read_json(path, "kernels")
+    weights = {name: torch.tensor(weight) for name, weight in record["weights"].items()}
+    return _run(record["provenance"]["run"], record | {"history": []}, weights)
+
+
+def trained_kernels(task: str, model: str, filters: int, folder: Path = REFERENCE) -> Run:
+    """Return the committed run of a task and a model with so many kernels.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    committed = [load_kernels(path) for path in sorted(folder.glob("fig*/kernels*.json"))]
+    for run in committed:
+        if (run.config.task, run.config.model, len(run.weights["A"])) == (task, model, filters):
+            return run
+    known = ", ".join(f"{run.config.task} {run.config.model} {len(run.weights['A'])}" for run in committed)
+    raise ConfigError(f"task, model, filters: got {task} {model} {filters}, allowed: {known}")
+
+
+def keep_run(key: str, folder: Path, results: Results = None) -> None:
+    """Write a stored run as it is committed: one small file, dense weights to `COMMITTED_BITS`.
+
+    Args:
+        key: of the run.
+        folder: of the committed runs.
+        results: where it is stored.
+
+    Raises:
+        OSError: it is not stored.
+        DamagedFile: it cannot be used.
+    """
+    stored = Path(results or RESULTS) / "runs" / key
+    record = _read_json(stored / "run.json", "run")
+    weights = _read_weights(stored / "weights.pt", record)
+    if isinstance(record_config(record), RunConfig):
+        weights = {name: _rounded(weight).half() for name, weight in weights.items()}
+    packed = io.BytesIO()
+    with tempfile.TemporaryDirectory() as place, ZipFile(packed, "w") as archive:
+        _write_run(Path(place), record, weights)
+        for path in sorted(Path(place).iterdir()):
+            # Without the time, so that it is the same file whenever it is made.
+            archive.writestr(ZipInfo(path.name), path.read_bytes(), ZIP_DEFLATED)
+    write_sealed(folder / f"{key}.zip", packed.getvalue())
+
+
+def keep_history(key: str, folder: Path, results: Results = None) -> None:
+    """Write the record of a stored run without its weights, for a figure that needs none: `key.json`."""
+    record = _read_json(Path(results or RESULTS) / "runs" / key / "run.json", "run")
+    _write_json(folder / f"{key}.json", "run", record)
+
+
+def load_kept_run(path: Path, configs: Collection[Config]) -> Run | None:
+    """Return the run in a file of `keep_run` if its configuration is one of `configs`.
+
+    Raises:
+        DamagedFile: the file is not what `keep_run` wrote.
+    """
+    with ZipFile(io.BytesIO(read_sealed(path))) as archive, tempfile.TemporaryDirectory() as place:
+        record = _read_json(Path(archive.extract("run.json", place)), "run")
+        if record_config(record) not in configs:
+            return None
+        return _run(path.stem, record, _read_weights(Path(archive.extract("weights.pt", place)), record))
+
+
+def load_kept_history(path: Path) -> Run:
+    """Return the run in a file of `keep_history`, without weights.
+
+    Raises:
+        DamagedFile: the file is not what `keep_history` wrote.
+    """
+    return _run(path.stem, _read_json(path, "run"), {})
+
+
+def record_config(record: dict[str, Any]) -> Config:
+    """Return the configuration of a record; a parameter that is newer than the record has its default."""
+    kind = RunConfig if record["config"]["dataset"] == "mnist" else FacesConfig
+    return kind(**record["config"])
+
+
+def _run(key: str, record: dict[str, Any], weights: Weights) -> Run:
+    return Run(
+        key=key,
+        config=record_config(record),
+        status=record["status"],
+        reason=record["reason"],
+        history=pd.DataFrame(record["history"]),
+        weights=weights,
+        provenance=record["provenance"],
+    )
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    """Return a weight to `COMMITTED_BITS`: half precision has more, which do not compress."""
+    mantissa, exponent = torch.frexp(weight)
+    return torch.ldexp((mantissa * 2**COMMITTED_BITS).round() / 2**COMMITTED_BITS, exponent)
+
+
+def _packed(content: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _write_run(folder: Path, record: dict[str, Any], weights: Weights) -> None:
+    """Write weights and record; a folder with a record holds a complete run."""
+    content = _packed(weights)
+    write_sealed(folder / "weights.pt", content)
+    _write_json(folder / "run.json", "run", record | {"weights": hashlib.sha256(content).hexdigest()})
+
+
+def _read_weights(path: Path, record: dict[str, Any]) -> Weights:
+    content = read_sealed(path)
+    if record["weights"] != hashlib.sha256(content).hexdigest():
+        raise DamagedFile(f"{path}: it belongs to another run")
+    weights = torch.load(io.BytesIO(content), weights_only=True)
+    return {name: weight.float() for name, weight in weights.items()}
+
+
+def _write_json(path: Path, name: str, record: dict[str, Any]) -> None:
+    write_atomic(path, json.dumps({"sha256": _digest(record), name: record}, indent=1).encode())
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    content = path.read_bytes()
+    try:
+        stored = json.loads(content)
+        record: dict[str, Any] = stored[name]
+        intact = stored["sha256"] == _digest(record)
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise DamagedFile(f"{path}: its content does not match its checksum")
+    return record
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
