@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,31 +16,25 @@ import skimage
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
-from lib.experiments.build import Weights, image_shape, load_images, make_model, solve
+from lib.experiments.build import Weights, image_shape, make_model, solve
 from lib.experiments.config import MODELS, FacesConfig
-from lib.experiments.data import TEST_FACES, photograph
+from lib.experiments.data import TEST_FACES
 from lib.experiments.processes import cores
 from lib.experiments.profiles import FILTERS, faces_config, our_config, profile_seeds
-from lib.experiments.records import Run
-from lib.experiments.runs import get_runs, learned_start, train_runs
-from lib.experiments.store import REPOSITORY, RESULTS, Results, write_atomic
+from lib.experiments.runs import Run, get_runs, learned_start, train_runs
+from lib.experiments.store import REPOSITORY, RESULTS, Results
 from lib.figures.baselines import TUNING_IMAGES, best_tv_weight, chambolle, tuning_data, tv_method
 from lib.figures.comparison import paired_test
 from lib.figures.reconstructions import Reconstructions, image_quality, runs_by_seed, seed_by_seed, test_data
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.kernels import spectral_norm
 from lib.regularizer import GRADIENT_NORM
-from lib.solvers import Solution, Status
-from lib.training import generator, observe, one_thread, psnr
+from lib.training import generator, one_thread, psnr
 
 CHECK_TOL = 1e-4
 """How exact the norms of kernels are, which are checked to a percent."""
-
-PHOTOGRAPH = "photograph.txt"
-"""The file that says whose reconstructions a folder holds."""
 
 
 def get_face_runs(
@@ -252,7 +245,7 @@ def photograph_figure(
             axis.set_axis_off()
         for line, row in zip(axes, rows, strict=True):
             for axis, (name, title) in zip(line, row.items(), strict=False):
-                _show(axis, images[name][image], title, None if name == "truth" else truth)
+                draw_photograph(axis, images[name][image], title, None if name == "truth" else truth)
         experts = [f"{count} kernels {size}" for size, (count, _) in FILTERS.items()]
         configs: list[Any] = [run.config for run in result.runs.values()]
         learned = [c for c in configs if c.learn_weight]
@@ -261,7 +254,7 @@ def photograph_figure(
     return fig
 
 
-def _show(axis: Axes, picture: Tensor, title: str, truth: Tensor | None) -> None:
+def draw_photograph(axis: Axes, picture: Tensor, title: str, truth: Tensor | None) -> None:
     """Draw an image `(H, W)` with its quality below it where the truth is given."""
     axis.imshow(picture, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     axis.set_axis_off()
@@ -355,115 +348,22 @@ def check_kernels(run: Run, table: pd.DataFrame) -> None:
         print("C starts as A: the distance is 0 before")
 
 
-@dataclass(frozen=True)
-class Photograph:
-    """One photograph and what trained kernels make of it; images are `(1, 1, H, W)` in [-1, 1].
-
-    Attributes:
-        run: whose kernels they are.
-        truth: the photograph before it was degraded, or None where it came degraded.
-        f: the data.
-        solution: the fixed point.
-        tv: total variation's reconstruction of the same data, for comparison.
-        noise: standard deviation of the noise that was added, 0 where none was.
-        image: path of the photograph, or None for a test image of the faces.
-    """
-
-    run: Run
-    truth: Tensor | None
-    f: Tensor
-    solution: Solution
-    tv: Tensor
-    noise: float
-    image: str | None = None
-
-
-@torch.no_grad()
-@one_thread()
-def reconstruct_photograph(
-    run: Run, image: str | None = None, noise: float | None = None, clean: bool = True, seed: int = 0
-) -> Photograph:
-    """Reconstruct a photograph with trained kernels.
-
-    Args:
-        run: gives the kernels, the task and the solver.
-        image: path of the photograph; None takes a test image of the faces.
-        noise: standard deviation of the noise to add, the run's when None; the weight of total variation is
-            the best one on the run's training images with that noise.
-        clean: whether the photograph is to be degraded first; else it is the data.
-        seed: of the noise.
-
-    Raises:
-        DataError: the photograph cannot be read.
-    """
-    config: Any = run.config
-    noise = config.noise if noise is None else noise
-    u = load_images(config)["test"][:1] if image is None else photograph(Path(image))
-    height, width = u.shape[-2:]
-    model = run.model(shape=(height, width))
-    n = torch.randn(u.shape, generator=generator(seed, "photograph"))
-    f = observe(model.operator, u, torch.tensor(noise), n) if clean else u
-    solution = solve(model, f, config)
-    tv, _ = total_variation(config.model_copy(update={"noise": noise}), f[:, 0])
-    return Photograph(run, u if clean else None, f, solution, tv, noise if clean else 0.0, image)
-
-
-def photograph_reconstruction_figure(result: Photograph) -> Figure:
-    """The photograph where it is known, the data and the reconstruction, with their quality."""
-    pictures = {"truth": result.truth} if result.truth is not None else {}
-    pictures |= {"data": result.f, "total variation": result.tv, "reconstruction": result.solution.value}
-    height, width = result.f.shape[-2:]
-    with plt.rc_context(STYLE):
-        side = TEXT_WIDTH / len(pictures)
-        size = (len(pictures) * side, side * height / width + 0.6)
-        fig, axes = plt.subplots(1, len(pictures), figsize=size)
-        fig.subplots_adjust(left=0.01, right=0.99, wspace=0.04)
-        fig.subplots_adjust(top=1 - 0.25 / size[1], bottom=0.3 / size[1])
-        known = None if result.truth is None else result.truth[0, 0]
-        for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
-            _show(axis, picture[0, 0], title, None if title == "truth" else known)
-    return fig
-
-
-def print_reconstruction(result: Photograph) -> None:
-    """Print how the solve ended and, where the truth is known, the PSNR of data and reconstructions."""
-    print(f"the solve ended as {Status(int(result.solution.status.item())).name.lower().replace('_', ' ')}")
-    if result.truth is not None:
-        images = {"data": result.f, "total variation": result.tv, "reconstruction": result.solution.value}
-        for name, image in images.items():
-            print(f"{name}: {psnr((image - result.truth).square().mean()).item():.2f} dB")
-
-
 def reconstruction_folder(
     run: Run, image: str | None, noise: float, clean: bool, results: Results = None
 ) -> Path:
-    """Where a reconstruction is kept: a folder for each photograph, and in it one for what was asked.
+    """Return the folder of a photograph's reconstruction.
 
     Args:
-        run, image, noise, clean: as in `reconstruct_photograph`.
+        run: whose kernels reconstruct.
+        image: path of the photograph; None is a test image of the faces.
+        noise: standard deviation of the noise that is added.
+        clean: whether the photograph is degraded first, or is the data.
     """
-    path = _path(image)
-    folder = Path(results or RESULTS) / "reconstruct" / Path(path).stem[:100]
-    if (folder / PHOTOGRAPH).exists() and (folder / PHOTOGRAPH).read_text(encoding="utf-8") != path:
-        # Another photograph of the same name.
-        folder = folder.with_name(f"{folder.name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}")
+    name = "face"
+    if image is not None:
+        path = (REPOSITORY / Path(image).expanduser()).resolve()
+        # Photographs of the same name in two folders are told apart.
+        name = f"{path.stem[:100]}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     added = f"-noise-{noise:g}" if clean else "-as-it-is"
-    return folder / f"{run.config.task}-{run.config.model}-{len(run.weights['A'])}{added}"
-
-
-def _path(image: str | None) -> str:
-    return "face" if image is None else str((REPOSITORY / Path(image).expanduser()).resolve())
-
-
-def save_reconstruction(fig: Figure, result: Photograph, results: Results = None) -> Path:
-    """Write the figure and the reconstruction as PNG to `reconstruction_folder`, and return the folder."""
-    folder = reconstruction_folder(result.run, result.image, result.noise, result.truth is not None, results)
-    files = {"figure.png": io.BytesIO(), "reconstruction.png": io.BytesIO()}
-    with plt.rc_context(STYLE):
-        fig.savefig(files["figure.png"], format="png", metadata={"Software": None})
-    pixels = ((result.solution.value[0, 0].clamp(-1, 1) + 1) * 127.5).round().byte()
-    Image.fromarray(pixels.numpy()).save(files["reconstruction.png"], format="png")
-    write_atomic(folder.parent / PHOTOGRAPH, _path(result.image).encode())
-    for name, buffer in files.items():
-        write_atomic(folder / name, buffer.getvalue())
-    return folder
+    method = f"{run.config.task}-{run.config.model}-{len(run.weights['A'])}{added}"
+    return Path(results or RESULTS) / "reconstruct" / name / method
