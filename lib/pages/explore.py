@@ -7,20 +7,12 @@ sweep out of the store of runs; the explorer then needs neither runs nor data.
 from __future__ import annotations
 
 import argparse
-import io
 import sys
-import textwrap
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ipywidgets as widgets
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
-from IPython.display import Image
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,14 +21,11 @@ from lib.experiments.config import ConfigError, RunConfig, parse_parameters, sho
 from lib.experiments.data import DataError
 from lib.experiments.profiles import grid
 from lib.experiments.provenance import write_with_provenance
-from lib.experiments.records import Run
 from lib.experiments.runs import get_run
 from lib.experiments.store import Results
-from lib.experiments.sweep import NOT_RUN, TABLES, Sweep, load_sweep, load_table, row_config, table_folder
+from lib.experiments.sweep import NOT_RUN, TABLES, Sweep, load_sweep, load_table, table_folder
 from lib.figures.comparison import PAIRED
-from lib.figures.grid import draw_histories, draw_solver_steps
 from lib.figures.reconstructions import keeps_loss, reconstruct
-from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.training import COMPLETED, observe
 
 AXES = ("task", "noise", "sigma", "gamma", "tau")
@@ -138,89 +127,6 @@ def select(table: Sweep, **values: Any) -> dict[str, Any]:
         if value is not None and value not in known[name]:
             raise ConfigError(f"{name}: got {shown(value)}, allowed: {', '.join(map(str, known[name]))}")
     return {name: own[0] if values.get(name) is None else values[name] for name, own in known.items()}
-
-
-def panel(table: Sweep, **selection: Any) -> Figure:
-    """All about one selection: test losses, solver steps, and test digits as both models reconstruct them.
-
-    The figure is none of pyplot's: nothing has to close it, and a notebook does not show it unasked.
-
-    Args:
-        table: where it comes from, as it was loaded.
-        selection: levels of the table's axes; the first one of an axis that is left out or None.
-
-    Raises:
-        ConfigError: there is no such axis, or it has no such level.
-    """
-    chosen = pd.Series(select(table, **selection))
-    rows = table.runs[(table.runs[chosen.index] == chosen).all(axis="columns")].sort_values("model")
-    epochs = table.epochs.merge(rows[["key", "model"]], on="key")
-    first = rows.iloc[0].to_dict()
-    config = row_config(first)
-    with plt.rc_context(STYLE):
-        fig = Figure(figsize=(TEXT_WIDTH, 3.6))
-        place: Any = {"top": 0.97, "bottom": 0.18}
-        left = fig.add_gridspec(2, 1, left=0.115, right=0.47, hspace=0.1, **place)
-        losses, steps = left.subplots(squeeze=False, sharex=True)[:, 0]
-        draw_histories(losses, rows, epochs)
-        losses.set(ylabel="test loss")
-        losses.legend(losses.lines, [_ending(row) for _, row in rows.iterrows()], frameon=False)
-        draw_solver_steps(steps, epochs[epochs["epoch"] > 0])
-        # On one scale whatever the selection, so that two pictures can be compared; below 1 is the legend.
-        steps.set(ylabel="solver steps", yscale="log", ylim=(0.15, 1.8 * config.max_steps))
-        steps.set_xlim(-0.05 * config.epochs, 1.05 * config.epochs)
-        steps.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-        steps.axhline(config.max_steps, color="0.6", linewidth=0.8, zorder=0)
-        steps.legend(frameon=False, ncols=2, loc="lower right")
-        fig.align_ylabels([losses, steps])
-        strips = [("truth", first["truth"], ""), ("input", first["input"], "")]
-        for _, row in rows.iterrows():
-            said = ": ".join(filter(None, (row["status"], row["reason"])))
-            strips.append((MODEL_NAMES[row["model"]], row["output"], said))
-        right = fig.add_gridspec(len(strips), 1, left=0.545, right=0.995, hspace=0.05, **place)
-        for ax, (name, strip, said) in zip(right.subplots(squeeze=False)[:, 0], strips, strict=True):
-            ax.set(xticks=[], yticks=[])
-            ax.set_ylabel(name, rotation=0, ha="right", va="center")
-            pixels = np.frombuffer(strip or first["truth"], np.uint8).reshape(config.size, -1)
-            image = ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
-            if strip is None:
-                # It has given its axes their shape.
-                image.remove()
-                ax.text(0.5, 0.5, textwrap.fill(said, 40), ha="center", va="center", transform=ax.transAxes)
-        note(fig, budget(Run(first["key"], config, first["status"], "", epochs, {}, {}), table.profile))
-    return fig
-
-
-def _ending(row: pd.Series) -> str:
-    last = f"{row['test_loss']:.4f} ({row['test_psnr']:.1f} dB)"
-    return f"{MODEL_NAMES[row['model']]}: {last if row['status'] == COMPLETED else row['status']}"
-
-
-def picture(table: Sweep, **selection: Any) -> bytes:
-    """The `panel` of a selection as PNG, for screens."""
-    buffer = io.BytesIO()
-    with plt.rc_context(STYLE):
-        panel(table, **selection).savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def explorer(table: Sweep, **selection: Any) -> widgets.interactive:
-    """Controls for every axis of a table, over the `panel` of what they select.
-
-    Words have a menu, numbers a slider, which waits until it is let go.
-
-    Args:
-        table, selection: see `panel`; the selection is the first one.
-
-    Raises:
-        ConfigError: there is no such axis, or it has no such level.
-    """
-    first, slider = select(table, **selection), partial(widgets.SelectionSlider, continuous_update=False)
-    controls = {}
-    for name, levels in axes(table).items():
-        control = widgets.Dropdown if isinstance(levels[0], str) else slider
-        controls[name] = control(options=levels, value=first[name], description=name)
-    return widgets.interactive(lambda **chosen: Image(picture(table, **chosen), width=900), **controls)
 
 
 def main(arguments: list[str] | None = None) -> int:
