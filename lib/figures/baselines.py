@@ -28,10 +28,10 @@ DIFFERENCES_NORM = math.sqrt(8)
 
 TV_WEIGHTS = {"denoising": (0.005, 1.0)}
 TV_LAMBDAS = (10.0, 30_000.0)
-"""Where the weight of total variation is looked for: of scikit-image's in denoising, else `lambda`."""
+"""Intervals of the weight of total variation: scikit-image's in denoising, otherwise `lambda`."""
 
 TUNING_IMAGES = 4
-"""Training images with which weights are chosen."""
+"""Number of training images with which weights are chosen."""
 
 
 def chambolle(f: Tensor, weight: float) -> Tensor:
@@ -44,18 +44,17 @@ def chambolle(f: Tensor, weight: float) -> Tensor:
 
 
 def tv_model(operator: Operator, lam: float, sharpness: float = 100.0) -> FixedPointModel:
-    """Our lower level with the two forward differences as kernels: smoothed anisotropic total variation."""
+    """Smoothed anisotropic total variation: our lower level with two forward differences as kernels."""
     A = difference_kernels(1, 2, 3)
     tau = 1 / (lam + sharpness * DIFFERENCES_NORM**2)
     return FixedPointModel(operator, ConvFieldsOfExperts(A, None, smoothed_sign(sharpness)), tau, lam, 1.0)
 
 
 def tv_reconstruction(operator: Operator, tol: float = 1e-5, max_steps: int = 500) -> Method:
-    """Reconstruction by `tv_model` for an operator; the weight is `lambda`, a larger one smooths less.
+    """Reconstruction by `tv_model`, whose weight is `lambda`: a larger one smooths less.
 
-    The solves are preconditioned where `K` is a convolution. Without, the residual of a step as short as
-    deblurring needs is below a tolerance of 1e-4 long before the image is near the minimiser: half a decibel
-    away.
+    Solves are preconditioned where `K` is a convolution: the steps of deblurring are so short that otherwise
+    the residual reaches its tolerance half a decibel away from the minimiser.
     """
 
     @torch.no_grad()
@@ -68,59 +67,46 @@ def tv_reconstruction(operator: Operator, tol: float = 1e-5, max_steps: int = 50
 
 
 def best_weight(method: Method, f: Tensor, truth: Tensor, low: float, high: float) -> float:
-    """The weight with the smallest mean squared error, to three digits.
-
-    Args:
-        method: what is to be weighted.
-        f, truth: data and true images to choose it with, `(N, 1, H, W)`.
-        low, high: where to search.
-    """
+    """Return the weight in `[low, high]` with the smallest mean squared error, to three digits."""
 
     def error(exponent: float) -> float:
         return (method(f, math.exp(exponent)) - truth).square().mean().item()
 
     bounds = (math.log(low), math.log(high))
-    found = scipy.optimize.minimize_scalar(error, bounds=bounds, method="bounded", options={"xatol": 0.05})
-    return float(f"{math.exp(found.x):.3g}")
+    best = scipy.optimize.minimize_scalar(error, bounds=bounds, method="bounded", options={"xatol": 0.05})
+    return float(f"{math.exp(best.x):.3g}")
 
 
-def tuning_data(config: FacesConfig, noise: float, images: int = TUNING_IMAGES) -> tuple[Tensor, Tensor]:
-    """The first training images `u` of a configuration and data `f` of them, `(images, 1, H, W)`.
-
-    Args:
-        config: gives the task, the images and the seed.
-        noise: standard deviation, which need not be the training's.
-        images: how many, at most.
-    """
-    truth = load_images(config)["train"][:images]
+def tuning_data(config: FacesConfig, noise: float) -> tuple[Tensor, Tensor]:
+    """Return the first training images of a configuration, `(N, 1, H, W)`, and data with another noise."""
+    truth = load_images(config)["train"][:TUNING_IMAGES]
     n = torch.randn(truth.shape, generator=generator(config.seed, "noise of the baseline"))
     return truth, observe(make_operator(config), truth, torch.tensor(noise), n)
 
 
 def tv_method(config: FacesConfig, shape: tuple[int, int]) -> Method:
-    """Total variation: scikit-image's in denoising, else our lower level with finite differences."""
+    """Total variation by scikit-image in denoising, otherwise by our lower level."""
     if config.task == "denoising":
         return chambolle
     return tv_reconstruction(make_operator(config, shape))
 
 
 def best_tv_weight(config: FacesConfig, f: Tensor, truth: Tensor) -> float:
-    """The weight of `tv_method` that is best on some data and true images, such as `tuning_data`."""
+    """Return the weight of `tv_method` that is best for data and true images."""
     method = tv_method(config, (f.shape[-2], f.shape[-1]))
     return best_weight(method, f, truth, *TV_WEIGHTS.get(config.task, TV_LAMBDAS))
 
 
 def harmonic_inpainting(f: Tensor, mask: Tensor) -> Tensor:
-    """The lost pixels solve Laplace's equation with their known neighbours as boundary values.
+    """Solve Laplace's equation in the lost pixels, with their known neighbours as boundary values.
 
     Args:
-        f: `(N, 1, H, W)`, known where the mask is one.
+        f: data, `(N, 1, H, W)`.
         mask: `(H, W)`, zero where a pixel is lost.
     """
     lost = mask.numpy() == 0
     height, width = lost.shape
-    number = np.full(lost.shape, -1)
-    number[lost] = np.arange(lost.sum())
+    number = lost.cumsum().reshape(lost.shape) - 1
     laplacian = scipy.sparse.lil_matrix((lost.sum(), lost.sum()))
     values = f.squeeze(1).double().numpy()
     right = np.zeros((lost.sum(), len(values)))

@@ -1,4 +1,4 @@
-"""Bilevel learning against the deep equilibrium model over a sweep: outcomes, pairs, statistics, answers."""
+"""Comparison of both models over a sweep: outcomes, pairs, statistics and answers."""
 
 from __future__ import annotations
 
@@ -19,29 +19,28 @@ from lib.experiments.sweep import NOT_RUN, Sweep
 from lib.training import DIVERGED, OUT_OF_TIME
 
 LOSS_THRESHOLD = 0.5
-"""Runs whose final test loss is above it are left out of the comparison, as in the paper."""
+"""Largest final test loss of the runs that are compared, as in the paper."""
 
-CONFIDENCE, RESAMPLES = 0.95, 9999
+CONFIDENCE, RESAMPLES, LEVEL = 0.95, 9999, 0.05
 
 KEPT, DROPPED, NO_EPOCH = "kept", "dropped", "no epoch"
 OUTCOMES = (KEPT, DROPPED, DIVERGED, NO_EPOCH, NOT_RUN)
 
 PAIRED = tuple(name for name in RunConfig.model_fields if name != "model")
-"""What the two runs of a pair have in common."""
+"""Parameters that the two runs of a pair share."""
 
 BEST_OF = ("task", "noise", "seed")
-"""What the best configuration is not chosen over: it is chosen for each task and noise, and for all seeds."""
+"""The best configuration is chosen for each task and noise, over all seeds."""
 
 YES, NO, NOT_DECIDED = "yes", "no", "not decided at this budget"
 ANSWERS = (YES, NO, NOT_DECIDED)
 
 
 def outcome(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.Series:
-    """What becomes of each run of `Sweep.runs` in the comparison.
+    """Return the outcome of each run of `Sweep.runs`.
 
-    Returns:
-        `kept`, `dropped` (a final test loss above the threshold), `diverged`, `no epoch` (out of time before
-        the first one ended) or `not run`.
+    A run is `kept`, `dropped` (its final test loss is above the threshold), `diverged`, `no epoch` (out of
+    time in the first epoch) or `not run`.
     """
     conditions = {
         NOT_RUN: runs["status"] == NOT_RUN,
@@ -54,18 +53,18 @@ def outcome(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.Series:
 
 
 def outcome_table(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.DataFrame:
-    """Number of runs of each task and model with each outcome."""
+    """Count the runs of each task and model with each outcome."""
     counts = pd.crosstab([runs["task"], runs["model"]], outcome(runs, threshold))
     return counts.reindex(columns=list(OUTCOMES), fill_value=0).rename_axis(columns=None)
 
 
 def paired(runs: pd.DataFrame, column: str) -> pd.DataFrame:
-    """A quantity of both models side by side, of the configurations of which both runs are there.
+    """Return a quantity of both models for each configuration with both runs: a pair.
 
-    Of several seeds a configuration has the medians, so that it counts once however many there are.
+    Medians over the seeds make each configuration count once.
 
     Returns:
-        A row per pair: what they share, `bilevel`, `deq`, and `difference`, bilevel minus DEQ.
+        A row per pair: the shared parameters, `bilevel`, `deq`, and `difference`, bilevel minus DEQ.
     """
     index = [name for name in PAIRED if name in runs]
     pairs = runs.pivot(index=index, columns="model", values=column)
@@ -82,19 +81,16 @@ def kept_runs(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.DataF
 
 
 def paired_test(differences: NDArray[np.float64]) -> dict[str, float]:
-    """Median of differences of pairs, its percentile-bootstrap interval, and Wilcoxon's signed-rank test.
+    """Median of paired differences, its percentile-bootstrap interval, and Wilcoxon's signed-rank test.
 
     Returns:
-        `pairs`, `median`, the ends `low` and `high` of the 95 % interval, and the two-sided `p` of the
-        hypothesis that the differences are symmetric about zero; NaN where fewer than two pairs or none
-        that differs leave nothing to test.
+        `pairs`, `median`, the ends `low` and `high` of the 95 % interval, and the two-sided `p` for symmetry
+        about zero; NaN for fewer than two pairs, or if none differs.
     """
-    result = {"pairs": float(len(differences))}
-    if len(differences) == 0:
-        return result | dict.fromkeys(("median", "low", "high", "p"), float("nan"))
-    result["median"] = float(np.median(differences))
+    median = float(np.median(differences)) if len(differences) else math.nan
+    result = {"pairs": float(len(differences)), "median": median}
     if len(differences) < 2 or not differences.any():
-        return result | dict.fromkeys(("low", "high", "p"), float("nan"))
+        return result | dict.fromkeys(("low", "high", "p"), math.nan)
     options: Any = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile"}
     bootstrap = scipy.stats.bootstrap((differences,), np.median, **options, rng=np.random.default_rng(0))
     low, high = bootstrap.confidence_interval
@@ -103,7 +99,7 @@ def paired_test(differences: NDArray[np.float64]) -> dict[str, float]:
 
 
 def paired_table(pairs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """`paired_test` within each group of pairs, such as each `task` or each `task` and `noise`."""
+    """Return `paired_test` for each group of pairs, such as each `task` or each `task` and `noise`."""
     names = by[0] if len(by) == 1 else list(by)
     rows = {
         name: paired_test(group["difference"].to_numpy()) | {"deq lower": (group["difference"] > 0).mean()}
@@ -114,10 +110,9 @@ def paired_table(pairs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 
 def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs of the best configuration of each task, noise and model: a run, or one per seed.
+    """Return the runs of the best configuration of each task, noise and model: one per seed.
 
-    The best configuration has the lowest final test loss, of several seeds the lowest median, in which a run
-    that has none counts as an infinite one.
+    It has the lowest median over the seeds of the final test loss; a run without one counts as infinite.
     """
     configuration = ["task", "noise", "model", *(n for n in PAIRED if n in runs and n not in BEST_OF)]
     losses = runs["test_loss"].where(outcome(runs).isin([KEPT, DROPPED]), np.inf)
@@ -130,15 +125,17 @@ def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def epoch_budget(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> float:
-    """Seconds in which to count epochs: the time budget of the runs where it stopped any of them, else
-    the median of the time that the kept runs took, which half of them then exceed."""
+    """Return the seconds in which epochs are counted.
+
+    They are the time budget if it stopped any run, otherwise the median time of the kept runs.
+    """
     if (sweep.runs["status"] == OUT_OF_TIME).any():
         return float(sweep.runs["time_budget"].min())
     return float(kept_runs(sweep.runs, threshold)["seconds"].median())
 
 
 def epochs_within(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOLD) -> pd.DataFrame:
-    """`Sweep.runs` of the kept runs, with the number of epochs that each finished within some seconds."""
+    """Return the kept runs with the number of epochs that each finished within some seconds."""
     kept = kept_runs(sweep.runs, threshold)
     trained = sweep.epochs[(sweep.epochs["epoch"] > 0) & (sweep.epochs["seconds"] <= seconds)]
     finished = trained.groupby("key").size()
@@ -147,13 +144,9 @@ def epochs_within(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOL
 
 @dataclass(frozen=True)
 class Question:
-    """A question about both models, which need not be the paper's, and what the numbers answer.
+    """A question about both models, and its answer by a rule from numbers, the decisive ones first.
 
-    Attributes:
-        question: in words.
-        answer: `yes`, `no` or `not decided at this budget`.
-        numbers: what the answer rests on, the decisive ones before a semicolon.
-        rule: how the numbers decide.
+    The answer is one of `ANSWERS`.
     """
 
     question: str
@@ -163,24 +156,24 @@ class Question:
 
 
 def decide(supported: bool, refuted: bool) -> str:
-    """The answer to a question; where the numbers speak for neither or both it stays open."""
+    """Return the answer: open if the numbers support neither or both."""
     if supported == refuted:
         return NOT_DECIDED
     return YES if supported else NO
 
 
-def questions_per_task(pairs: pd.DataFrame, question: str, level: float = 0.05) -> list[Question]:
-    """For each task whether a paired `difference` is positive, which the question puts into words."""
+def questions_per_task(pairs: pd.DataFrame, question: str) -> list[Question]:
+    """Answer for each task whether a paired `difference` is positive, which the question puts into words."""
     rule = (
         "Over the pairs (one configuration, both models, both kept), whose difference is positive where it "
         "speaks for yes: yes when the 95 % interval of the median difference lies above zero and Wilcoxon's "
-        f"p is below {level:g}, no when it lies below zero with p below {level:g}, else not decided at this "
+        f"p is below {LEVEL:g}, no when it lies below zero with p below {LEVEL:g}, else not decided at this "
         "budget."
     )
     questions = []
     for task in TASKS:
         test = paired_test(pairs.loc[pairs["task"] == task, "difference"].to_numpy(float))
-        significant = test["p"] < level
+        significant = test["p"] < LEVEL
         answer = decide(significant and test["low"] > 0, significant and test["high"] < 0)
         numbers, count = f"median {test['median']:+.2g}", f"{test['pairs']:.0f} pairs"
         if math.isnan(test["p"]):
@@ -191,8 +184,8 @@ def questions_per_task(pairs: pd.DataFrame, question: str, level: float = 0.05) 
     return questions
 
 
-def questions_of_best_runs(best: pd.DataFrame, level: float = 0.05) -> list[Question]:
-    """Whether the best DEQ is ahead of the best bilevel model, and whether more noise costs more."""
+def questions_of_best_runs(best: pd.DataFrame) -> list[Question]:
+    """Answer whether the best DEQ is ahead of the best bilevel model, and whether noise raises the loss."""
     table = best.pivot_table(index=["task", "noise"], columns="model", values="test_loss", aggfunc="median")
     table = table.reindex(columns=["bilevel", "deq"])
     panels = table.dropna()
@@ -208,11 +201,11 @@ def questions_of_best_runs(best: pd.DataFrame, level: float = 0.05) -> list[Ques
     return [
         Question(
             "does the best DEQ end at a lower test loss than the best bilevel model?",
-            decide(p < level and wins > half, p < level and wins < half),
+            decide(p < LEVEL and wins > half, p < LEVEL and wins < half),
             f"in {wins} of {len(panels)} panels; p = {p:.1g}",
             "Over the panels (one task, one noise level): yes when it does in more than half of them and a "
-            f"two-sided sign test has p below {level:g}, no when it does in fewer than half with p below "
-            f"{level:g}, else not decided at this budget.",
+            f"two-sided sign test has p below {LEVEL:g}, no when it does in fewer than half with p below "
+            f"{LEVEL:g}, else not decided at this budget.",
         ),
         Question(
             "does the best test loss rise with the noise, for each task and model?",
@@ -226,7 +219,7 @@ def questions_of_best_runs(best: pd.DataFrame, level: float = 0.05) -> list[Ques
 
 
 def print_answers(questions: Sequence[Question]) -> None:
-    """Print each answer with its question and numbers, and each rule behind what it decides."""
+    """Print each answer with its question and numbers, and each rule after its questions."""
     for rule, decided in groupby(questions, lambda question: question.rule):
         for question in decided:
             print(f"{question.answer.upper()}: {question.question} {question.numbers}")
@@ -234,22 +227,15 @@ def print_answers(questions: Sequence[Question]) -> None:
 
 
 def has_converged(rows: pd.DataFrame) -> bool:
-    """Whether nearly all solves (95 %) behind some rows reached their tolerance: forward, backward, tests.
+    """Return whether 95 % of the solves behind some rows reached their tolerance: forward, backward, tests.
 
-    A hypergradient that is a Neumann series is the same sum on every machine, and counts as solved.
-
-    Where they did not, a solve's end depends on roundings, and the numbers hold to fewer digits on other
-    machines (`tests/bench_reproducibility.py`).
+    Otherwise the numbers hold to fewer digits on other machines. A Neumann series counts as solved.
     """
     return bool((rows.filter(like="_unconverged").mean().fillna(0) < 0.05).all())
 
 
 def check_sweep(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> None:
-    """Recompute what must hold for every sweep, and print it.
-
-    Raises:
-        AssertionError: the tables contradict each other or themselves.
-    """
+    """Check that the tables of a sweep agree with each other, and print it."""
     counts = outcome_table(sweep.runs, threshold).to_numpy().sum()
     assert counts == len(sweep.runs) == sweep.runs["key"].nunique(), f"{counts} outcomes"
     print("every configuration is there once and has one outcome")

@@ -23,10 +23,10 @@ from lib.figures.comparison import LOSS_THRESHOLD
 from lib.figures.style import MODEL_COLORS, MODEL_NAMES, STYLE, TEXT_WIDTH, model_line, note, sweep_budget
 
 LOWEST_LOSS = 1e-12
-"""Below it a loss is drawn as this one: one of zero has no place on a logarithmic axis."""
+"""Smallest loss on a logarithmic axis."""
 
 CROWDED = 1e4
-"""An axis whose ends are further apart than this factor has labels at powers of ten alone."""
+"""Ratio of an axis's ends above which only powers of ten are labelled."""
 
 MODEL_OFFSETS = {"bilevel": -0.175, "deq": 0.175}
 
@@ -36,7 +36,7 @@ def _model_patches() -> list[Patch]:
 
 
 def loss_figure(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> Figure:
-    """Boxplots of the final test losses up to a threshold, and the paired differences beside them."""
+    """Draw boxplots of the final test losses up to a threshold, and the paired differences."""
     kept = comparison.kept_runs(sweep.runs, threshold)
     with plt.rc_context(STYLE):
         fig, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH, 3.4), width_ratios=(1.25, 1))
@@ -58,7 +58,7 @@ def loss_figure(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> Figure:
 
 
 def _write_counts(axes: Axes, outcomes: pd.DataFrame) -> None:
-    """Rows of numbers under the boxes: how many runs each box has and lacks."""
+    """Write the number of runs with each outcome under the boxes."""
     shown = [name for name in comparison.OUTCOMES if name in comparison.OUTCOMES[:3] or outcomes[name].any()]
     counts = outcomes.to_dict("index")
     line = 0.062
@@ -75,7 +75,7 @@ def _write_counts(axes: Axes, outcomes: pd.DataFrame) -> None:
 
 
 def _draw_differences(axes: Axes, pairs: pd.DataFrame) -> None:
-    """Each pair's difference, and per task the median with its interval."""
+    """Draw each pair's difference, and per task the median with its interval."""
     axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
     jitter = np.random.default_rng(0)
     for i, task in enumerate(TASKS):
@@ -99,10 +99,7 @@ def _draw_differences(axes: Axes, pairs: pd.DataFrame) -> None:
 
 
 def best_runs_figure(sweep: Sweep) -> Figure:
-    """Test loss after each epoch of the best configuration of each model: noise levels x tasks.
-
-    Of several seeds the median is drawn, and the range between the lowest and the highest loss.
-    """
+    """Draw the test loss after each epoch of the best configuration of each model: noise levels x tasks."""
     best = comparison.best_runs(sweep.runs)
     levels = sorted(sweep.runs["noise"].unique())
     with plt.rc_context(STYLE):
@@ -129,7 +126,7 @@ def best_runs_figure(sweep: Sweep) -> Figure:
 
 
 def draw_histories(axes: Axes, runs: pd.DataFrame, epochs: pd.DataFrame) -> None:
-    """Test loss of each model's runs after each epoch: the median, and the range of several."""
+    """Draw the median test loss of each model's runs after each epoch, and the range of several seeds."""
 
     def minor_label(y: float, position: float) -> str:
         low, high = axes.get_ylim()
@@ -155,7 +152,7 @@ def draw_histories(axes: Axes, runs: pd.DataFrame, epochs: pd.DataFrame) -> None
 
 
 def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOLD) -> Figure:
-    """Histograms of the epochs that the kept runs finished within some seconds, over their solver steps."""
+    """Draw histograms of the epochs that kept runs finished within some seconds, and their solver steps."""
     runs = comparison.epochs_within(sweep, seconds, threshold)
     epochs = sweep.epochs[sweep.epochs["epoch"] > 0].merge(runs[["key", "task", "model"]], on="key")
     most = int(sweep.runs["epochs"].max())
@@ -181,14 +178,14 @@ def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOL
 
 
 def _timed_on(provenance: Mapping[str, Any]) -> str:
-    """What a sweep's seconds were measured on, `CPU` or the accelerator's name; nothing where no run is."""
+    """Return the processors on which a sweep was timed: `CPU` or the accelerators' names."""
     names = {machine["accelerator"] for machine in provenance["trained_on"]}
-    said = " and ".join(sorted("CPU" if name == "none" else name for name in names))
-    return f"; timed on {said}" if said else ""
+    processors = " and ".join(sorted("CPU" if name == "none" else name for name in names))
+    return f"; timed on {processors}" if processors else ""
 
 
 def draw_solver_steps(axes: Axes, epochs: pd.DataFrame) -> None:
-    """Median over the runs, and the middle half of them, of the mean steps of a solve in each epoch."""
+    """Draw the mean solver steps of each epoch: the median over the runs, and their middle half."""
     for model in MODELS:
         steps = epochs[epochs["model"] == model].groupby("epoch")
         for direction, line, marker in (("forward", "-", "o"), ("backward", ":", "s")):

@@ -25,7 +25,7 @@ from lib.experiments.processes import cores
 from lib.experiments.profiles import FILTERS, faces_config, our_config, profile_seeds
 from lib.experiments.runs import Run, get_runs, learned_start, train_runs
 from lib.experiments.store import REPOSITORY, RESULTS, Results
-from lib.figures.baselines import TUNING_IMAGES, best_tv_weight, chambolle, tuning_data, tv_method
+from lib.figures.baselines import best_tv_weight, chambolle, tuning_data, tv_method
 from lib.figures.comparison import paired_test
 from lib.figures.reconstructions import Reconstructions, image_quality, runs_by_seed, seed_by_seed, test_data
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
@@ -34,7 +34,7 @@ from lib.regularizer import GRADIENT_NORM
 from lib.training import generator, one_thread, psnr
 
 CHECK_TOL = 1e-4
-"""How exact the norms of kernels are, which are checked to a percent."""
+"""Relative tolerance of the kernels' norms, which are checked to one per cent."""
 
 
 def get_face_runs(
@@ -46,13 +46,12 @@ def get_face_runs(
     train: bool = True,
     **values: Any,
 ) -> dict[str, Run]:
-    """The runs of some models and kernel sizes by name, such as `DEQ 3x3`, trained where they are not stored.
+    """Return the runs of some models and kernel sizes by name, such as `DEQ 3x3`; missing ones are trained.
 
     Args:
         profile, task, values: as in `faces_config`.
-        models: which models.
-        sizes: which of `FILTERS`.
-        train: False takes what is stored or committed.
+        sizes: keys of `FILTERS`.
+        train: False takes only stored or committed runs.
     """
     configs = _face_configs(profile, task, models, sizes, **values)
     return dict(zip(configs, get_runs(list(configs.values()), results, train), strict=True))
@@ -77,16 +76,15 @@ def _face_configs(
 def get_our_runs(
     profile: str, task: str, seeds: Sequence[int], results: Results = None, train: bool = True, **values: Any
 ) -> dict[str, list[Run]]:
-    """The runs of `OURS`, of both models by name, one for each seed, trained where they are not stored.
+    """Return the runs of `OURS` of both models by name, one per seed of the noise; missing ones are trained.
 
     Args:
         profile, task, values: as in `faces_config`.
-        seeds: of the noise; the kernels start as cosines.
-        train: False takes what is stored or committed.
+        train: False takes only stored or committed runs.
     """
     configs = _our_configs(profile, task, seeds, **values)
-    runs = dict(zip(configs, get_runs(configs, results, train), strict=True))
-    return {f"{MODEL_NAMES[m]}, ours": [runs[c] for c in configs if c.model == m] for m in MODELS}
+    runs = iter(get_runs(configs, results, train))
+    return {f"{MODEL_NAMES[model]}, ours": [next(runs) for _ in seeds] for model in MODELS}
 
 
 def _our_configs(profile: str, task: str, seeds: Sequence[int], **values: Any) -> list[FacesConfig]:
@@ -102,15 +100,15 @@ def get_runs_and_ours(
     train: bool = True,
     **values: Any,
 ) -> tuple[dict[str, Run], dict[str, list[Run]], dict[str, list[Run]]]:
-    """The runs of `get_face_runs`, beside them those of their seeds, and those of `get_our_runs`.
+    """Return the runs of `get_face_runs`, the same for several seeds, and the runs of `get_our_runs`.
 
-    They are trained together so that no core waits.
+    All are trained together so that no core waits.
 
     Args:
         profile, task, values: as in `faces_config`; ours have their own `initial`.
-        seeds: for how many seeds, from the one in `values` on; the profile's number when None.
-        our_seeds: the same of ours.
-        train: False takes what is stored or committed, for the seeds as `runs_by_seed` does.
+        seeds: number of seeds, starting with the one in `values`; the profile's number when None.
+        our_seeds: number of seeds of ours.
+        train: False takes only stored or committed runs.
     """
     common = {name: value for name, value in values.items() if name not in ("initial", "seed")}
     start = values["seed"]
@@ -126,20 +124,18 @@ def get_runs_and_ours(
     return first, of_seeds, get_our_runs(profile, task, ours, results, train, **common)
 
 
-def photograph_by_photograph(runs: Mapping[str, Sequence[Run]], images: int | None = None) -> pd.DataFrame:
-    """Quality of the input, of total variation and of some models on each photograph, for several seeds.
+def photograph_by_photograph(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
+    """Measure the input, total variation and each model on every test photograph, for several seeds.
 
     Args:
-        runs: for each model the runs, one for each seed, the same seeds for all.
-        images: how many test photographs; when None as many as there are, or those of a folder's run.
+        runs: for each model one run per seed, the same seeds for all.
 
     Returns:
         A row for each `seed` and `photograph`, with columns such as `psnr TV` (dB) and `ssim TV`. The weight
         of total variation is the best one on training images.
     """
     first = next(iter(runs.values()))
-    if images is None:
-        images = TEST_FACES if first[0].config.dataset == "faces" else first[0].config.test_images
+    images = TEST_FACES if first[0].config.dataset == "faces" else first[0].config.test_images
 
     def measured(name: str, run: Run) -> pd.DataFrame:
         config: Any = run.config.model_copy(update={"test_images": images})
@@ -159,7 +155,7 @@ def photograph_by_photograph(runs: Mapping[str, Sequence[Run]], images: int | No
 
 
 def ahead_of(table: pd.DataFrame, baseline: str = "TV") -> pd.DataFrame:
-    """Medians of `photograph_by_photograph`, and how far each method is ahead of one of them.
+    """Return medians of `photograph_by_photograph`, and how far each method is ahead of the baseline.
 
     Returns:
         A row for each method: the medians of `psnr` (dB) and `ssim` over photographs and seeds; and in dB
@@ -176,11 +172,7 @@ def ahead_of(table: pd.DataFrame, baseline: str = "TV") -> pd.DataFrame:
 
 
 def seeds_by_size(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
-    """`seed_by_seed` of each of `FILTERS`.
-
-    Args:
-        runs: those of the seeds of `get_runs_and_ours`.
-    """
+    """Return `seed_by_seed` for each of `FILTERS`, from the seeds' runs of `get_runs_and_ours`."""
     tables = {
         size: seed_by_seed({model: runs[f"{MODEL_NAMES[model]} {size}"] for model in MODELS})
         for size in FILTERS
@@ -189,32 +181,29 @@ def seeds_by_size(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
 
 
 def starting_weights(run: Run, results: Results = None, train: bool = True) -> Weights:
-    """The kernels that a training started from, normalized as in the training; `train` as in `get_run`."""
+    """Return the normalized kernels that a training started from; `train` as in `get_run`."""
     with one_thread():
         weights = make_model([run.config], learned_start(run.config, results, train)).regularizer.weights()
     return {name: weight[0] for name, weight in weights.items()}
 
 
 def with_weights(run: Run, weights: Weights, status: str) -> Run:
-    """A run's model with other weights; the status says which."""
+    """Return a run's model with other weights, which the status names."""
     return replace(run, weights=weights, status=status, reason="", history=pd.DataFrame())
 
 
 @one_thread()
-def total_variation(config: FacesConfig, observed: Tensor, images: int = TUNING_IMAGES) -> tuple[Tensor, str]:
-    """Total variation reconstructions with the weight that is best on training images.
-
-    Denoising is scikit-image's; deblurring is our lower level with finite differences as kernels.
+def total_variation(config: FacesConfig, observed: Tensor) -> tuple[Tensor, str]:
+    """Reconstruct data by total variation with the weight that is best on training images.
 
     Args:
         config: gives the task, the noise and the training images.
-        observed: data `(N, H, W)` to reconstruct.
-        images: how many of the training images the weight is chosen with.
+        observed: data, `(N, H, W)`.
 
     Returns:
-        `(N, 1, H, W)`, and what was chosen.
+        The reconstructions, `(N, 1, H, W)`, and the weight in words.
     """
-    truth, f = tuning_data(config, config.noise, images)
+    truth, f = tuning_data(config, config.noise)
     weight = best_tv_weight(config, f, truth)
     method = tv_method(config, (observed.shape[-2], observed.shape[-1]))
     return method(observed[:, None], weight), f"{'weight' if method is chambolle else 'lambda'} {weight:g}"
@@ -273,14 +262,16 @@ def distance(weights: Weights) -> float:
 
 
 def kernel_figure(run: Run, before: Weights, profile: str, chosen: Sequence[int] | None = None) -> Figure:
-    """Kernels of `A` and of `C^T` before (first row) and after (second row) training.
+    """Draw kernels of `A` and of `C^T` before (first row) and after (second row) training.
+
+    The kernels in one row share a grey scale, whose middle is 0. `C^T` is drawn by the kernels of `C`, so
+    that tied kernels look alike.
 
     Args:
         run: the training.
         before: the kernels that it started from.
         profile: name of the profile, for the line below.
-        chosen: which kernels; all when None. Those of `A` and of `C^T` in one row share a grey scale, whose
-            middle is 0. A kernel of `C^T` is drawn as the one of `C`, so that tied kernels look alike.
+        chosen: indices of the kernels; None draws all.
     """
     chosen = list(range(len(run.weights["A"])) if chosen is None else chosen)
     count = len(chosen)
@@ -328,11 +319,7 @@ def kernel_table(run: Run, before: Weights) -> pd.DataFrame:
 
 
 def check_kernels(run: Run, table: pd.DataFrame) -> None:
-    """Print what must hold of the kernels whatever the parameters are.
-
-    Raises:
-        AssertionError: the kernels are not normalized, or not tied where they should be.
-    """
+    """Check that kernels are normalized and tied where they should be, and print it."""
     for name in (name for name in run.weights if name != "lam"):
         worst = (table[f"norm of {name}"] / GRADIENT_NORM - 1).abs().max()
         assert worst <= 0.01, f"norm of {name}: {table[f'norm of {name}'].tolist()}, not {GRADIENT_NORM}"

@@ -1,4 +1,4 @@
-"""Reconstructions of the test images beside each other, their quality, and what must hold of them."""
+"""Reconstructions of test images by several models, their quality and their checks."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ SSIM_WINDOW = 7
 """Side of the windows of SSIM in pixels, as scikit-image has it by default."""
 
 SSIM_PIXELS = 2**14
-"""Pixels of which SSIM is computed in one call: more of them leave the cache."""
+"""Pixels in one call of SSIM: more of them leave the cache."""
 
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """Test images, their data and what each model makes of them; images are `(N, H, W)` in [-1, 1].
+    """Test images, their data and their reconstructions; images are `(N, H, W)` in [-1, 1].
 
     Attributes:
         runs: the run of each model.
@@ -65,11 +65,11 @@ def test_data(config: Config) -> tuple[Tensor, Tensor]:
 
 @one_thread()
 def reconstruct(runs: Mapping[str, Run]) -> Reconstructions:
-    """Reconstruct the test set that all runs share with each model, from the same data, and measure."""
+    """Reconstruct the runs' common test set from the same data with each model, and measure."""
     first, device = next(iter(runs.values())), default_device()
     operator = make_operator(first.config)
     truth, observed = test_data(first.config)
-    # In the batches of the training's evaluation, so that the numbers are its numbers to the bit.
+    # The batches of the training's evaluation give the same numbers to the bit.
     batches = [f[None].to(device) for f in observed.split(TEST_BATCH)]
 
     @torch.no_grad()
@@ -102,9 +102,9 @@ def image_quality(images: Tensor, truth: Tensor) -> dict[str, Any]:
 
 
 def _ssim(images: Tensor, truth: Tensor) -> np.ndarray:
-    """SSIM of each image by scikit-image, many below each other in one call: a small one takes as long.
+    """SSIM of each image by scikit-image, computed for a column of many images in one call.
 
-    What a window sees of the image above or below is in the border, which is left out of an image's mean.
+    Windows that reach into the next image are in the border, which an image's mean leaves out.
 
     Raises:
         ValueError: an image is smaller than the window.
@@ -130,7 +130,7 @@ def _quality(images: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def with_images(result: Reconstructions, name: str, images: Tensor) -> Reconstructions:
-    """The same with the reconstructions `(N, 1, H, W)` of another method, measured in the same way."""
+    """Return the result together with another method's reconstructions, `(N, 1, H, W)`."""
     operator = make_operator(next(iter(result.runs.values())).config)
     rows = result.table.to_dict("index") | {name: _quality(images, result.truth[:, None])}
     return replace(
@@ -142,7 +142,7 @@ def with_images(result: Reconstructions, name: str, images: Tensor) -> Reconstru
 
 
 def training_table(runs: Mapping[str, Run]) -> pd.DataFrame:
-    """How the training of each run ended: its status and the last row of its history."""
+    """Return the status and the last row of the history of each run."""
     rows = {
         name: {"status": run.status, "reason": run.reason}
         | (run.history.iloc[-1].to_dict() if len(run.history) else {})
@@ -152,11 +152,11 @@ def training_table(runs: Mapping[str, Run]) -> pd.DataFrame:
 
 
 SPREAD = 4.0
-"""How far apart, in tolerances, two solves of a test set may end: eight times what AVX2 and no AVX change."""
+"""Largest distance of two solves of a test set, in tolerances: eight times that of AVX2 and no AVX."""
 
 
 def keeps_loss(result: Reconstructions, name: str, loss: float, unconverged: float) -> bool:
-    """Whether a run's weights give the `test_loss` that its training ended with, on any processor.
+    """Return whether a run's weights give the test loss of its training, on any processor.
 
     Fixed points that are `d` apart in root mean square have losses `l` at most `d (2 sqrt(l) + d)` apart.
     Solves that did not converge, now or in training (`unconverged`), define none.
@@ -170,12 +170,12 @@ def keeps_loss(result: Reconstructions, name: str, loss: float, unconverged: flo
 def get_runs_of_seeds(
     profile: str, task: str, seeds: int | None, results: Results = None, train: bool = True, **values: Any
 ) -> tuple[dict[str, Run], dict[str, list[Run]]]:
-    """The run of each model, and beside it those of its seeds, trained together so that no core waits.
+    """Return each model's first run and its runs for all seeds, trained together so that no core waits.
 
     Args:
         profile, task, values: as in `profile_config`.
-        seeds: how many, from the one in `values` on; the profile's number when None.
-        train: False takes what is stored or committed, for the seeds as `runs_by_seed` does.
+        seeds: number of seeds, starting with the one in `values`; the profile's number when None.
+        train: False takes only stored or committed runs.
     """
     numbers = range(values["seed"], values["seed"] + profile_seeds(profile, seeds))
     configs = {
@@ -189,15 +189,14 @@ def get_runs_of_seeds(
 def runs_by_seed(
     configs: Mapping[str, Sequence[Config]], results: Results = None, train: bool = True
 ) -> dict[str, list[Run]]:
-    """The runs of some names for several seeds each; no weights are needed of those after the first.
+    """Return the runs of several seeds by name; only the first seed's run needs weights.
 
     Args:
         configs: by name, in the order of their seeds.
-        train: False takes what is stored or committed, after the first seed maybe without weights; what is
-            neither is not run there.
+        train: False takes only stored or committed runs; later seeds that are missing are "not run".
 
     Raises:
-        ConfigError: nothing is to be trained, and the run of a first seed is neither stored nor committed.
+        ConfigError: nothing may be trained, and the run of a first seed is missing.
     """
     first = [same[0] for same in configs.values()]
     later = [config for same in configs.values() for config in same[1:]]
@@ -207,25 +206,20 @@ def runs_by_seed(
         histories = zip(later, find_histories(later, results), strict=True)
         lacking = [run or Run("", config, NOT_RUN, "", pd.DataFrame(), {}, {}) for config, run in histories]
         runs = [*get_runs(first, results, train), *lacking]
-    found = dict(zip([*first, *later], runs, strict=True))
-    return {name: [found[config] for config in same] for name, same in configs.items()}
+    by_config = dict(zip([*first, *later], runs, strict=True))
+    return {name: [by_config[config] for config in same] for name, same in configs.items()}
 
 
 def later_seeds(runs: Mapping[str, Sequence[Run]]) -> dict[str, Run]:
-    """The runs of all seeds but the first, by model and seed, without those that are not run."""
+    """Return the runs of all seeds but the first by model and seed, without missing ones."""
     later = [(model, run) for model, same in runs.items() for run in same[1:]]
     return {f"{model}, seed {run.config.seed}": run for model, run in later if run.status != NOT_RUN}
 
 
 def seed_by_seed(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
-    """How both models' trainings end for several seeds of weights, order of images and noise.
+    """Return the final `test_psnr` (dB) of both models for each seed, and by how much the DEQ is ahead.
 
-    Args:
-        runs: of each model, one for each seed, the same seeds for both.
-
-    Returns:
-        A row per seed: the final `test_psnr` (dB) of each model, NaN of a run that did not complete; `ahead`,
-        by how much the DEQ is ahead; and the `reason` why a run did not complete, empty if both did.
+    A run that did not complete has NaN, and the column `reason` says why.
     """
     columns = {
         model: {
@@ -247,22 +241,14 @@ def seed_by_seed(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
 
 
 def check_weights(runs: Mapping[str, Run]) -> None:
-    """Print which model has a `C` of its own.
-
-    Raises:
-        AssertionError: a bilevel model has one, or a DEQ has none.
-    """
+    """Check that only the DEQs have a `C` of their own, and print it."""
     for name, run in runs.items():
         assert ("C" in run.weights) == (run.config.model == "deq"), f"{name}: weights"
         print(f"{name}: C is {'a parameter of its own' if 'C' in run.weights else 'tied to A'}")
 
 
 def check_reconstructions(result: Reconstructions) -> None:
-    """Recompute what must hold whatever the parameters are, and print it.
-
-    Raises:
-        AssertionError: the figure does not show what its caption says.
-    """
+    """Check noise, weights and test losses of reconstructions, and print it."""
     config = next(iter(result.runs.values())).config
     operator = make_operator(config)
     noise = (result.observed[:, None] - operator.forward(result.truth[:, None])).std().item()
@@ -280,14 +266,9 @@ def check_reconstructions(result: Reconstructions) -> None:
 
 
 def check_stored_losses(runs: pd.DataFrame, results: Results = None, train: bool = True) -> None:
-    """Reconstruct with one stored run per task and model of `Sweep.runs`, and compare the test loss.
+    """Check the test loss of one run per task and model of `Sweep.runs` by reconstructing with its weights.
 
-    Args:
-        runs: the rows.
-        train: False leaves out, and counts, those of which a table is committed, and no weights.
-
-    Raises:
-        AssertionError: a stored run's weights do not give the test loss that was stored.
+    With `train=False` runs without weights are left out and counted.
     """
     missing = 0
     rows = runs.drop_duplicates(["task", "model"]).to_dict("records")
@@ -308,14 +289,7 @@ def check_stored_losses(runs: pd.DataFrame, results: Results = None, train: bool
 def reconstruction_figure(
     result: Reconstructions, rows: Sequence[str], profile: str, count: int = 8
 ) -> Figure:
-    """Test images in rows, one block of columns per model.
-
-    Args:
-        result: what to show.
-        rows: from `truth`, `input`, `K output` and `output`.
-        profile: name of the profile, for the line below.
-        count: how many of the first test images.
-    """
+    """Draw the first test images in rows (`truth`, `input`, `K output`, `output`), one block per model."""
     with plt.rc_context(STYLE):
         models = list(result.runs)
         size = (TEXT_WIDTH, 0.42 * len(rows) + 0.7)

@@ -1,4 +1,4 @@
-"""What all figures share: style, the line that says what made them, and their files with provenance."""
+"""Style, footnote and files with provenance of all figures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODEL_COLORS = {"bilevel": "#0072b2", "deq": "#e69f00"}
 
 
 def model_line(model: str) -> dict[str, Any]:
-    """How a model's curve is drawn."""
+    """Return the style of a model's curve."""
     linestyle, marker = {"bilevel": ("-", "o"), "deq": ("--", "s")}[model]
     style = {"linestyle": linestyle, "marker": marker, "color": MODEL_COLORS[model]}
     return style | {"linewidth": 1.2, "markersize": 2.5}
@@ -58,13 +58,7 @@ TEXT_WIDTH = 6.9
 
 
 def budget(run: Run, profile: str, experts: str = "") -> str:
-    """One line that says which data, parameters, profile and budget a run was made with.
-
-    Args:
-        run: the run, or one of several that share all this.
-        profile: name of the profile.
-        experts: what to say of them; the run's own when empty.
-    """
+    """Return a line with the data, parameters, profile and budget of a run; `experts` replaces its own."""
     c = run.config
     height, width = image_shape(c)
     name = DATA_NAMES.get(c.dataset, Path(c.dataset).name)
@@ -77,12 +71,7 @@ def budget(run: Run, profile: str, experts: str = "") -> str:
 
 
 def sweep_budget(profile: str, provenance: Mapping[str, Any]) -> str:
-    """One line that says which data, profile and budget a sweep was made with, and what is missing.
-
-    Args:
-        profile: name of the profile.
-        provenance: that of the sweep, or of a figure that was made from it.
-    """
+    """Return a line with the data, profile and budget of a sweep by its provenance, and what is missing."""
     common, axes, statuses = (provenance[name] for name in ("shared", "axes", "statuses"))
 
     def value(name: str) -> str:
@@ -99,7 +88,7 @@ def sweep_budget(profile: str, provenance: Mapping[str, Any]) -> str:
 
 
 def note(fig: Figure | SubFigure, text: str) -> None:
-    """A line at the bottom of a figure, or two where it is narrow."""
+    """Write a line at the bottom of a figure, or several where it is narrow."""
     width, height = (side / fig.dpi for side in fig.bbox.size)
     text = textwrap.fill(text, int(24 * width), break_on_hyphens=False)
     fig.text(0.5, 0.08 / height, text, ha="center", va="bottom", size=7)
@@ -118,18 +107,18 @@ def save(
     settings: Mapping[str, Any] | None = None,
     histories: Mapping[str, Run] | None = None,
 ) -> Path:
-    """Write `results/<profile>/<name>/` with the figure, its numbers and where they come from.
+    """Write `results/<profile>/<name>/` with the figure, its numbers and their provenance.
 
     Args:
         name: of the figure, such as `fig02`.
         fig: written as PNG (300 dpi) and PDF.
         table: the numbers behind the figure, written as CSV.
-        source: the sweep that it was made from, or the runs by the names that they have in the table.
+        source: the sweep behind the figure, or its runs by their names in the table.
         profile: name of the profile.
-        questions: what the figure answers, written as `questions.json` if there are any.
-        tables, pictures: others by name, each written to files of that name.
-        settings: what it was made with beside the runs, for its provenance.
-        histories: runs that it needs no weights of, by name.
+        questions: written as `questions.json` if there are any.
+        tables, pictures: further ones by name, each written to files of that name.
+        settings: further parameters for the provenance.
+        histories: runs by name whose weights are not needed.
 
     Returns:
         The figure's folder.
@@ -156,16 +145,16 @@ def save(
 def _provenance(named: Mapping[str, Run], histories: Mapping[str, Run]) -> dict[str, Any]:
     runs = [*named.values(), *histories.values()]
 
-    def told(of: Mapping[str, Run]) -> dict[str, Any]:
+    def records(by_name: Mapping[str, Run]) -> dict[str, Any]:
         return {
             run.key: run.config.model_dump()
             | {"name": name, "status": run.status, "converged": has_converged(run.history)}
-            for name, run in of.items()
+            for name, run in by_name.items()
         }
 
     return {
-        "runs": told(named),
-        **({"histories": told(histories)} if histories else {}),
+        "runs": records(named),
+        **({"histories": records(histories)} if histories else {}),
         "data": {run.config.dataset: data_digests(run.config) for run in runs},
         "training_seconds": sum(run.provenance["seconds"] for run in runs),
         "trained_on": {run.key: run.provenance["environment"] for run in runs},
