@@ -18,7 +18,8 @@ import pandas as pd
 import pytest
 
 from lib.experiments.config import RunConfig
-from lib.experiments.runs import REFERENCE, code_version
+from lib.experiments.method import METHOD_VERSION
+from lib.experiments.runs import REFERENCE
 from lib.experiments.store import RESULTS
 from lib.figures.comparison import ANSWERS, has_converged
 
@@ -74,8 +75,8 @@ def parameters(record: dict[str, Any]) -> dict[str, Any]:
 
 def incomparable(here: dict[str, Any], there: dict[str, Any]) -> str:
     """Why what was made cannot be compared with the reference, by the provenance of both; else nothing."""
-    if here["code"] != code_version():
-        return "made by another version of the code"
+    if here["method"] != METHOD_VERSION:
+        return "made by another version of the method"
     return "" if parameters(here) == parameters(there) else "made with other parameters"
 
 

@@ -1,0 +1,111 @@
+"""Committed evidence: it is small and whole, made of the profile's runs, and drawn without training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import reference as references
+
+from lib.experiments import runs
+from lib.experiments.config import ConfigError, FacesConfig, RunConfig
+from lib.experiments.profiles import grid, profile_config
+from lib.experiments.provenance import PROVENANCE, write_with_provenance
+from lib.experiments.runs import COMMITTED, Run, find_histories, get_run
+from lib.experiments.store import RESULTS
+from lib.experiments.sweep import load_table, row_config, table_folder
+from lib.pages import notebooks
+
+FOLDER = RESULTS / COMMITTED["overnight"]
+TINY = {"size": 7, "epochs": 1, "train_images": 50, "test_images": 20, "batch_size": 25}
+
+
+def test_committed_evidence_is_small_and_whole() -> None:
+    """At most 15 MB; exactly the runs that the figures were made of."""
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 15e6
+    origins = [json.loads(path.read_bytes()) for path in FOLDER.glob(f"fig*/{PROVENANCE}")]
+    whole, alone = ({k for origin in origins for k in origin.get(kind, ())} for kind in ("runs", "histories"))
+    needed = {f"{key}.zip" for key in whole} | {f"{key}.json" for key in alone - whole}
+    assert {path.name for path in FOLDER.glob("runs/*")} == needed
+
+
+@pytest.mark.parametrize("name", [name for name in notebooks.names() if (FOLDER / name).is_dir()])
+def test_a_committed_figure_is_of_the_profile(name: str) -> None:
+    """Its runs are those of the profile today."""
+    origin = json.loads((FOLDER / name / PROVENANCE).read_bytes())
+    assert (origin["figure"], origin["profile"]) == (name, "overnight")
+    for key, entry in (origin.get("runs", {}) | origin.get("histories", {})).items():
+        values = {field: entry[field] for field in entry if field not in ("name", "status", "converged")}
+        kind = RunConfig if entry["dataset"] == "mnist" else FacesConfig
+        (run,) = find_histories([kind(**values)])
+        assert run is not None
+        assert (run.key, run.status) == (key, entry["status"])
+
+
+def test_the_committed_table_is_of_the_profile() -> None:
+    if table_folder("overnight").is_dir():
+        configs = set(grid("overnight"))
+        assert {row_config(row) for row in load_table("overnight").runs.to_dict("records")} <= configs
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """Two runs in a store of their own, whose figures can be committed."""
+    stored = [
+        get_run(profile_config("smoke", "denoising", model=m, **TINY), tmp_path) for m in ("deq", "bilevel")
+    ]
+    for module in (runs, notebooks):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(runs, "REFERENCE", tmp_path / "reference")
+    return stored
+
+
+def test_a_figure_is_kept_with_its_runs(store: list[Run], tmp_path: Path) -> None:
+    """Picture, numbers and provenance, and only the runs of kept figures; they are then drawn untrained."""
+    keys = [run.key for run in store]
+    files = {"fig02.png": b"a picture", "fig02.pdf": b"a large one", "fig02.csv": b"numbers"}
+    committed = tmp_path / "reference" / "overnight"
+    for names, histories, expected in (
+        (keys[:1], keys[1:], [f"{keys[0]}.zip", f"{keys[1]}.json"]),
+        (keys[1:], [], [f"{keys[1]}.zip"]),
+    ):
+        origin = {"runs": dict.fromkeys(names), "histories": dict.fromkeys(histories)}
+        write_with_provenance(tmp_path / "overnight" / "fig02", files, origin)
+        notebooks.keep("fig02", "overnight")
+        assert {path.name for path in (committed / "fig02").iterdir()} == {
+            "fig02.csv",
+            "fig02.png",
+            PROVENANCE,
+        }
+        assert {path.name for path in (committed / "runs").iterdir()} == set(expected)
+    shutil.rmtree(tmp_path / "runs")
+    run = get_run(store[1].config, train=False)
+    pd.testing.assert_frame_equal(run.history, store[1].history)
+    with pytest.raises(ConfigError, match="train"):
+        get_run(store[0].config, train=False)
+
+
+QUALITY = pd.DataFrame(
+    {"psnr": [20.0, 25.0], "steps": [3.0, 4.0]}, index=pd.Index(["input", "deq"], name="image")
+)
+
+
+@pytest.mark.parametrize(
+    ("psnr", "converged", "differs"),
+    [(0.05, True, False), (0.5, True, True), (0.5, False, False), (np.nan, False, True)],
+)
+def test_another_number_is_noticed_where_solves_converged(
+    psnr: float, converged: bool, differs: bool, tmp_path: Path
+) -> None:
+    """The comparison of `reference.py` after the notebooks: 0.1 dB, and a number where there was one."""
+    for folder, shift in (("made", psnr), ("reference", 0.0)):
+        table = QUALITY.assign(psnr=QUALITY["psnr"] + [0.0, shift])
+        origin = {"figure": "fig02", "runs": {"key": {"name": "deq", "converged": converged}}}
+        write_with_provenance(tmp_path / folder, {"fig02.csv": table.to_csv().encode()}, origin)
+    found = references.figure_differences(tmp_path / "made", tmp_path / "reference")
+    assert [line.startswith("deq: psnr") for line in found] == [True] * differs

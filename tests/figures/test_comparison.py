@@ -1,0 +1,334 @@
+"""Outcomes, pairs, their statistics and answers of the comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
+
+from lib.experiments.config import TASKS
+from lib.experiments.runs import REFERENCE
+from lib.experiments.sweep import Sweep
+from lib.figures.comparison import (
+    NO,
+    NOT_DECIDED,
+    OUTCOMES,
+    YES,
+    Question,
+    best_runs,
+    check_sweep,
+    epoch_budget,
+    epochs_within,
+    has_converged,
+    kept_runs,
+    outcome,
+    outcome_table,
+    paired,
+    paired_table,
+    paired_test,
+    print_answers,
+    questions_of_best_runs,
+    questions_per_task,
+)
+
+RUN: dict[str, Any] = {
+    "model": "bilevel",
+    "task": "denoising",
+    "noise": 0.1,
+    "tau": 0.5,
+    "gamma": 0.1,
+    "sigma": "relu",
+    "seed": 0,
+    "time_budget": 60.0,
+    "status": "completed",
+    "epochs_finished": 2,
+    "seconds": 3.0,
+    "test_loss": 0.2,
+}
+"""A run as a row of the table of runs."""
+
+OPPOSITE = {YES: NO, NO: YES, NOT_DECIDED: NOT_DECIDED}
+
+SHARED = ("task", "noise", "tau", "seed")
+CONFIGURATIONS = st.tuples(
+    st.sampled_from(TASKS), st.sampled_from([0.0, 0.1]), st.sampled_from([0.5, 0.9]), st.integers(0, 1)
+)
+LOSSES = st.floats(0, 1)
+
+
+def runs_table(*rows: dict[str, Any]) -> pd.DataFrame:
+    """A table of runs, `RUN` with some values replaced in each row."""
+    return pd.DataFrame([{"key": f"run {i}"} | RUN | row for i, row in enumerate(rows)])
+
+
+def make_sweep(runs: pd.DataFrame, epochs: pd.DataFrame | None = None) -> Sweep:
+    return Sweep("smoke", runs, pd.DataFrame() if epochs is None else epochs, {})
+
+
+def pairs_table(**differences: NDArray[np.float64]) -> pd.DataFrame:
+    """Pairs of some tasks with these differences."""
+    rows = [(task, difference) for task in differences for difference in differences[task]]
+    return pd.DataFrame(rows, columns=["task", "difference"])
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        ({"test_loss": 0.5}, "kept"),
+        ({"test_loss": math.nextafter(0.5, 1)}, "dropped"),
+        ({"test_loss": math.nan}, "dropped"),
+        ({"status": "diverged", "test_loss": 0.2}, "diverged"),
+        ({"status": "out of time", "epochs_finished": 1}, "kept"),
+        ({"status": "out of time", "epochs_finished": 0}, "no epoch"),
+        ({"status": "not run", "epochs_finished": 0, "test_loss": math.nan}, "not run"),
+    ],
+)
+def test_outcome_of_a_run(run: dict[str, Any], expected: str) -> None:
+    runs = runs_table({"test_loss": 0.1}, run)
+    assert outcome(runs).tolist() == ["kept", expected]
+    assert kept_runs(runs)["key"].tolist() == ["run 0", "run 1"][: 1 + (expected == "kept")]
+    table = outcome_table(runs)
+    assert table.columns.tolist() == list(OUTCOMES)
+    assert table[expected].sum() == 1 + (expected == "kept")
+
+
+@given(
+    losses=st.dictionaries(
+        CONFIGURATIONS, st.tuples(st.none() | LOSSES, st.none() | st.just(math.nan) | LOSSES), max_size=12
+    )
+)
+def test_pairs_are_one_configuration_of_both_models(losses: dict[Any, Any]) -> None:
+    """Configurations with both losses, and no others; several seeds have their medians."""
+    rows = [
+        dict(zip(SHARED, configuration, strict=True)) | {"model": model, "test_loss": loss}
+        for configuration, both in losses.items()
+        for model, loss in zip(("bilevel", "deq"), both, strict=True)
+        if loss is not None
+    ]
+    complete = {
+        configuration: (bilevel, deq, bilevel - deq)
+        for configuration, (bilevel, deq) in losses.items()
+        if bilevel is not None and deq is not None and not math.isnan(deq)
+    }
+    several = len({seed for *_, seed in complete}) > 1
+    groups: dict[Any, list[Any]] = {}
+    for configuration, both in complete.items():
+        groups.setdefault(configuration[:-1] if several else configuration, []).append(both)
+    expected = {name: tuple(np.median(both, axis=0).tolist()) for name, both in groups.items()}
+    pairs = paired(runs_table({"tau": 7.0}, *rows), "test_loss")
+    shared = SHARED[:-1] if several else SHARED
+    assert len(pairs) == len(expected)
+    assert expected == {
+        tuple(pair[name] for name in shared): (pair["bilevel"], pair["deq"], pair["difference"])
+        for pair in pairs.to_dict("records")
+    }
+
+
+def normal(count: int, median: float = 0.0, seed: int = 0) -> NDArray[np.float64]:
+    return np.random.default_rng(seed).normal(median, 1.0, count)
+
+
+@pytest.mark.parametrize("count", [2, 5, 40, 301])
+def test_median_and_p_value(count: int) -> None:
+    differences = normal(count, 0.3)
+    result = paired_test(differences)
+    assert (result["pairs"], result["median"]) == (count, np.median(differences))
+    assert result["p"] == pytest.approx(stats.wilcoxon(differences, alternative="two-sided").pvalue)
+    assert result["low"] <= result["median"] <= result["high"]
+
+
+def test_interval_is_the_percentile_bootstraps() -> None:
+    """Quantiles of medians of samples drawn with replacement, to Monte Carlo accuracy."""
+    differences = np.exp(normal(1001))
+    result = paired_test(differences)
+    rng = np.random.default_rng(5)
+    draws = (differences[rng.integers(0, 1001, (1000, 1001))] for _ in range(8))
+    low, high = np.quantile(np.concatenate([np.median(draw, axis=1) for draw in draws]), [0.025, 0.975])
+    assert result["low"] == pytest.approx(low, abs=0.04 * (high - low))
+    assert result["high"] == pytest.approx(high, abs=0.04 * (high - low))
+
+
+@given(differences=st.lists(st.floats(-10, 10), min_size=2, max_size=30).filter(any))
+def test_statistics_are_mirrored_with_the_signs(differences: list[float]) -> None:
+    result, mirrored = paired_test(np.array(differences)), paired_test(-np.array(differences))
+    assert mirrored["median"] == -result["median"]
+    assert mirrored["low"] == pytest.approx(-result["high"], abs=1e-9)
+    assert mirrored["p"] == pytest.approx(result["p"])
+
+
+@pytest.mark.parametrize(
+    ("differences", "median"), [([], math.nan), ([0.3], 0.3), ([0.0], 0.0), ([0.0] * 20, 0.0)]
+)
+def test_too_little_to_test_is_nan(differences: list[float], median: float) -> None:
+    result = paired_test(np.array(differences))
+    assert result["pairs"] == len(differences)
+    assert result["median"] == pytest.approx(median, nan_ok=True)
+    assert all(math.isnan(result[name]) for name in ("low", "high", "p"))
+
+
+def test_table_of_tests_has_a_row_per_group() -> None:
+    pairs = pairs_table(denoising=np.array([1.0, 2.0, 0.0, -1.0]), inpainting=-np.arange(1.0, 7.0))
+    table = paired_table(pairs, ["task"])
+    assert table["pairs"].to_dict() == {"denoising": 4, "inpainting": 6}
+    assert table["median"].to_dict() == {"denoising": 0.5, "inpainting": -3.5}
+    assert table["deq lower"].to_dict() == {"denoising": 0.5, "inpainting": 0.0}
+    pairs["noise"] = [0.1, 0.1, 0.5, 0.5, *[0.1] * 6]
+    assert paired_table(pairs, ["task", "noise"]).loc[("denoising", 0.5), "median"] == -0.5
+    assert paired_table(pairs_table(), ["task"]).empty
+
+
+def test_best_run_has_the_lowest_loss() -> None:
+    """Per task, noise and model; diverged, untrained and missing runs do not count."""
+    losses = {0.1: 0.3, 0.5: 0.2, 0.9: 0.25}
+    runs = runs_table(
+        *({"tau": tau, "test_loss": loss} for tau, loss in losses.items()),
+        *({"tau": tau, "test_loss": loss / 2, "model": "deq"} for tau, loss in losses.items()),
+        {"tau": 1.1, "test_loss": 0.01, "status": "diverged"},
+        {"tau": 1.1, "test_loss": 0.01, "status": "out of time", "epochs_finished": 0},
+        {"tau": 1.1, "test_loss": math.nan, "status": "not run", "task": "deblurring"},
+    )
+    best = best_runs(runs).set_index(["task", "model"])["test_loss"]
+    assert best.to_dict() == {("denoising", "bilevel"): 0.2, ("denoising", "deq"): 0.1}
+    assert best_runs(runs_table({"status": "diverged"}, {"status": "not run"})).empty
+
+
+def test_best_configuration_has_the_lowest_median_over_seeds() -> None:
+    losses = {0.1: (0.3, 0.05, 0.4), 0.5: (0.2, 0.25, 0.9), 0.9: (0.1, None, None)}
+    rows = [
+        {"tau": tau, "seed": seed, "test_loss": 0.01 if loss is None else loss}
+        | ({"status": "diverged"} if loss is None else {})
+        for tau, of_seeds in losses.items()
+        for seed, loss in enumerate(of_seeds)
+    ]
+    best = best_runs(runs_table(*rows))
+    assert set(best["tau"]) == {0.5}
+    assert sorted(best["seed"]) == [0, 1, 2]
+
+
+def test_epochs_within_a_time() -> None:
+    """The budget that was spent, otherwise the median time; an epoch that ends just in time counts."""
+    times = [{"seconds": float(seconds)} for seconds in (1, 2, 4, 8, 100)]
+    runs = runs_table(*times, {"seconds": 1000.0, "test_loss": 0.9})
+    assert epoch_budget(make_sweep(runs)) == 4.0
+    assert epoch_budget(make_sweep(runs_table(*times, {"status": "out of time"}))) == 60.0
+    ends = {"run 0": (0.5, 2.0, 3.0, 4.0), "run 1": (0.1, 3.5, 4.0), "run 5": (0.0, 0.1, 0.2)}
+    rows = [(key, epoch, seconds) for key, times in ends.items() for epoch, seconds in enumerate(times)]
+    sweep = make_sweep(runs, pd.DataFrame(rows, columns=["key", "epoch", "seconds"]))
+    for seconds, counts in ((3.0, [2, 0]), (2.999, [1, 0]), (100.0, [3, 2])):
+        assert epochs_within(sweep, seconds)["epochs_within"].tolist() == [*counts, 0, 0, 0]
+
+
+CLEAR = np.linspace(0.1, 1.0, 30)
+
+DIFFERENCES = {
+    "all positive": (CLEAR, YES),
+    "mostly positive": (np.concatenate([CLEAR, -CLEAR[:3] / 10]), YES),
+    "balanced": (np.concatenate([CLEAR, -CLEAR]), NOT_DECIDED),
+    "few": (CLEAR[:4], NOT_DECIDED),
+    "none": (CLEAR[:0], NOT_DECIDED),
+    "zeros": (np.zeros(30), NOT_DECIDED),
+    "median zero": (np.concatenate([CLEAR, np.zeros(40)]), NOT_DECIDED),
+}
+
+
+@pytest.mark.parametrize(("differences", "answer"), list(DIFFERENCES.values()), ids=list(DIFFERENCES))
+def test_answer_for_a_task(differences: NDArray[np.float64], answer: str) -> None:
+    """Clearly positive differences say yes, and the opposite with the models exchanged."""
+    for sign, expected in ((1, answer), (-1, OPPOSITE[answer])):
+        questions = questions_per_task(pairs_table(inpainting=sign * differences), "is it so?")
+        answers = {question.question.partition(":")[0]: question.answer for question in questions}
+        assert answers == dict.fromkeys(TASKS, NOT_DECIDED) | {"inpainting": expected}
+
+
+PANELS = list(product(TASKS, (0.0, 0.05, 0.1, 0.5, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("wins", "panels", "answer"),
+    [(15, 15, YES), (12, 15, YES), (11, 15, NOT_DECIDED), (3, 15, NO), (5, 5, NOT_DECIDED)],
+)
+def test_answer_for_the_best_runs(wins: int, panels: int, answer: str) -> None:
+    """By a two-sided sign test over the panels."""
+    rows = [
+        (task, noise, model, 0.2 + 0.01 * ((model == "deq") != (i < wins)))
+        for i, (task, noise) in enumerate(PANELS[:panels])
+        for model in ("bilevel", "deq")
+    ]
+    best = pd.DataFrame(rows, columns=["task", "noise", "model", "test_loss"])
+    question = questions_of_best_runs(best)[0]
+    assert question.answer == answer
+    assert question.numbers == f"in {wins} of {panels} panels; p = {stats.binomtest(wins, panels).pvalue:.1g}"
+
+
+@pytest.mark.parametrize(
+    ("falling", "answer"), [(set(), YES), ({"denoising"}, NOT_DECIDED), ({"denoising", "deblurring"}, NO)]
+)
+def test_answer_for_rising_noise(falling: set[str], answer: str) -> None:
+    rows = [
+        (task, noise, model, -noise if task in falling else noise)
+        for task, noise in PANELS
+        for model in ("bilevel", "deq")
+    ]
+    best = pd.DataFrame(rows, columns=["task", "noise", "model", "test_loss"])
+    assert questions_of_best_runs(best)[1].answer == answer
+
+
+def test_answers_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    questions = [
+        Question("is it so?", YES, "3 pairs", "count"),
+        Question("is it not?", NOT_DECIDED, "0 pairs", "count"),
+        Question("was it?", NO, "1 pair", "weigh"),
+    ]
+    print_answers(questions)
+    assert capsys.readouterr().out.splitlines() == [
+        "YES: is it so? 3 pairs",
+        "NOT DECIDED AT THIS BUDGET: is it not? 0 pairs",
+        "Rule: count",
+        "NO: was it? 1 pair",
+        "Rule: weigh",
+    ]
+
+
+def test_committed_answers_follow_from_the_committed_runs() -> None:
+    runs = pd.read_parquet(REFERENCE / "sweep" / "runs.parquet")
+    answers = {
+        "fig01": questions_per_task(paired(kept_runs(runs), "test_loss"), "so?"),
+        "fig05": questions_of_best_runs(best_runs(runs)),
+    }
+    for name, questions in answers.items():
+        committed = json.loads((REFERENCE / name / "questions.json").read_bytes())
+        assert [(question.answer, question.numbers, question.rule) for question in questions] == [
+            (question["answer"], question["numbers"], question["rule"]) for question in committed
+        ]
+
+
+def test_check_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    """A duplicate, and a final loss that is not the last epoch's, are noticed."""
+    runs = runs_table(
+        {}, {"model": "deq", "test_loss": 0.1}, {"tau": 0.9, "status": "not run", "test_loss": math.nan}
+    )
+    rows = [("run 0", 0, 0.9), ("run 1", 2, 0.1), ("run 0", 2, 0.2), ("run 0", 1, 0.3)]
+    epochs = pd.DataFrame(rows, columns=["key", "epoch", "test_loss"])
+    check_sweep(make_sweep(runs, epochs))
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    with pytest.raises(AssertionError, match="outcomes"):
+        check_sweep(make_sweep(pd.concat([runs, runs.iloc[:1]], ignore_index=True), epochs))
+    with pytest.raises(AssertionError, match="final test loss"):
+        check_sweep(make_sweep(runs.assign(test_loss=[0.3, 0.1, math.nan]), epochs))
+
+
+def test_a_few_solves_need_not_converge() -> None:
+    """Less than one in twenty may fail in each kind of solve; missing values are no failures."""
+    solved = dict.fromkeys([f"{kind}_unconverged" for kind in ("forward", "backward", "test")], 0.0)
+    assert has_converged(runs_table(solved, solved | {"forward_unconverged": math.nan}))
+    assert has_converged(runs_table(solved, solved | {"backward_unconverged": 0.09}))
+    assert not has_converged(runs_table(solved, solved | {"backward_unconverged": 0.1}))

@@ -1,0 +1,252 @@
+"""Figures of photographs and kernels: the drawn images and numbers are the computed ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor
+
+from lib.experiments import data
+from lib.experiments.build import load_images
+from lib.experiments.config import FacesConfig
+from lib.experiments.profiles import faces_config
+from lib.experiments.runs import Run, get_run
+from lib.figures.baselines import chambolle
+from lib.figures.photographs import (
+    ahead_of,
+    check_kernels,
+    distance,
+    get_runs_and_ours,
+    kernel_figure,
+    kernel_table,
+    photograph_by_photograph,
+    photograph_figure,
+    reconstruction_folder,
+    seeds_by_size,
+    starting_weights,
+    total_variation,
+    with_weights,
+)
+from lib.figures.reconstructions import reconstruct
+from lib.regularizer import GRADIENT_NORM
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "drawing"),
+    # matplotlib converts torch's tensors in a way that NumPy deprecates.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def images_read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "faces", cache(data.faces))
+        yield
+
+
+def smoke(task: str = "denoising", **values: Any) -> FacesConfig:
+    return faces_config("smoke", task, **{"filters": 3, "filter_size": 3} | values)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="module")
+def trained(results: Path, images_read_once: None) -> dict[str, Run]:
+    """A run of each model on denoising, and one on deblurring that starts from the DEQ's kernels."""
+    configs = {
+        "bilevel": smoke(model="bilevel"),
+        "DEQ": smoke(model="deq", learning_rate=0.1),
+        "nested": smoke("deblurring", model="deq", initial=smoke(model="deq", learning_rate=0.1), blur=5),
+    }
+    return {name: get_run(config, results) for name, config in configs.items()}
+
+
+def texts(fig: Figure) -> str:
+    return " ".join(" ".join(text.get_text().split()) for axis in fig.axes for text in axis.texts)
+
+
+def test_distance_of_kernels() -> None:
+    A = torch.tensor([[[3.0, 0], [0, 0]], [[0, 4.0], [0, 0]]])
+    C = torch.tensor([[[3.0, 0], [0, 0]], [[0, 4.0], [0, 2.0]]])
+    assert distance({"A": A, "C": C}) == pytest.approx(0.4)
+    assert distance({"A": A, "C": -A}) == pytest.approx(2)
+    assert distance({"A": A}) == 0
+
+
+@pytest.mark.parametrize("name", ["bilevel", "DEQ", "nested"])
+def test_untrained_weights_have_the_loss_of_epoch_0(
+    name: str, trained: dict[str, Run], results: Path
+) -> None:
+    run = trained[name]
+    start = starting_weights(run, results)
+    other = with_weights(run, start, "untrained")
+    assert (other.status, other.config, other.history.empty) == ("untrained", run.config, True)
+    mse = reconstruct({"trained": run, "untrained": other}).table["mse"]
+    losses = run.history["test_loss"]
+    assert mse["untrained"] == pytest.approx(losses.iloc[0], rel=1e-2)
+    assert mse["trained"] == pytest.approx(losses.iloc[-1], rel=1e-2)
+    if name == "nested":
+        torch.testing.assert_close(start, trained["DEQ"].weights, rtol=1e-3, atol=1e-4)
+
+
+def dense_norm(kernels: Tensor, height: int, width: int) -> float:
+    """Norm of `A` on whole images by the singular values of its matrix."""
+    units = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)
+    experts = torch.nn.functional.conv2d(units, kernels[:, None].double(), padding=kernels.shape[-1] // 2)
+    return torch.linalg.matrix_norm(experts.flatten(1), 2).item()
+
+
+@pytest.mark.parametrize(
+    ("name", "statement"),
+    [
+        ("bilevel", "C is tied to A: the distance is 0 before and after"),
+        ("DEQ", "C starts as A: the distance is 0 before"),
+        ("nested", "A and C start where another training ended"),
+    ],
+)
+def test_table_and_check_of_kernels(
+    name: str, statement: str, trained: dict[str, Run], results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Norms of the dense matrices; another norm or distance fails."""
+    run = trained[name]
+    before = starting_weights(run, results)
+    table = kernel_table(run, before)
+    for label, weights in (("before", before), ("after", run.weights)):
+        assert table["||A - C|| / ||A||"][label] == distance(weights)
+        for key, kernels in weights.items():
+            assert table[f"norm of {key}"][label] == pytest.approx(dense_norm(kernels, 28, 23), rel=2e-3)
+            assert table[f"norm of {key}"][label] == pytest.approx(GRADIENT_NORM, rel=1e-2)
+    check_kernels(run, table)
+    assert capsys.readouterr().out.splitlines()[-1] == statement
+    longer = table.copy()
+    longer.loc["after", "norm of A"] *= 1.02
+    with pytest.raises(AssertionError, match="norm of A"):
+        check_kernels(run, longer)
+    if name != "nested":
+        apart = table.copy()
+        apart.loc["before", "||A - C|| / ||A||"] = 0.1
+        with pytest.raises(AssertionError, match="differ"):
+            check_kernels(run, apart)
+
+
+@pytest.mark.parametrize("chosen", [None, [2, 0]])
+@pytest.mark.parametrize("name", ["bilevel", "DEQ"])
+def test_figure_of_kernels(name: str, chosen: list[int] | None, trained: dict[str, Run]) -> None:
+    """Each chosen kernel of `A` and of `C`, in a grey scale of its row with 0 in the middle."""
+    run = trained[name]
+    before = {key: 0.5 * weight for key, weight in run.weights.items()}
+    fig = kernel_figure(run, before, "smoke", chosen)
+    indices = [0, 1, 2] if chosen is None else chosen
+    drawn = iter(axis for axis in fig.axes if axis.images)
+    for weights in (before, run.weights):
+        A, C = weights["A"], weights.get("C", weights["A"])
+        limit = max(A[indices].abs().max().item(), C[indices].abs().max().item())
+        for letter, kernels in (("A", A), (r"C^\top", C)):
+            for i in indices:
+                axis = next(drawn)
+                np.testing.assert_array_equal(axis.images[0].get_array(), kernels[i])
+                assert axis.images[0].get_clim() == pytest.approx((-limit, limit))
+                assert axis.get_title() == f"${letter}_{{{i + 1}}}$"
+        assert rf"$\|A-C\|/\|A\|$ = {distance(weights):.2g}" in texts(fig)
+
+
+def test_photographs_stand_above_their_quality(trained: dict[str, Run]) -> None:
+    result = reconstruct({name: trained[name] for name in ("bilevel", "DEQ")})
+    rows = [{"truth": "u", "input": "f", "DEQ": "a DEQ"}, {"bilevel": "tied"}]
+    fig = photograph_figure(result, rows, "smoke", 1)
+    images = {"truth": result.truth, "input": result.observed} | result.outputs
+    drawn = [axis for axis in fig.axes if axis.images]
+    assert [axis.get_title() for axis in drawn] == ["u", "f", "a DEQ", "tied"]
+    truth = result.truth[1].numpy()
+    for axis, name in zip(drawn, ("truth", "input", "DEQ", "bilevel"), strict=True):
+        picture = images[name][1].numpy()
+        np.testing.assert_array_equal(axis.images[0].get_array(), picture)
+        if name != "truth":
+            decibels = peak_signal_noise_ratio(truth, picture, data_range=2)
+            ssim = structural_similarity(truth, picture, data_range=2)
+            assert axis.texts[0].get_text() == f"{decibels:.1f} dB, SSIM {ssim:.2f}"
+
+
+@pytest.mark.parametrize(("task", "weight"), [("denoising", "weight"), ("deblurring", "lambda")])
+def test_total_variation_is_tuned_on_training_images(task: str, weight: str) -> None:
+    config = smoke(task, blur=5)
+    truth = load_images(config)["test"]
+    observed = truth + 0.1 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
+    u, choice = total_variation(config, observed[:, 0])
+    name, number = choice.split()
+    assert (name, u.shape) == (weight, truth.shape)
+    if task == "denoising":
+        torch.testing.assert_close(u, chambolle(observed, float(number)))
+        assert (u - truth).square().mean() < 0.7 * (observed - truth).square().mean()
+
+
+def test_runs_of_the_paper_and_ours(results: Path) -> None:
+    """Named by model and size, one for each seed; ours start from their own kernels."""
+    values: dict[str, Any] = {"initial": "second", "noise": 0.1, "seed": 4, "epochs": 1}
+    first, papers, ours = get_runs_and_ours("smoke", "denoising", 2, 1, results, **values)
+    assert list(first) == ["bilevel 11x11", "DEQ 11x11", "bilevel 3x3", "DEQ 3x3"]
+    assert {name: same[0].key for name, same in papers.items()} == {n: r.key for n, r in first.items()}
+    assert [[run.config.seed for run in same] for same in papers.values()] == 4 * [[4, 5]]
+    assert [(name, [run.config.seed for run in same]) for name, same in ours.items()] == [
+        ("bilevel, ours", [4]),
+        ("DEQ, ours", [4]),
+    ]
+    configs: list[Any] = [same[0].config for same in ours.values()]
+    assert {config.initial for config in configs} == {"cosine"}
+    table = seeds_by_size(papers)
+    assert table.index.tolist() == [("11x11", 4), ("11x11", 5), ("3x3", 4), ("3x3", 5)]
+    for (size, seed), row in table.iterrows():
+        psnr = papers[f"DEQ {size}"][seed - 4].history["test_psnr"].iloc[-1]
+        assert (row["deq"], row["ahead"]) == (psnr, psnr - row["bilevel"])
+
+
+def test_quality_photograph_by_photograph(trained: dict[str, Run]) -> None:
+    """Each method against scikit-image's PSNR, and medians of the differences to total variation."""
+    run = trained["DEQ"]
+    few = replace(run, config=run.config.model_copy(update={"dataset": "faces"}))
+    table = photograph_by_photograph({"DEQ": [few]})
+    assert table.index.names == ["seed", "photograph"]
+    assert list(table) == [
+        f"{quantity} {name}" for quantity in ("psnr", "ssim") for name in ("input", "TV", "DEQ")
+    ]
+    result = reconstruct({"DEQ": run})
+    for k, (u, v) in enumerate(zip(result.truth.numpy(), result.outputs["DEQ"].numpy(), strict=True), 1):
+        expected = peak_signal_noise_ratio(u, v, data_range=2)
+        assert table.loc[(run.config.seed, k), "psnr DEQ"] == pytest.approx(expected, abs=0.05)
+    ahead = ahead_of(table)
+    assert ahead.loc["TV", "ahead"] == 0
+    assert ahead.loc["DEQ", "ahead"] == pytest.approx((table["psnr DEQ"] - table["psnr TV"]).median())
+    assert ahead.loc["DEQ", "low"] <= ahead.loc["DEQ", "ahead"] <= ahead.loc["DEQ", "high"]
+
+
+def test_each_photograph_has_a_folder(trained: dict[str, Run], tmp_path: Path) -> None:
+    """Photographs of the same name are told apart."""
+    run = trained["bilevel"]
+    face = reconstruction_folder(run, None, 0.1, True, tmp_path)
+    assert face == tmp_path / "reconstruct" / "face" / "denoising-bilevel-3-noise-0.1"
+    one, other = (reconstruction_folder(run, f"/{k}/x.png", 0.1, False, tmp_path) for k in "ab")
+    assert one.parent != other.parent
+    assert re.fullmatch(r"x-[0-9a-f]{8}", one.parent.name)
+    assert one.name == "denoising-bilevel-3-as-it-is"
+
+
+def test_greys_are_of_the_chosen_kernels() -> None:
+    """A large kernel that is not drawn does not make the others pale."""
+    A = torch.stack([size * torch.ones(3, 3) for size in (1.0, 9.0, 2.0)])
+    run = Run("key", smoke(model="deq"), "completed", "", pd.DataFrame(), {"A": A, "C": -3 * A}, {})
+    fig = kernel_figure(run, {"A": A, "C": A}, "smoke", [0, 2])
+    assert [axis.images[0].get_clim() for axis in fig.axes if axis.images] == [(-2, 2)] * 4 + [(-6, 6)] * 4

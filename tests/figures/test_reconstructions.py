@@ -1,0 +1,152 @@
+"""Reconstructions of test images: their quality, their check against the training, and seeds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from lib.experiments.config import MODELS, RunConfig
+from lib.experiments.profiles import grid
+from lib.experiments.runs import Run, get_run
+from lib.experiments.sweep import get_sweep
+from lib.figures import reconstructions
+from lib.figures.reconstructions import (
+    SPREAD,
+    SSIM_WINDOW,
+    Reconstructions,
+    check_reconstructions,
+    check_stored_losses,
+    get_runs_of_seeds,
+    image_quality,
+    keeps_loss,
+    later_seeds,
+    reconstruct,
+    reconstruction_figure,
+    seed_by_seed,
+    with_images,
+)
+
+SMALL = {"size": 7, "train_images": 50, "test_images": 20, "batch_size": 25, "seed": 3}
+
+
+@given(
+    st.integers(SSIM_WINDOW, 20),
+    st.integers(SSIM_WINDOW, 20),
+    st.integers(1, 5),
+    st.sampled_from([1, 500, 2000]),
+)
+def test_quality_is_scikit_images(height: int, width: int, count: int, pixels: int) -> None:
+    """However many images are measured in one call."""
+    generator = torch.Generator().manual_seed(height + 100 * width)
+    images, truth = torch.rand(2, count, 1, height, width, generator=generator) * 2 - 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstructions, "SSIM_PIXELS", pixels)
+        measured = image_quality(images, truth)
+    for k, (u, v) in enumerate(zip(images[:, 0].numpy(), truth[:, 0].numpy(), strict=True)):
+        assert measured["ssim"][k] == pytest.approx(structural_similarity(u, v, data_range=2), abs=1e-5)
+        psnr = peak_signal_noise_ratio(v, u, data_range=2)
+        assert measured["psnr"][k].item() == pytest.approx(psnr, abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(SSIM_WINDOW - 1, 20), (20, SSIM_WINDOW - 1)])
+def test_images_smaller_than_the_window_are_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"images: got .*, allowed: at least 7x7"):
+        image_quality(torch.zeros(3, 1, *shape), torch.zeros(3, 1, *shape))
+
+
+@given(
+    loss=st.floats(0, 4),
+    tol=st.sampled_from([1e-3, 1e-5]),
+    apart=st.floats(0, 1.5).filter(lambda apart: abs(apart - 1) > 1e-3),
+)
+def test_a_loss_holds_as_exactly_as_solves_define_it(loss: float, tol: float, apart: float) -> None:
+    """Up to `SPREAD` tolerances, or any loss where a solve did not converge."""
+    mse = (math.sqrt(loss) + apart * SPREAD * tol) ** 2
+    run = Run("key", RunConfig(tol=tol), "completed", "", pd.DataFrame(), {}, {})
+    for unconverged in (0.0, 0.01):
+        table = pd.DataFrame({"mse": [mse], "unconverged": [unconverged]}, index=["deq"])
+        result = Reconstructions({"deq": run}, torch.zeros(1), torch.zeros(1), {}, {}, table)
+        assert keeps_loss(result, "deq", loss, 0.0) == (apart < 1 or unconverged > 0)
+        assert keeps_loss(result, "deq", loss, 0.01)
+
+
+def test_seeds_of_both_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each seed is trained or found; a run that did not complete has no PSNR but a reason."""
+    first, of_seeds = get_runs_of_seeds("smoke", "denoising", 2, tmp_path, **SMALL)
+    assert [[run.config.seed for run in same] for same in of_seeds.values()] == [[3, 4], [3, 4]]
+    table = seed_by_seed(of_seeds)
+    for model, same in of_seeds.items():
+        assert table[model].tolist() == [run.history["test_psnr"].iloc[-1] for run in same]
+    assert table["ahead"].tolist() == (table["deq"] - table["bilevel"]).tolist()
+    assert list(later_seeds(of_seeds)) == ["bilevel, seed 4", "deq, seed 4"]
+    lost = replace(of_seeds["deq"][1], status="diverged", reason="the loss is not finite")
+    partial = seed_by_seed(of_seeds | {"deq": [of_seeds["deq"][0], lost]})
+    assert partial["deq"].isna().tolist() == partial["ahead"].isna().tolist() == [False, True]
+    assert partial["reason"].tolist() == ["", "deq diverged: the loss is not finite"]
+    _, drawn = get_runs_of_seeds("smoke", "denoising", 3, tmp_path, train=False, **SMALL)
+    assert seed_by_seed(drawn)["reason"].tolist() == ["", "", "bilevel not run; deq not run"]
+    # Their reconstructions pass the checks; those of other weights do not.
+    result = reconstruct(first)
+    check_reconstructions(result)
+    assert "deq: C is a parameter of its own\nwhere all its solves converge" in capsys.readouterr().out
+    more = with_images(result, "other", 0.9 * result.truth[:, None])
+    assert more.table.loc["other", "mse"] == pytest.approx(
+        0.01 * result.truth.square().mean().item(), rel=1e-4
+    )
+    pd.testing.assert_frame_equal(more.table.drop("other"), result.table)
+    history = first["deq"].history.assign(test_loss=9.0, test_unconverged=0.0)
+    wrong = replace(result, runs=first | {"deq": replace(first["deq"], history=history)})
+    assert result.table.loc["deq", "unconverged"] == 0
+    with pytest.raises(AssertionError, match="deq: loss"):
+        check_reconstructions(wrong)
+
+
+def test_stored_losses_are_those_of_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {"task": "denoising", "tau": 0.5, "train_images": 20, "test_images": 10, "batch_size": 10}
+    for config in grid("smoke", **small):
+        get_run(config, tmp_path)
+    runs = get_sweep("smoke", tmp_path, train=False, **small).runs
+    assert not runs["test_unconverged"].any()
+    check_stored_losses(runs, tmp_path)
+    assert "a stored run's weights give the stored test loss\n" in capsys.readouterr().out
+    for row, factor in product(runs.index, (0.5, 1.5)):
+        changed = runs.copy()
+        changed.loc[row, "test_loss"] *= factor
+        with pytest.raises(AssertionError, match=r"stored 0\.\d"):
+            check_stored_losses(changed, tmp_path)
+
+
+@pytest.mark.usefixtures("drawing")
+# matplotlib converts torch's tensors in a way that NumPy deprecates.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_reconstructions_stand_in_the_column_of_their_model() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth, observed, *images = torch.rand(6, 5, 7, 7, generator=generator) * 2 - 1
+    runs = {
+        model: Run("key", RunConfig(model=model, size=7), "completed", "", pd.DataFrame(), {}, {})
+        for model in MODELS
+    }
+    outputs = dict(zip(MODELS, images[:2], strict=True))
+    forwarded = dict(zip(MODELS, images[2:], strict=True))
+    table = pd.DataFrame({"psnr": [10.0, 20.0, 30.0], "ssim": [0.1, 0.2, 0.3]}, index=["input", *MODELS])
+    result = Reconstructions(runs, truth, observed, outputs, forwarded, table)
+    fig = reconstruction_figure(result, ["truth", "input", "K output", "output"], "quick", count=3)
+    panels = np.array(fig.axes).reshape(4, 2)
+    assert [axes.get_title().partition(" (")[0] for axes in panels[0]] == [
+        "bilevel: 20.0 dB, SSIM 0.20",
+        "DEQ: 30.0 dB, SSIM 0.30",
+    ]
+    for column, model in zip(panels.T, MODELS, strict=True):
+        for axes, row in zip(column, (truth, observed, forwarded[model], outputs[model]), strict=True):
+            strip = np.concatenate(list(row[:3].numpy()), axis=1)
+            assert np.array_equal(np.asarray(axes.images[0].get_array()), strip)

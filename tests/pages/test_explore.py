@@ -1,0 +1,147 @@
+"""The explorer: its table is the store's, and its page shows a selection of the table."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import pytest
+import torch
+
+from lib.experiments import build, runs
+from lib.experiments import sweep as sweeps
+from lib.experiments.build import load_images, make_operator
+from lib.experiments.config import ConfigError
+from lib.experiments.data import DataError
+from lib.experiments.profiles import grid
+from lib.experiments.runs import get_run, run_key
+from lib.experiments.store import DamagedFile
+from lib.experiments.sweep import get_sweep, load_sweep, load_table, table_folder
+from lib.figures.reconstructions import reconstruct
+from lib.pages import explore, notebooks
+from lib.pages.explore import axes, collect, main, select
+
+TINY: dict[str, Any] = {"task": ["inpainting", "denoising"], "solver": "plain", "time_budget": [3600.0, 1e-6]}
+TINY |= {"train_images": 20, "test_images": 10, "batch_size": 10}
+"""Some of these runs diverge, and some run out of time."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results with a tiny sweep and its table."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "workers", lambda device: 1)
+        get_sweep("smoke", folder, **TINY)
+        collect("smoke", folder, **TINY)
+    return folder
+
+
+@pytest.fixture
+def store(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of these results in the place of the repository's."""
+    folder: Path = shutil.copytree(trained, tmp_path / "store")
+    for module in (runs, sweeps):
+        monkeypatch.setattr(module, "RESULTS", folder)
+    return folder
+
+
+def assert_shown(strip: bytes, images: torch.Tensor) -> None:
+    """The bytes are the first four of the images `(N, H, W)`, to the grey level."""
+    height, width = images.shape[1:]
+    pixels = torch.frombuffer(bytearray(strip), dtype=torch.uint8).reshape(height, 4, width).movedim(1, 0)
+    assert (pixels / 255 * 2 - 1 - images[:4].clamp(-1, 1)).abs().max() <= 1.001 / 255
+
+
+def test_the_table_is_the_stores(trained: Path) -> None:
+    """Both tables, and truth, data and fixed points of the first test digits."""
+    table, configs = load_table("smoke", trained), grid("smoke", **TINY)
+    sweep = load_sweep("smoke", configs, trained)
+    pd.testing.assert_frame_equal(table.runs[explore.KEPT], sweep.runs[explore.KEPT], check_dtype=False)
+    pd.testing.assert_frame_equal(table.epochs, sweep.epochs[explore.HISTORY])
+    assert set(table.runs["status"]) == {"completed", "diverged", "out of time"}
+    assert ((table.runs["status"] == "completed") == table.runs["output"].notna()).all()
+    rows = table.runs.set_index("key")
+    for config in configs:
+        truth, row = load_images(config)["test"], rows.loc[run_key(config)]
+        f = make_operator(config).forward(truth) + config.noise * build.test_noise(config)
+        assert_shown(row["truth"], truth[:, 0])
+        assert_shown(row["input"], f[:, 0])
+        if row["status"] == "completed":
+            assert_shown(row["output"], reconstruct({"": get_run(config, trained)}).outputs[""])
+
+
+def test_selections_are_levels_of_the_table(trained: Path) -> None:
+    """Words in the order of the grid, numbers by size; the first level is the default."""
+    table = load_table("smoke", trained)
+    levels = axes(table)
+    assert levels["task"] == ["inpainting", "denoising"]
+    assert levels["time_budget"] == [1e-6, 3600.0]
+    assert levels["tau"] == sorted(levels["tau"])
+    assert select(table) == {name: own[0] for name, own in levels.items()}
+    assert select(table, time_budget=3600.0, noise=None)["time_budget"] == 3600.0
+    with pytest.raises(ConfigError, match=r"^task: got 'sharpening', allowed: inpainting, denoising$"):
+        select(table, task="sharpening")
+    with pytest.raises(ConfigError, match=r"^sigm: no such parameter, allowed: task, "):
+        select(table, sigm="relu")
+
+
+@pytest.mark.parametrize("name", ["provenance.json", *sweeps.TABLES])
+def test_a_damaged_or_missing_file_is_named(name: str, store: Path) -> None:
+    path = table_folder("smoke", store) / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 128
+    path.write_bytes(content)
+    with pytest.raises(DamagedFile, match=f"^{path}: "):
+        load_table("smoke", store)
+    path.unlink()
+    with pytest.raises(DataError, match=f"^{path} is missing; .* collect --profile smoke"):
+        load_table("smoke", store)
+
+
+def test_weights_of_another_loss_are_not_collected(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collection ends, and nothing is written."""
+
+    def altered(*args: Any) -> sweeps.Sweep:
+        sweep = load_sweep(*args)
+        sweep.runs["test_loss"] *= 1.5
+        return sweep
+
+    shutil.rmtree(table_folder("smoke"))
+    monkeypatch.setattr(explore, "load_sweep", altered)
+    with pytest.raises(RuntimeError, match="its weights give the test loss"):
+        collect("smoke", **TINY)
+    assert not table_folder("smoke").exists()
+
+
+def test_the_command_makes_the_table(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [text for name, value in TINY.items() for text in ("-p", name, str(value))]
+    assert main(["collect", "--profile", "smoke", *arguments]) == 0
+    folder, _, counts = capsys.readouterr().out.strip().partition(": ")
+    assert folder == str(store / "smoke" / "sweep")
+    assert sorted(counts.split(", ")) == ["4 completed", "4 out of time", "8 diverged"]
+    assert main(["collect", "-p", "tau", "-1.0"]) == 2
+    assert main(["collect"]) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err[0] == "explore: tau: got -1.0, allowed: greater than 0"
+    assert err[1] == "explore: no quick run is stored; `make sweep PROFILE=quick` trains them"
+
+
+def test_the_page_shows_a_selection(trained: Path) -> None:
+    """Controls that start at the selection, a picture, and the levels; also of runs that did not complete."""
+    chosen = {"task": "inpainting", "tau": 0.5, "noise": None, "sigma": None, "gamma": None}
+    folder = notebooks.run("explore", "smoke", chosen, trained)
+    book = nbformat.read(folder / "explore.ipynb", as_version=4)
+    outputs = [out.get("data", {}) for cell in book.cells for out in cell.get("outputs", [])]
+    assert sum("image/png" in data for data in outputs) == 1
+    assert sum("application/vnd.jupyter.widget-view+json" in data for data in outputs) == 1
+    assert any("'time_budget': [1e-06, 3600.0]" in data.get("text/plain", "") for data in outputs)
+    state = book.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
+    indices = {w["state"]["description"]: w["state"]["index"] for w in state if "index" in w["state"]}
+    levels = axes(load_table("smoke", trained))
+    expected = select(load_table("smoke", trained), **chosen)
+    assert {name: levels[name][index] for name, index in indices.items()} | expected == expected
+    assert set(indices) == set(expected)
