@@ -19,7 +19,7 @@ import pytest
 
 from lib.experiments.config import RunConfig
 from lib.experiments.method import METHOD_VERSION
-from lib.experiments.runs import REFERENCE
+from lib.experiments.records import REFERENCE
 from lib.experiments.store import RESULTS
 from lib.figures.comparison import ANSWERS, has_converged
 

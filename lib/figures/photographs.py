@@ -23,7 +23,8 @@ from lib.experiments.config import MODELS, FacesConfig
 from lib.experiments.data import TEST_FACES
 from lib.experiments.processes import cores
 from lib.experiments.profiles import FILTERS, faces_config, our_config, profile_seeds
-from lib.experiments.runs import Run, get_runs, learned_start, train_runs
+from lib.experiments.records import Run
+from lib.experiments.runs import get_runs, learned_start, train_runs
 from lib.experiments.store import REPOSITORY, RESULTS, Results
 from lib.figures.baselines import best_tv_weight, chambolle, tuning_data, tv_method
 from lib.figures.comparison import paired_test

@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 import reference as references
 
-from lib.experiments import runs
+from lib.experiments import records, runs
 from lib.experiments.config import ConfigError, FacesConfig, RunConfig
 from lib.experiments.profiles import grid, profile_config
 from lib.experiments.provenance import PROVENANCE, write_with_provenance
-from lib.experiments.runs import COMMITTED, Run, find_histories, get_run
+from lib.experiments.records import COMMITTED, Run
+from lib.experiments.runs import find_histories, get_run
 from lib.experiments.store import RESULTS
 from lib.experiments.sweep import load_table, row_config, table_folder
 from lib.pages import notebooks
@@ -59,7 +60,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     stored = [
         get_run(profile_config("smoke", "denoising", model=m, **TINY), tmp_path) for m in ("deq", "bilevel")
     ]
-    for module in (runs, notebooks):
+    for module in (records, notebooks):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(runs, "REFERENCE", tmp_path / "reference")
     return stored

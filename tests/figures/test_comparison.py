@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from lib.experiments.config import TASKS
-from lib.experiments.runs import REFERENCE
+from lib.experiments.records import REFERENCE
 from lib.experiments.sweep import Sweep
 from lib.figures.comparison import (
     NO,

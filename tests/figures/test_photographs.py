@@ -21,7 +21,8 @@ from lib.experiments import data
 from lib.experiments.build import load_images
 from lib.experiments.config import FacesConfig
 from lib.experiments.profiles import faces_config
-from lib.experiments.runs import Run, get_run
+from lib.experiments.records import Run
+from lib.experiments.runs import get_run
 from lib.figures.baselines import chambolle
 from lib.figures.photographs import (
     ahead_of,

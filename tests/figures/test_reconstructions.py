@@ -17,7 +17,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from lib.experiments.config import MODELS, RunConfig
 from lib.experiments.profiles import grid
-from lib.experiments.runs import Run, get_run
+from lib.experiments.records import Run
+from lib.experiments.runs import get_run
 from lib.experiments.sweep import get_sweep
 from lib.figures import reconstructions
 from lib.figures.reconstructions import (

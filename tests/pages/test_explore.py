@@ -11,13 +11,14 @@ import pandas as pd
 import pytest
 import torch
 
-from lib.experiments import build, runs
+from lib.experiments import build, records, runs
 from lib.experiments import sweep as sweeps
 from lib.experiments.build import load_images, make_operator
 from lib.experiments.config import ConfigError
 from lib.experiments.data import DataError
 from lib.experiments.profiles import grid
-from lib.experiments.runs import get_run, run_key
+from lib.experiments.records import run_key
+from lib.experiments.runs import get_run
 from lib.experiments.store import DamagedFile
 from lib.experiments.sweep import get_sweep, load_sweep, load_table, table_folder
 from lib.figures.reconstructions import reconstruct
@@ -44,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of these results in the place of the repository's."""
     folder: Path = shutil.copytree(trained, tmp_path / "store")
-    for module in (runs, sweeps):
+    for module in (records, sweeps):
         monkeypatch.setattr(module, "RESULTS", folder)
     return folder
 
