@@ -124,16 +124,6 @@ def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
     return best.sort_values([name for name in (*BEST_OF[:2], "model", "seed") if name in best])
 
 
-def epoch_budget(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> float:
-    """Return the seconds in which epochs are counted.
-
-    They are the time budget if it stopped any run, otherwise the median time of the kept runs.
-    """
-    if (sweep.runs["status"] == OUT_OF_TIME).any():
-        return float(sweep.runs["time_budget"].min())
-    return float(kept_runs(sweep.runs, threshold)["seconds"].median())
-
-
 def epochs_within(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOLD) -> pd.DataFrame:
     """Return the kept runs with the number of epochs that each finished within some seconds."""
     kept = kept_runs(sweep.runs, threshold)
@@ -182,40 +172,6 @@ def questions_per_task(pairs: pd.DataFrame, question: str) -> list[Question]:
             numbers += f" [{test['low']:+.2g}, {test['high']:+.2g}]; {count}, p = {test['p']:.1g}"
         questions.append(Question(f"{task}: {question}", answer, numbers, rule))
     return questions
-
-
-def questions_of_best_runs(best: pd.DataFrame) -> list[Question]:
-    """Answer whether the best DEQ is ahead of the best bilevel model, and whether noise raises the loss."""
-    table = best.pivot_table(index=["task", "noise"], columns="model", values="test_loss", aggfunc="median")
-    table = table.reindex(columns=["bilevel", "deq"])
-    panels = table.dropna()
-    wins = int((panels["deq"] < panels["bilevel"]).sum())
-    p = scipy.stats.binomtest(wins, len(panels)).pvalue if len(panels) else 1.0
-    half = len(panels) / 2
-    rising = [
-        bool((group.dropna().diff().dropna() > 0).all())
-        for model in table
-        for _, group in table[model].groupby("task")
-        if len(group.dropna()) > 1
-    ]
-    return [
-        Question(
-            "does the best DEQ end at a lower test loss than the best bilevel model?",
-            decide(p < LEVEL and wins > half, p < LEVEL and wins < half),
-            f"in {wins} of {len(panels)} panels; p = {p:.1g}",
-            "Over the panels (one task, one noise level): yes when it does in more than half of them and a "
-            f"two-sided sign test has p below {LEVEL:g}, no when it does in fewer than half with p below "
-            f"{LEVEL:g}, else not decided at this budget.",
-        ),
-        Question(
-            "does the best test loss rise with the noise, for each task and model?",
-            decide(bool(rising) and all(rising), bool(rising) and sum(rising) <= len(rising) / 2),
-            f"in {sum(rising)} of {len(rising)} cases",
-            "Over the cases (one task, one model): yes when the best loss rises from each noise level to the "
-            "next in all of them, no when it does so in at most half of them, else not decided at this "
-            "budget.",
-        ),
-    ]
 
 
 def print_answers(questions: Sequence[Question]) -> None:

@@ -12,7 +12,6 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator
 
@@ -96,33 +95,6 @@ def _draw_differences(axes: Axes, pairs: pd.DataFrame) -> None:
     axes.set_yticks(range(len(TASKS)), TASKS)
     axes.set_ylim(len(TASKS) - 0.5, -0.6)
     axes.set_title("the same configuration, both kept")
-
-
-def best_runs_figure(sweep: Sweep) -> Figure:
-    """Draw the test loss after each epoch of the best configuration of each model: noise levels x tasks."""
-    best = comparison.best_runs(sweep.runs)
-    levels = sorted(sweep.runs["noise"].unique())
-    with plt.rc_context(STYLE):
-        size = (TEXT_WIDTH, 0.6 + 1.25 * len(levels))
-        fig, grid = plt.subplots(len(levels), len(TASKS), figsize=size, sharex=True, squeeze=False)
-        fig.subplots_adjust(left=0.115, right=0.99, wspace=0.27, hspace=0.14)
-        fig.subplots_adjust(top=1 - 0.25 / fig.get_figheight(), bottom=0.62 / fig.get_figheight())
-        for column, task in zip(grid.T, TASKS, strict=True):
-            column[0].set_title(task)
-            column[-1].set_xlabel("epoch")
-            noisy = [axes for axes, noise in zip(column, levels, strict=True) if noise > 0]
-            for axes in noisy[1:]:
-                axes.sharey(noisy[0])
-            for axes, noise in zip(column, levels, strict=True):
-                here = best[(best["task"] == task) & (best["noise"] == noise)]
-                draw_histories(axes, here, sweep.epochs)
-        for axes, noise in zip(grid[:, 0], levels, strict=True):
-            axes.set_ylabel(f"noise {noise:g}\ntest loss")
-            axes.yaxis.set_label_coords(-0.2, 0.5)
-        lines = [Line2D([], [], label=MODEL_NAMES[model], **model_line(model)) for model in MODELS]
-        grid[0, 0].legend(handles=lines, frameon=False, loc="upper right")
-        note(fig, sweep_budget(sweep.profile, sweep.provenance))
-    return fig
 
 
 def draw_histories(axes: Axes, runs: pd.DataFrame, epochs: pd.DataFrame) -> None:

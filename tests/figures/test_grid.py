@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
@@ -20,7 +20,7 @@ from lib.experiments.config import MODELS, TASKS, RunConfig
 from lib.experiments.profiles import grid
 from lib.experiments.sweep import Sweep, load_sweep
 from lib.figures import comparison
-from lib.figures.grid import LOWEST_LOSS, best_runs_figure, epochs_figure, loss_figure
+from lib.figures.grid import LOWEST_LOSS, draw_histories, epochs_figure, loss_figure
 from lib.figures.style import MODEL_COLORS, sweep_budget
 
 NOISES = (0.0, 0.1, 0.5)
@@ -32,7 +32,6 @@ Record = dict[str, Any] | None
 
 DRAWINGS: dict[str, Callable[[Sweep], Figure]] = {
     "losses": loss_figure,
-    "best runs": best_runs_figure,
     "epochs": lambda sweep: epochs_figure(sweep, 3.0),
 }
 
@@ -129,38 +128,24 @@ def test_differences_are_those_of_the_pairs() -> None:
         assert (start[0], end[0]) == pytest.approx((test["low"], test["high"]))
 
 
-def test_best_runs_are_drawn_epoch_by_epoch() -> None:
-    """The history of each model's best run; a loss of zero is drawn at the lowest one."""
-    records = copy.deepcopy(mixed())
-    for config, stored in records.items():
-        for row in stored["history"][1:] if stored and config.noise == 0 else []:
-            row["test_loss"] = 0.0
-    sweep = make_sweep(records)
-    best = comparison.best_runs(sweep.runs)
-    for axes, (noise, task) in zip(best_runs_figure(sweep).axes, product(NOISES, TASKS), strict=True):
-        assert axes.get_yscale() == "log"
-        here = best[(best["noise"] == noise) & (best["task"] == task)]
-        lines = {line.get_color(): line for line in axes.lines}
-        assert len(here) == len(axes.lines) == 2
-        for key, model in zip(here["key"], here["model"], strict=True):
-            losses = sweep.epochs.loc[sweep.epochs["key"] == key, "test_loss"].clip(lower=LOWEST_LOSS)
-            assert list(lines[MODEL_COLORS[model]].get_ydata()) == losses.tolist()
-
-
-def test_several_seeds_have_a_median_and_a_range() -> None:
-    shifted: dict[RunConfig, Record] = {}
-    for (config, stored), seed in product(mixed().items(), (0, 1)):
-        seeded = config.model_copy(update={"seed": seed})
-        shifted[seeded] = copy.deepcopy(stored)
-        for row in stored["history"] if stored else []:
-            shifted[seeded]["history"][row["epoch"]]["test_loss"] *= 1 + seed  # type: ignore[index]
-    one, two = best_runs_figure(MIXED).axes, best_runs_figure(make_sweep(shifted)).axes
-    for alone, several in zip(one, two, strict=True):
-        for line, median, band in zip(alone.lines, several.lines, several.collections, strict=True):
-            single = np.asarray(line.get_ydata())
-            np.testing.assert_allclose(np.asarray(median.get_ydata()), 1.5 * single)
+def test_histories_are_medians_within_their_range() -> None:
+    """Of one seed or two; a loss of zero is drawn at the lowest one."""
+    keys = MIXED.runs.loc[comparison.outcome(MIXED.runs) == "kept", "key"].iloc[:2]
+    runs = pd.DataFrame({"key": keys, "model": "deq"})
+    epochs = MIXED.epochs[MIXED.epochs["key"].isin(keys)].copy()
+    epochs.loc[epochs["epoch"] == 4, "test_loss"] = 0.0
+    losses = epochs.pivot(index="epoch", columns="key", values="test_loss").clip(lower=LOWEST_LOSS)
+    for count in (1, 2):
+        _, axes = plt.subplots()
+        draw_histories(axes, runs.iloc[:count], epochs)
+        (line,) = axes.lines
+        drawn = losses[keys.iloc[:count]]
+        assert line.get_color() == MODEL_COLORS["deq"]
+        np.testing.assert_allclose(np.asarray(line.get_ydata()), drawn.median(axis=1))
+        assert len(axes.collections) == count - 1
+        for band in axes.collections:
             heights = band.get_paths()[0].vertices[:, 1]
-            assert (heights.min(), heights.max()) == pytest.approx((single.min(), 2 * single.max()))
+            assert (heights.min(), heights.max()) == (drawn.min(axis=None), drawn.max(axis=None))
 
 
 @pytest.mark.parametrize("seconds", [0.4, 3.0])
@@ -204,5 +189,3 @@ def test_figure_of_little_is_drawn(name: str, case: str) -> None:
     expected = sweep_budget(sweep.profile, sweep.provenance) + ("; timed on CPU" if timed else "")
     assert expected in texts(fig)
     fig.draw_without_rendering()
-    if name == "best runs" and case in ("all diverged", "none run"):
-        assert texts(fig).count("no run ended") == len(fig.axes)
