@@ -21,9 +21,9 @@ from lib.experiments.config import MODELS
 from lib.experiments.processes import default_device, workers
 from lib.experiments.profiles import profile_config, profile_seeds
 from lib.experiments.records import Run
-from lib.experiments.runs import find_histories, find_runs, get_runs
+from lib.experiments.runs import find_histories, get_runs
 from lib.experiments.store import Results
-from lib.experiments.sweep import NOT_RUN, row_config
+from lib.experiments.sweep import NOT_RUN
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.solvers import Status
 from lib.training import COMPLETED, TEST_BATCH, observe, one_thread, psnr
@@ -263,27 +263,6 @@ def check_reconstructions(result: Reconstructions) -> None:
             kept = keeps_loss(result, name, loss, unconverged)
             assert kept, f"{name}: loss {result.table.mse[name]}, in training {loss}"
     print("where all its solves converge, a picture has the test loss that its training ended with")
-
-
-def check_stored_losses(runs: pd.DataFrame, results: Results = None, train: bool = True) -> None:
-    """Check the test loss of one run per task and model of `Sweep.runs` by reconstructing with its weights.
-
-    With `train=False` runs without weights are left out and counted.
-    """
-    missing = 0
-    rows = runs.drop_duplicates(["task", "model"]).to_dict("records")
-    configs = [row_config(row) for row in rows]
-    stored = get_runs(configs, results) if train else find_runs(configs, results)
-    for row, run in zip(rows, stored, strict=True):
-        if run is None:
-            missing += 1
-            continue
-        result = reconstruct({run.key: run})
-        kept = keeps_loss(result, run.key, row["test_loss"], row["test_unconverged"])
-        assert kept, f"{run.key}: {result.table.mse[run.key]}, stored {row['test_loss']}"
-    print("where all its solves converge, a stored run's weights give the stored test loss")
-    if missing:
-        print(f"not checked: {missing} runs of which no weights are stored here")
 
 
 def reconstruction_figure(
