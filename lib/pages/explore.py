@@ -1,7 +1,7 @@
-"""A sweep to walk through: everything about one selection of its parameters in one picture.
+"""The explorer's table: a trained sweep with some reconstructions, without runs and data.
 
-`python -m lib.pages.explore collect --profile quick` takes the tables and some reconstructions of a trained
-sweep out of the store of runs; the explorer then needs neither runs nor data.
+`python -m lib.pages.explore collect --profile quick` makes it from the stored runs, and `nbs/explore.ipynb`
+shows it.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from lib.figures.reconstructions import keeps_loss, reconstruct
 from lib.training import COMPLETED, observe
 
 AXES = ("task", "noise", "sigma", "gamma", "tau")
-"""What is chosen from, beside whatever else a sweep varies."""
+"""Parameters to choose from, besides others that a sweep varies."""
 
 OBSERVED_BY = ("task", "noise", "seed", "test_images")
-"""Runs that agree in these have the same data `f`."""
+"""Runs with the same values of these parameters share their data `f`."""
 
 DIGITS = 4
 
 KEPT = ["key", *RunConfig.model_fields, "status", "reason", "epochs_finished", "test_loss", "test_psnr"]
 KEPT += ["seconds"]
-"""What is kept of each run, beside the first test images: `truth`, `input` (`f`) and `output` (`u*`; None
-where the run did not complete), as the bytes of a strip of `DIGITS`, row by row, 0 for -1 and 255 for 1."""
+"""Columns of a run in the table, besides the first test images: `truth`, `input` (`f`) and `output` (`u*`; None
+if the run did not complete), each the bytes of a strip of `DIGITS`, row by row, 0 for -1 and 255 for 1."""
 
 HISTORY = ["key", "epoch", "seconds", "test_loss", "test_psnr", "forward_steps", "backward_steps"]
 HISTORY += ["forward_unconverged", "backward_unconverged", "test_unconverged"]
-"""What is kept of each epoch."""
+"""Columns of an epoch in the table."""
 
 
 def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
-    """Make a profile's table from the stored runs; only one whose weights are damaged is trained anew.
+    """Make a profile's table from the stored runs; a run with damaged weights is trained again.
 
-    Each run that completed reconstructs the whole test set, and its loss is compared with the stored one.
+    Each completed run reconstructs the test set, and its loss is compared with the stored one.
 
     Args:
         profile: name of the profile.
-        values: parameters and axes that replace the profile's (see `lib.experiments.profiles.grid`).
+        values: replace the profile's parameters and axes (see `lib.experiments.profiles.grid`).
 
     Returns:
         The folder with the table.
 
     Raises:
-        ConfigError: a value is refused.
+        ConfigError: a value is invalid.
         DataError: no run is stored.
         RuntimeError: a run's weights do not give its test loss.
     """
@@ -93,13 +93,13 @@ def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
 
 
 def _strip(images: Tensor) -> bytes:
-    """The first images `(N, H, W)` beside each other."""
+    """Return the first images `(N, H, W)` side by side as bytes."""
     strip = torch.cat(list(images[:DIGITS]), dim=-1).clamp(-1, 1)
     return ((strip + 1) * 127.5).round().to(torch.uint8).numpy().tobytes()
 
 
 def write_table(table: Sweep, results: Results = None) -> None:
-    """Write a sweep's tables, with the images of its runs, and where they come from beside them."""
+    """Write a sweep's tables, the images of its runs and their provenance."""
     frames = (table.runs[[*KEPT, "truth", "input", "output"]], table.epochs.reindex(columns=HISTORY))
     contents = [frame.to_parquet(index=False, compression="zstd") for frame in frames]
     folder = table_folder(table.profile, results)
@@ -107,7 +107,7 @@ def write_table(table: Sweep, results: Results = None) -> None:
 
 
 def axes(table: Sweep) -> dict[str, list[Any]]:
-    """What can be chosen: the levels of `AXES`, and of whatever else varies in a task."""
+    """Return the levels of `AXES` and of all other parameters that vary within a task."""
     within = table.runs.groupby("task")[list(PAIRED)].nunique().max()
     names = dict.fromkeys([*AXES, *(name for name in PAIRED if within[name] > 1)])
     levels = {name: table.runs[name].unique().tolist() for name in names}
@@ -115,7 +115,7 @@ def axes(table: Sweep) -> dict[str, list[Any]]:
 
 
 def select(table: Sweep, **values: Any) -> dict[str, Any]:
-    """A level of every axis: the given ones, and the first one where None or nothing is given.
+    """Return a level of every axis: the requested one, or the first one if that is None or absent.
 
     Raises:
         ConfigError: there is no such axis, or it has no such level.

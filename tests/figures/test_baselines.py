@@ -22,7 +22,7 @@ from lib.figures.baselines import (
     tv_reconstruction,
 )
 from lib.kernels import difference_kernels, spectral_norm
-from lib.operators import CircularBlur, Identity, central_block_mask, diagonal_motion_kernel
+from lib.operators import Identity
 from lib.solvers import Anderson, fixed_point
 from lib.training import psnr
 
@@ -88,17 +88,6 @@ def test_step_is_the_reciprocal_lipschitz_constant() -> None:
         assert tau == pytest.approx(1 / (lam + 8 * sharpness))
 
 
-def test_deblurring_recovers_a_piecewise_constant_image() -> None:
-    """At least 5 dB above the blurred data."""
-    truth = -0.5 * torch.ones(1, 1, 32, 32)
-    truth[..., 8:22, 6:18] = 0.6
-    truth[..., 18:28, 20:29] = 0.1
-    operator = CircularBlur(diagonal_motion_kernel(7))
-    f = operator.forward(truth) + 0.01 * normal(*truth.shape)
-    u = tv_reconstruction(operator, tol=1e-4, max_steps=300)(f, 300.0)
-    assert decibels(u, truth) > decibels(f, truth) + 5
-
-
 @given(exponent=st.floats(-3.5, 3.5), power=st.sampled_from([1.0, 2.0, 4.0]))
 def test_best_weight(exponent: float, power: float) -> None:
     """The minimum of a known error, to 5 % and three digits."""
@@ -112,32 +101,6 @@ def test_best_weight(exponent: float, power: float) -> None:
     # The search ends when its bracket is 0.05 wide; a quartic is flat in single precision before that.
     assert abs(math.log(weight) - exponent) <= (0.06 if power < 4 else 0.2)
     assert weight == float(f"{weight:.3g}")
-
-
-def affine(height: int, width: int) -> Tensor:
-    rows, columns = torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64)
-    return (0.3 - 0.02 * rows[:, None] + 0.05 * columns)[None, None]
-
-
-def test_affine_images_are_filled_exactly() -> None:
-    """In a block and in scattered pixels away from the border."""
-    u = affine(13, 11)
-    scattered = torch.ones(13, 11)
-    scattered[1:-1, 1:-1] = (normal(11, 9) > 0).float()
-    for mask in (central_block_mask(13, 11), scattered):
-        filled = harmonic_inpainting(u * mask + 9 * (1 - mask), mask)
-        torch.testing.assert_close(filled, u, rtol=0, atol=1e-12)
-
-
-def test_a_harmonic_image_is_filled_exactly() -> None:
-    """`i^2 - j^2` and `i j` solve the discrete equation, `i^2` does not."""
-    i = torch.arange(9.0).double().view(1, 1, 9, 1).expand(1, 1, 9, 8)
-    j = torch.arange(8.0).double().expand(1, 1, 9, 8)
-    mask = central_block_mask(9, 8)
-    mask[2:6, 2:5] = 0
-    for u in (i * i - j * j, i * j):
-        torch.testing.assert_close(harmonic_inpainting(u, mask), u, rtol=0, atol=1e-11)
-    assert (harmonic_inpainting(i * i, mask) - i * i).abs().max() > 1
 
 
 @st.composite

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -243,11 +242,3 @@ def test_each_photograph_has_a_folder(trained: dict[str, Run], tmp_path: Path) -
     assert one.parent != other.parent
     assert re.fullmatch(r"x-[0-9a-f]{8}", one.parent.name)
     assert one.name == "denoising-bilevel-3-as-it-is"
-
-
-def test_greys_are_of_the_chosen_kernels() -> None:
-    """A large kernel that is not drawn does not make the others pale."""
-    A = torch.stack([size * torch.ones(3, 3) for size in (1.0, 9.0, 2.0)])
-    run = Run("key", smoke(model="deq"), "completed", "", pd.DataFrame(), {"A": A, "C": -3 * A}, {})
-    fig = kernel_figure(run, {"A": A, "C": A}, "smoke", [0, 2])
-    assert [axis.images[0].get_clim() for axis in fig.axes if axis.images] == [(-2, 2)] * 4 + [(-6, 6)] * 4
