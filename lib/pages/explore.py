@@ -38,8 +38,8 @@ DIGITS = 4
 
 KEPT = ["key", *RunConfig.model_fields, "status", "reason", "epochs_finished", "test_loss", "test_psnr"]
 KEPT += ["seconds"]
-"""Columns of a run in the table, besides the first test images: `truth`, `input` (`f`) and `output` (`u*`; None
-if the run did not complete), each the bytes of a strip of `DIGITS`, row by row, 0 for -1 and 255 for 1."""
+"""Columns of a run in the table, besides the first test images: `truth`, `input` (`f`) and `output` (`u*`;
+None if the run did not complete), each a strip of `DIGITS` in bytes, row by row, 0 for -1 and 255 for 1."""
 
 HISTORY = ["key", "epoch", "seconds", "test_loss", "test_psnr", "forward_steps", "backward_steps"]
 HISTORY += ["forward_unconverged", "backward_unconverged", "test_unconverged"]
