@@ -18,12 +18,13 @@ from lib.experiments.build import Config
 from lib.experiments.cluster import LocalJobs, job_options, train_on_cluster
 from lib.experiments.config import ConfigError, FacesConfig, RunConfig, parse_parameters
 from lib.experiments.data import DataError
+from lib.experiments.plan import duration, plan, stacks
 from lib.experiments.processes import default_device, workers
 from lib.experiments.profiles import faces_config, grid, profile_config
-from lib.experiments.records import read_record, run_folder
-from lib.experiments.runs import get_runs, stacks, train_runs
+from lib.experiments.records import is_stored, run_folder
+from lib.experiments.runs import get_runs, train_runs
 from lib.experiments.store import Results
-from lib.experiments.sweep import duration, load_sweep, plan, status, write_tables
+from lib.experiments.sweep import load_sweep, status, write_tables
 
 
 def print_plan(configs: Sequence[RunConfig]) -> None:
@@ -32,7 +33,7 @@ def print_plan(configs: Sequence[RunConfig]) -> None:
     if table.empty:
         print(f"all {len(configs)} runs are done")
         return
-    left = [config for config in configs if read_record(config) is None]
+    left = [config for config in configs if not is_stored(config)]
     names = {"wall": "in all", "stored": "GB stored", "memory": "GB of memory"}
     shown = table.assign(wall=table["wall"].map(duration)).rename(columns=names)
     print(shown.to_string(float_format="{:.2g}".format))
@@ -45,7 +46,7 @@ def print_plan(configs: Sequence[RunConfig]) -> None:
 
 
 def train(profile: str, configs: Sequence[RunConfig], jobs: LocalJobs | None) -> int:
-    """Train what is not stored, write the tables of what there is then, and return an exit status."""
+    """Train what is not stored, write the tables of all that is stored, and return an exit status."""
     stopped = ""
     try:
         if jobs is None:
@@ -64,14 +65,10 @@ def train(profile: str, configs: Sequence[RunConfig], jobs: LocalJobs | None) ->
 
 
 def one_config(profile: str, pairs: Sequence[tuple[str, str]]) -> Config:
-    """The configuration of one training of digits or of photographs, by the `dataset` among its parameters.
-
-    Args:
-        profile: its name.
-        pairs: names and texts of parameters; of the `task`, denoising when it is not given.
+    """Return the configuration of one training, of digits unless `dataset` is among the parameters.
 
     Raises:
-        ConfigError: a parameter makes no sense.
+        ConfigError: a parameter is refused.
     """
     digits = dict(pairs).get("dataset", "mnist") == "mnist"
     kind, make = (RunConfig, profile_config) if digits else (FacesConfig, faces_config)
@@ -81,19 +78,19 @@ def one_config(profile: str, pairs: Sequence[tuple[str, str]]) -> Config:
     if "profile" in values:
         raise ConfigError("profile: got it among the parameters, allowed: --profile, or make's PROFILE")
     config = make(profile, task, **values)
-    # To a profile None is its own value; here it is one that was asked for, such as no `patience`.
+    # None is the profile's own value in `make`; here it was asked for, such as no `patience`.
     nothing = {name: None for name, value in values.items() if value is None}
     return kind(**dict(config) | nothing)
 
 
 def train_one(config: Config, results: Results = None) -> int:
-    """Train one configuration, or find it in the store, and print where it is and what came out."""
+    """Train or load one configuration, and print its first and last losses and its folder."""
     folder = run_folder(config, results)
     print(f"run {folder.name}: {config.model}, {config.task}, {config.dataset}", flush=True)
     try:
         (run,) = get_runs([config], results)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last epoch", file=sys.stderr)
+        print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     print(f"{run.status} {run.reason}".strip())
     if len(run.history):

@@ -1,4 +1,4 @@
-"""Runs that another machine trained, as one file: packed there, and added to the store here."""
+"""Runs that another machine trained, packed into one file there and added to the store here."""
 
 from __future__ import annotations
 
@@ -12,23 +12,14 @@ from filelock import FileLock
 from lib.experiments.build import Config
 from lib.experiments.config import ConfigError
 from lib.experiments.records import is_stored, load_run, run_folder, run_key
-from lib.experiments.store import RESULTS, DamagedFile, Results, write_atomic
+from lib.experiments.store import DamagedFile, Results, write_atomic
 
 RUN_FILES = ("weights.pt", "run.json")
-"""Files of a run; the record comes last, since a run with a record is complete."""
+"""Files of a run; a folder with a record holds a complete run, so the record comes last."""
 
 
 def pack(path: Path, configs: Iterable[Config], results: Results = None) -> int:
-    """Write the stored runs among some configurations to one file.
-
-    Args:
-        path: of the file.
-        configs: of the runs.
-        results: where they are stored.
-
-    Returns:
-        The number of runs in the file.
-    """
+    """Write the stored runs among some configurations to one file, and return their number."""
     stored = [config for config in configs if is_stored(config, results)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with ZipFile(path, "w") as archive:
@@ -40,10 +31,9 @@ def pack(path: Path, configs: Iterable[Config], results: Results = None) -> int:
 
 
 def take(path: Path, configs: Sequence[Config], results: Results = None) -> str:
-    """Store those runs of an archive that are asked for and not stored yet, and say how many they are.
+    """Store the runs of an archive that are asked for and not stored yet, and say how many they are.
 
-    All runs are verified (checksums, configurations) before the first one is stored; nothing but tensors is
-    unpickled.
+    All runs are verified before the first one is stored.
 
     Raises:
         ConfigError: it is no such archive, or none of its runs is asked for.
@@ -51,29 +41,23 @@ def take(path: Path, configs: Sequence[Config], results: Results = None) -> str:
     """
     try:
         archive = ZipFile(path)
-    except (BadZipFile, FileNotFoundError, IsADirectoryError):
+    except (BadZipFile, OSError):
         raise ConfigError(f"take: got {path}, allowed: a file that make gpu wrote") from None
-    place = Path(results or RESULTS)
-    place.mkdir(parents=True, exist_ok=True)
-    with archive, tempfile.TemporaryDirectory(prefix=".take-", dir=place) as staging:
+    with archive, tempfile.TemporaryDirectory() as place:
         keys = {name.partition("/")[0] for name in archive.namelist()}
         wanted = [config for config in configs if run_key(config) in keys]
         if not wanted:
             raise ConfigError(f"take: got {path}, whose runs are of another method, data or grid")
         new = [config for config in wanted if not is_stored(config, results)]
         for config in new:
-            try:
-                for name in RUN_FILES:
-                    content = archive.read(f"{run_key(config)}/{name}")
-                    write_atomic(run_folder(config, staging) / name, content)
-            except (BadZipFile, KeyError) as error:
-                raise DamagedFile(f"{path}: {error}") from None
-            if load_run(config, staging) is None:
+            for name in RUN_FILES:
+                write_atomic(run_folder(config, place) / name, archive.read(f"{run_key(config)}/{name}"))
+            if load_run(config, place) is None:
                 raise DamagedFile(f"{path}: its run {run_key(config)} cannot be used")
         for config in new:
             folder = run_folder(config, results)
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / "lock"):
-                for name in RUN_FILES if not is_stored(config, results) else ():
-                    write_atomic(folder / name, (run_folder(config, staging) / name).read_bytes())
+                for name in RUN_FILES:
+                    write_atomic(folder / name, (run_folder(config, place) / name).read_bytes())
     return f"{len(new)} of the {len(keys)} runs of {path} are new in the store"

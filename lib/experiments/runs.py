@@ -7,17 +7,15 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from itertools import zip_longest
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.queues import SimpleQueue
 from threading import Thread
 from typing import Any
 
-import psutil
 import torch
 from filelock import FileLock, Timeout
 from IPython.display import clear_output
@@ -26,15 +24,14 @@ from tqdm import tqdm
 from lib.experiments.build import (
     Config,
     Weights,
-    image_shape,
     load_images,
     make_operator,
     make_training,
     require_device,
-    shared,
     total_steps,
 )
 from lib.experiments.config import ConfigError, FacesConfig
+from lib.experiments.plan import stacks
 from lib.experiments.processes import default_device, interrupts_blocked, workers
 from lib.experiments.records import (
     REFERENCE,
@@ -50,16 +47,7 @@ from lib.experiments.records import (
     write_checkpoint,
 )
 from lib.experiments.store import Results
-from lib.training import DIVERGED, OUT_OF_TIME, TEST_BATCH, Training
-
-STACK_NUMBERS = {"cpu": 2**16, "cuda": 2**24}
-"""Largest size of the iterate of a whole stack. On a CPU a larger one leaves the cache, and its members wait
-for each other: with 100 images of 28x28 a stack of 64 is up to twice slower than its members alone
-(`results/bench/`). An accelerator needs millions of numbers to be busy.
-"""
-
-SOLVER_BUFFERS, EXPERT_BUFFERS = 12, 4
-"""Batch-sized buffers per solve and per expert, for the memory estimate."""
+from lib.training import DIVERGED, OUT_OF_TIME, Training
 
 CHECKPOINT_SECONDS = 60.0
 """Time between two checkpoints of a stack: a training that is stopped loses this or an epoch at most."""
@@ -129,60 +117,6 @@ def learned_start(config: Config, results: Results = None, train: bool = True) -
     """Return the kernels that a run starts from where they are those of another run."""
     initial = getattr(config, "initial", None)
     return get_run(initial, results, train).weights if isinstance(initial, FacesConfig) else None
-
-
-def weight_count(config: Config) -> int:
-    """Return how many numbers a configuration learns; kernels are few and count as none."""
-    if isinstance(config, FacesConfig):
-        return 0
-    n = config.size**2
-    return n * n * (2 if config.model == "deq" else 1) + n
-
-
-def member_bytes(config: Config) -> int:
-    """Return the memory that a configuration takes in a stack.
-
-    These are its weights, their gradient and Adam's two moments and, per image of a batch, the solver's
-    history and the iterates of a step.
-    """
-    height, width = image_shape(config)
-    experts = config.filters if isinstance(config, FacesConfig) else 1
-    buffers = 2 * config.memory + SOLVER_BUFFERS + EXPERT_BUFFERS * experts
-    images = max(config.batch_size, min(TEST_BATCH, config.test_images))
-    return 4 * 4 * weight_count(config) + 4 * images * height * width * buffers
-
-
-def stack_size(config: Config, device: torch.device) -> int:
-    """Return how many configurations like this one to train together.
-
-    Half of the device's free memory is filled, as far as `STACK_NUMBERS` allows. L-BFGS trains one at a time.
-    """
-    if isinstance(config, FacesConfig) and config.optimizer == "lbfgs":
-        return 1
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available // workers(device)
-    height, width = image_shape(config)
-    largest = STACK_NUMBERS[device.type] // (config.batch_size * height * width)
-    return max(1, min(largest, free // 2 // member_bytes(config)))
-
-
-def stacks(configs: Iterable[Config], device: torch.device) -> list[list[Config]]:
-    """Return configurations in groups that train together, as large as the device allows.
-
-    Members with similar steps stay together, since they need similar numbers of solver steps. The groups take
-    turns, so that a sweep's first minutes are a sample of all of it.
-    """
-    groups: dict[Config, list[Config]] = {}
-    for config in configs:
-        groups.setdefault(shared(config), []).append(config)
-    chunks = []
-    for group in groups.values():
-        group.sort(key=lambda c: (c.tau, c.gamma, c.noise))
-        count = math.ceil(len(group) / stack_size(group[0], device))
-        chunks.append([group[k * len(group) // count : (k + 1) * len(group) // count] for k in range(count)])
-    return [stack for turn in zip_longest(*chunks) for stack in turn if stack]
 
 
 def outcome(ended: Counter[str], count: int) -> str:
