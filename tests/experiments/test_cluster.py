@@ -1,0 +1,203 @@
+"""The sweep as jobs: trained once, followed and resumed; options and the script for Slurm."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import psutil
+import pytest
+
+from lib.experiments import cluster, records, sweep
+from lib.experiments.__main__ import main
+from lib.experiments.cluster import LocalJobs, Share, SlurmJobs, job_options, train_on_cluster
+from lib.experiments.config import ConfigError
+from lib.experiments.profiles import grid
+from lib.experiments.records import is_stored, run_folder, run_key
+from lib.experiments.store import REPOSITORY
+
+# Local jobs outlive the objects that started them.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+VALUES: dict[str, Any] = {"task": "denoising", "epochs": 200}
+CONFIGS = grid("smoke", **VALUES)
+RUN = ["run", "--profile", "smoke", *(text for name in VALUES for text in ("-p", name, str(VALUES[name])))]
+"""Two stacks, one of each model."""
+LOCAL = [*RUN, "--cluster", "local", "--job", "jobs", "2"]
+
+COMMAND = """
+import sys
+from pathlib import Path
+from lib.experiments import __main__, cluster, records, sweep
+cluster.RESULTS = records.RESULTS = sweep.RESULTS = Path(sys.argv[1])
+sys.exit(__main__.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in the place of the repository's results."""
+    for module in (cluster, records, sweep):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Programs in the place of Slurm's: jobs get the number 7 and end at once."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("srun", "squeue", "scontrol"):
+        program(programs / name, "exit 0")
+    program(programs / "sbatch", f"cp $1 {tmp_path}/script; echo Submitted batch job 7")
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    monkeypatch.setattr(SlurmJobs, "look_seconds", 0.0)
+    return programs
+
+
+def program(path: Path, body: str) -> None:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+def jobs_of(results: Path) -> list[psutil.Process]:
+    """Return the training processes of local jobs."""
+    lines = {process: process.info["cmdline"] or [""] for process in psutil.process_iter(["cmdline"])}
+    return [p for p, line in lines.items() if "submitit.core._submit" in line and str(results) in line[-1]]
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@contextmanager
+def command(results: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command, in a session of its own, as soon as both jobs have a checkpoint."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(results), *LOCAL],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            wait_for(lambda: all((run_folder(c, results) / "checkpoint.pt").exists() for c in CONFIGS))
+            yield process
+        finally:
+            process.kill()
+            for job in jobs_of(results):
+                job.kill()
+
+
+def test_jobs_are_followed_cancelled_and_resumed(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C ends the command, not the jobs; the same command follows those that are left, and submits
+    nothing; once more, it resumes what a cancelled job has left."""
+    with command(results) as process:
+        cancelled, suspended = jobs_of(results)
+        left = suspended.ppid()
+        suspended.suspend()
+        (folder,) = (results / "jobs").glob("local-*")
+        os.kill(cancelled.ppid(), signal.SIGTERM)
+        wait_for(lambda: jobs_of(results) == [suspended])
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait() == 130
+        following = Thread(target=lambda: (time.sleep(1), suspended.resume()))
+        following.start()
+        assert main(LOCAL) == 1
+        following.join()
+        error = process.communicate()[1]
+    last = error.splitlines()[-1].strip()
+    assert last.startswith("the jobs go on: ")
+    assert str(left) in last.partition("`kill ")[2].partition("` cancels them")[0].split()
+    assert list((results / "jobs").glob("local-*")) == [folder]
+    assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777 == 0o700
+    last = capsys.readouterr().err.splitlines()[-1].strip()
+    assert last == f"sweep: 2 runs are left by jobs that ended (logs: {folder}); run again"
+    stored = [run_folder(config, results) / "run.json" for config in CONFIGS if is_stored(config, results)]
+    times = [path.stat().st_mtime_ns for path in stored]
+    assert main(LOCAL) == 0
+    assert capsys.readouterr().out.endswith("4 completed\n")
+    assert [path.stat().st_mtime_ns for path in stored] == times
+    assert not folder.exists()
+    before = sorted((results / "jobs").iterdir())
+    train_on_cluster(CONFIGS, LocalJobs(), results)
+    assert sorted((results / "jobs").iterdir()) == before
+
+
+def test_a_job_is_queued_again_as_it_is(tmp_path: Path) -> None:
+    share = Share(list(CONFIGS), tmp_path)
+    assert share.checkpoint().function is share
+
+
+@pytest.mark.parametrize(
+    ("cluster", "pairs", "message"),
+    [
+        ("sge", [], "cluster: got 'sge', allowed: none, local, slurm"),
+        ("none", [("jobs", "2")], "jobs: allowed with CLUSTER=local or CLUSTER=slurm only"),
+        ("local", [("minutes", "9")], "minutes: no such parameter, allowed: jobs"),
+        ("local", [("jobs", "0")], "jobs: got '0', allowed: greater than or equal to 1"),
+        ("slurm", [("jobs", "many")], "jobs: got 'many', allowed: a valid integer"),
+        ("slurm", [("gpus", "2")], "gpus: got '2', allowed: less than or equal to 1"),
+    ],
+)
+def test_a_bad_option_is_refused(cluster: str, pairs: list[tuple[str, str]], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        job_options(cluster, pairs)
+
+
+def test_good_options() -> None:
+    assert job_options("none", []) is None
+    assert job_options("local", []) == LocalJobs()
+    assert job_options("slurm", [("gpus", "1"), ("memory", "2.5")]) == SlurmJobs(gpus=1, memory=2.5)
+
+
+def test_the_script_for_slurm(slurm: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It asks for what the options say, and for an array of jobs that may be queued again."""
+    options = {"partition": "long", "minutes": "30", "memory": "2.5", "account": "17"}
+    pairs = [text for pair in options.items() for text in ("--job", *pair)]
+    assert main([*RUN, "--cluster", "slurm", *pairs]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].strip().startswith("sweep: 4 runs are left by jobs ")
+    script = (results / "script").read_text().splitlines()
+    flags = "partition=long time=30 mem=2560MB account=17 array=0-1%2 cpus-per-task=1 requeue"
+    assert {f"#SBATCH --{flag}" for flag in flags.split()} <= set(script)
+    assert not any("gpus" in line or "qos" in line for line in script)
+    assert "export CUDA_VISIBLE_DEVICES=" in script
+
+
+def test_queued_jobs_are_not_submitted_again(
+    slurm: Path, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are followed, and the other runs are submitted; without an answer they count as queued."""
+    followed = []
+    monkeypatch.setattr(cluster, "_follow", lambda configs, jobs, *rest: followed.append(jobs))
+    train_on_cluster(CONFIGS[:2], SlurmJobs(), results)
+    program(slurm / "squeue", "echo 7; echo 8_1")
+    program(slurm / "sbatch", "echo Submitted batch job 9")
+    train_on_cluster(CONFIGS, SlurmJobs(), results)
+    first, both = followed
+    assert [jobs.ids for jobs in both] == [["7"], ["9"]]
+    assert first == both[:1]
+    assert both[1].keys == [run_key(config) for config in CONFIGS[2:]]
+    program(slurm / "squeue", "exit 1")
+    assert SlurmJobs().unfinished(both[1]) == ["9"]
+
+
+def test_jobs_that_slurm_refuses(slurm: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program(slurm / "sbatch", "echo 'sbatch: error: no' >&2; exit 1")
+    assert main([*RUN, "--cluster", "slurm"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "sweep: sbatch: error: no"

@@ -1,0 +1,320 @@
+"""The sweep: every configuration a row, whatever became of it, nothing trained twice, and what is left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+
+from lib.experiments import __main__ as command
+from lib.experiments import archive, gpu, plan, records, runs, sweep
+from lib.experiments.__main__ import main
+from lib.experiments.build import make_model, shared
+from lib.experiments.config import ConfigError, RunConfig
+from lib.experiments.data import DataError
+from lib.experiments.plan import STACK_NUMBERS, duration, stack_size, stacks
+from lib.experiments.profiles import grid
+from lib.experiments.records import load_run, run_folder, run_key
+from lib.experiments.store import DamagedFile
+from lib.experiments.sweep import NOT_RUN, Sweep, get_sweep, load_sweep, status
+
+TINY: dict[str, Any] = {
+    "task": ["inpainting", "denoising"],
+    "solver": "plain",
+    "time_budget": [3600.0, 1e-6],
+    "train_images": 20,
+    "test_images": 10,
+    "batch_size": 10,
+}
+"""Some diverge, since the step 2.1 is too long for the plain iteration, and some run out of time."""
+CONFIGS = grid("smoke", **TINY)
+ARGUMENTS = ["--profile", "smoke", *(text for name in TINY for text in ("-p", name, str(TINY[name])))]
+FILES = ["sweep_epochs.csv", "sweep_epochs.parquet", "sweep_provenance.json"]
+FILES += ["sweep_runs.csv", "sweep_runs.parquet"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sweep]:
+    """A store with the tiny sweep, and the sweep."""
+    results = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "workers", lambda device: 1)
+        return results, get_sweep("smoke", results, **TINY)
+
+
+@pytest.fixture
+def results(tmp_path: Path, trained: tuple[Path, Sweep], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the store in the place of the repository's, where nothing can be trained."""
+    copy = shutil.copytree(trained[0], tmp_path / "results")
+    for module in (records, sweep):
+        monkeypatch.setattr(module, "RESULTS", copy)
+    monkeypatch.setattr(runs, "_train_stacks", None)
+    return copy
+
+
+def expected_status(config: RunConfig) -> str:
+    if config.tau > 2:
+        return "diverged"
+    return "completed" if config.time_budget > 1 else "out of time"
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_every_configuration_is_a_row(trained: tuple[Path, Sweep]) -> None:
+    """With its parameters, its key, its status and reason, and the metrics of its last epoch."""
+    results, swept = trained
+    assert swept.runs["key"].tolist() == [run_key(config) for config in CONFIGS]
+    assert [sweep.row_config(row) for row in swept.runs.to_dict("records")] == CONFIGS
+    assert swept.runs["status"].tolist() == [expected_status(config) for config in CONFIGS]
+    assert (swept.runs["reason"] == "").tolist() == (swept.runs["status"] == "completed").tolist()
+    assert (swept.runs["seconds"] > 0).all()
+    for row, config in zip(swept.runs.to_dict("records"), CONFIGS, strict=True):
+        run = load_run(config, results)
+        assert run is not None
+        epochs = swept.epochs[swept.epochs["key"] == run.key].drop(columns="key").reset_index(drop=True)
+        assert row["seconds"] == run.provenance["seconds"]
+        assert row["epochs_finished"] == max([*epochs["epoch"], 0])
+        if not run.history.empty:
+            pd.testing.assert_frame_equal(epochs[list(run.history)], run.history)
+        for name in set(run.history) - {"epoch", "seconds"}:
+            assert row[name] == run.history[name].iloc[-1]
+
+
+def test_tables_and_provenance_can_be_read_back(trained: tuple[Path, Sweep]) -> None:
+    """The tables from Parquet and from CSV, to the last bit."""
+    folder, swept = trained[0] / "smoke", trained[1]
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    for name, table in (("sweep_runs", swept.runs), ("sweep_epochs", swept.epochs)):
+        pd.testing.assert_frame_equal(pd.read_parquet(folder / f"{name}.parquet"), table, check_exact=True)
+        text = pd.read_csv(folder / f"{name}.csv", dtype={"key": str})
+        if "reason" in text:
+            text["reason"] = text["reason"].fillna("")
+        # A column without a value has no type in a text.
+        text[table.columns[table.isna().all()]] = None
+        pd.testing.assert_frame_equal(text, table, check_exact=True)
+    provenance = json.loads((folder / "sweep_provenance.json").read_text())
+    axes = {"model", "task", "tau", "start", "adjoint", "time_budget"}
+    assert provenance["axes"].keys() == axes
+    expected = CONFIGS[0].model_dump()
+    assert provenance["shared"] == {name: expected[name] for name in expected if name not in axes}
+    assert provenance["statuses"] == {"completed": 4, "diverged": 8, "out of time": 4}
+    assert len(provenance["trained_on"]) == 1
+    assert provenance["sha256"].keys() == set(FILES) - {"sweep_provenance.json"}
+
+
+def test_what_is_stored_is_not_trained_again(trained: tuple[Path, Sweep], results: Path) -> None:
+    again = get_sweep("smoke", **TINY)
+    pd.testing.assert_frame_equal(again.runs, trained[1].runs)
+    assert again.provenance == trained[1].provenance
+    with pytest.raises(TypeError):
+        get_sweep("smoke", **TINY | {"seed": 1})
+
+
+def test_without_training_the_missing_are_marked(
+    trained: tuple[Path, Sweep], results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged record is set aside, and its run is missing."""
+    shutil.rmtree(run_folder(CONFIGS[-1], results))
+    path = run_folder(CONFIGS[0], results) / "run.json"
+    path.write_bytes(path.read_bytes().replace(b'"epoch": 0', b'"epoch": 7'))
+    swept = get_sweep("smoke", train=False, **TINY)
+    assert error_line(capsys).startswith(f"set aside {path} as ")
+    lost = swept.runs["status"] == NOT_RUN
+    assert lost.tolist() == [True, *[False] * (len(CONFIGS) - 2), True]
+    assert swept.runs.loc[lost, ["seconds", "test_loss", "test_psnr"]].isna().all(axis=None)
+    assert not swept.epochs["key"].isin(swept.runs.loc[lost, "key"]).any()
+    pd.testing.assert_frame_equal(swept.runs[~lost], trained[1].runs[~lost.to_numpy()])
+
+
+def test_a_sweep_of_nothing(tmp_path: Path) -> None:
+    """Its tables have rows and columns; `get_sweep` says how to train it."""
+    swept = load_sweep("smoke", CONFIGS, tmp_path)
+    sweep.write_tables(swept, tmp_path)
+    assert pd.read_parquet(tmp_path / "smoke" / "sweep_runs.parquet")["status"].eq(NOT_RUN).all()
+    assert pd.read_parquet(tmp_path / "smoke" / "sweep_epochs.parquet").empty
+    table = status(CONFIGS, tmp_path)
+    assert (table["not run"] == table["all"]).all()
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(DataError, match=r"^no smoke run is stored or committed; `make sweep PROFILE=smoke`"):
+        get_sweep("smoke", tmp_path, train=False, **TINY)
+
+
+def test_the_status_counts_every_configuration(results: Path) -> None:
+    """A checkpoint without a record is in progress."""
+    place = ("inpainting", "deq")
+    unfinished, untouched = (c for c in CONFIGS if (c.task, c.model) == place and c.tau < 2)
+    folder = run_folder(unfinished, results)
+    (folder / "run.json").rename(folder / "checkpoint.pt")
+    shutil.rmtree(run_folder(untouched, results))
+    table = status(CONFIGS, results)
+    assert table.columns.tolist() == ["completed", "diverged", "out of time", "in progress", "not run", "all"]
+    assert table.loc[place].tolist() == [0, 2, 0, 1, 1, 4]
+    assert table.loc[("denoising", "bilevel")].tolist() == [1, 2, 1, 0, 0, 4]
+    assert table.loc[("all", "")].tolist() == [3, 8, 3, 1, 1, 16]
+
+
+def test_stacks_are_full_and_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each configuration is in one stack with its like; like steps stay together, and groups take turns."""
+    monkeypatch.setattr(plan, "stack_size", lambda config, device: 7)
+    configs = [c for model in ("deq", "bilevel") for c in grid("paper", model=model, task="denoising")]
+    groups = stacks(iter(configs), torch.device("cpu"))
+    assert sorted(run_key(config) for group in groups for config in group) == sorted(map(run_key, configs))
+    assert {len(group) for group in groups} == {6, 7}
+    assert all(len({shared(config) for config in group}) == 1 for group in groups)
+    assert len({shared(group[0]) for group in groups[:6]}) == 6
+    first = [config.tau for group in groups[::6] for config in group]
+    assert first == sorted(first)
+
+
+def test_a_stack_fits_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More memory allows more members, up to what the device gains from; one is always allowed."""
+    config, sizes = RunConfig(model="deq", size=14, batch_size=20), list[int]()
+    monkeypatch.setattr(plan, "workers", lambda device: 2)
+    for free in (0, 2**25, 2**26, 2**40):
+        memory = SimpleNamespace(available=free)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
+        sizes.append(stack_size(config, torch.device("cpu")))
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == (1, STACK_NUMBERS["cpu"] // (20 * 14**2))
+    assert 1 < sizes[1] < sizes[2] < sizes[3]
+    parameters = make_model([config]).parameters()
+    assert plan.weight_count(config) == sum(parameter.numel() for parameter in parameters)
+
+
+def test_the_plan_is_of_what_is_left(
+    results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs and seconds of each task and model, shared by the processes and within the time budgets."""
+    monkeypatch.setattr(plan, "workers", lambda device: 4)
+    missing = [c for c in CONFIGS if (c.model, c.task, c.tau) == ("bilevel", "denoising", 0.5)]
+    for config in missing:
+        shutil.rmtree(run_folder(config, results))
+    table = plan.plan(CONFIGS)
+    assert table["runs"].to_dict() == {("denoising", "bilevel"): 2}
+    assert table["wall"].tolist() == pytest.approx((table["runs"] * table["seconds per run"] / 4).tolist())
+    stored = 2 * (4 * plan.weight_count(missing[0]) + plan.ROW_BYTES * (missing[0].epochs + 1))
+    assert table["stored"].tolist() == pytest.approx([stored / 1e9])
+    late = [config for config in missing if config.time_budget < 1]
+    assert plan.plan(late)["seconds per run"].tolist() == [1e-6]
+    assert main(["plan", *ARGUMENTS]) == 0
+    assert "2 of 16 runs are left, in 2 stacks on " in capsys.readouterr().out
+    command.print_plan([config for config in CONFIGS if config not in missing])
+    assert capsys.readouterr().out == "all 14 runs are done\n"
+
+
+def test_a_duration_has_its_unit() -> None:
+    assert [duration(s) for s in (0.6, 99, 100, 12_240)] == ["1 s", "99 s", "2 min", "3.4 h"]
+
+
+def test_the_command_prints_tables_and_status(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(results / "smoke")
+    assert main(["run", *ARGUMENTS]) == 0
+    *paths, counts = capsys.readouterr().out.splitlines()
+    assert sorted(paths) == [str(results / "smoke" / name) for name in FILES]
+    assert sorted(counts.split(", ")) == ["4 completed", "4 out of time", "8 diverged"]
+    assert main(["status", *ARGUMENTS, "-p", "seed", "[0, 1]", "-p", "tau", "null"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["all", "4", "8", "4", "0", "16", "32"]
+
+
+def test_an_interrupted_command_writes_the_tables(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(configs: list[RunConfig], *args: object) -> None:
+        shutil.rmtree(run_folder(configs[0], results))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "train_runs", interrupted)
+    assert main(["run", *ARGUMENTS]) == 130
+    printed = capsys.readouterr()
+    assert "1 not run" in printed.out
+    assert printed.err == "stopped; the same command goes on from here\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        (["run", "--profile", "smok"], "profile: "),
+        (["status", "-p", "tau", "[]"], "tau: "),
+        (["plan", "-p", "lambda", "1.0"], "lambda: "),
+        (["train", "-p", "profile", "quick"], "profile: "),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_line(
+    arguments: list[str], start: str, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert error_line(capsys).partition(": ")[2].startswith(start)
+
+
+def test_a_failure_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("the first line\nand the second")
+
+    monkeypatch.setattr(command, "train_runs", fail)
+    assert main(["run", *ARGUMENTS]) == 1
+    assert error_line(capsys) == "sweep: the first line and the second"
+
+
+def test_one_training(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of digits, and of photographs where `dataset` says so; None is a value."""
+    values = ["-p", "size", "7", "-p", "train_images", "20", "-p", "batch_size", "20", "-p", "model", "deq"]
+    monkeypatch.undo()
+    monkeypatch.setattr(records, "RESULTS", results)
+    assert main(["train", "--profile", "smoke", *values]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"run {Path(printed[-1]).name}: deq, denoising, mnist"
+    assert "completed" in printed
+    assert (Path(printed[-1]) / "run.json").exists()
+    config = command.one_config("quick", [("dataset", "faces"), ("patience", "none"), ("filters", "5")])
+    assert (config.dataset, config.patience, config.task) == ("faces", None, "denoising")
+
+
+def test_runs_of_another_machine_are_taken(
+    trained: tuple[Path, Sweep], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they are, once; a damaged one is named before any is stored."""
+    path, here = tmp_path / "smoke.zip", tmp_path / "here"
+    assert archive.pack(path, CONFIGS, trained[0]) == len(CONFIGS)
+    assert archive.take(path, CONFIGS[1:], here) == f"15 of the 16 runs of {path} are new in the store"
+    taken = load_sweep("smoke", CONFIGS[1:], here).runs
+    pd.testing.assert_frame_equal(taken, trained[1].runs[1:].reset_index(drop=True))
+    assert archive.take(path, CONFIGS, here).startswith("1 of the 16 runs ")
+    with pytest.raises(ConfigError, match=r"^take: got .*, whose runs are of another method, data or grid$"):
+        archive.take(path, grid("smoke", seed=5), here)
+    with pytest.raises(ConfigError, match=r"^take: got .*, allowed: a file that make gpu wrote$"):
+        archive.take(here / "nothing", CONFIGS, here)
+    other = shutil.copytree(trained[0], tmp_path / "other")
+    shutil.rmtree(run_folder(CONFIGS[-1], other))
+    shutil.copytree(run_folder(CONFIGS[0], other), run_folder(CONFIGS[-1], other))
+    archive.pack(path, CONFIGS, other)
+    with pytest.raises(DamagedFile, match=f"its run {run_key(CONFIGS[-1])} cannot be used$"):
+        archive.take(path, CONFIGS, tmp_path / "empty")
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_device_is_measured_and_trains_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the device is the CPU, which agrees with itself."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(gpu, "CASES", [("denoising", "deq"), ("inpainting", "bilevel")])
+    gpu.measure(device, (1, 2), tmp_path, size=7, batch_size=4)
+    timed, agreed = (pd.read_csv(tmp_path / f"{name}_gpu.csv") for name in ("stacks", "agreement"))
+    assert len(timed) == 2 * len(agreed) == 4
+    assert (timed["ms"] > 0).all()
+    assert (agreed.filter(like="loss") == 0).all(axis=None)
+    assert gpu.sweep("smoke", 0.0, device, tmp_path).startswith("0 of 12 runs of smoke are trained: ")
+    assert gpu.sweep("smoke", 60.0, device, tmp_path).startswith("12 of 12 runs of smoke are trained: ")
+    assert archive.take(tmp_path / "smoke.zip", grid("smoke"), tmp_path / "here").startswith("12 of the 12 ")
