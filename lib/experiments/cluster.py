@@ -50,7 +50,7 @@ class LocalJobs(Checked):
     """Jobs that are processes of this machine, and go on without the one that started them.
 
     Attributes:
-        jobs: how many share the runs at most; one per core, or one for the accelerator.
+        jobs: how many share the runs at most.
     """
 
     # The values come from a command line.
@@ -76,10 +76,9 @@ class SlurmJobs(LocalJobs):
     """Jobs of Slurm, elements of one array, with one core or one accelerator each.
 
     Attributes:
-        minutes: time limit of a job, after which it is queued again and goes on.
+        minutes: time limit of a job, after which it is queued again.
         partition, account, qos, constraint: as `sbatch` takes them.
-        memory: GB of a job.
-        gpus: accelerators of a job, 0 or 1.
+        memory, gpus: GB and accelerators of a job.
     """
 
     cluster: ClassVar[str] = "slurm"
@@ -115,11 +114,7 @@ class SlurmJobs(LocalJobs):
 
 
 def job_options(cluster: str, pairs: Sequence[tuple[str, str]]) -> LocalJobs | None:
-    """Return the options of jobs from a command line; None stands for this process.
-
-    Raises:
-        ConfigError: the cluster or the name of an option is unknown, or a value is refused.
-    """
+    """Return the options of jobs from a command line; None stands for this process."""
     require_name("cluster", cluster, ("none", "local", "slurm"))
     if cluster != "none":
         return (SlurmJobs if cluster == "slurm" else LocalJobs)(**dict[str, Any](pairs))
@@ -146,11 +141,10 @@ class Share(Checkpointable):
 def train_on_cluster(configs: Sequence[RunConfig], options: LocalJobs, results: Results = None) -> None:
     """Train all configurations that are not stored yet as jobs, and wait for them.
 
-    Runs that an earlier submission is training, or has in the queue, are not submitted again.
+    Runs of unfinished jobs of an earlier submission are not submitted again.
 
     Raises:
         RuntimeError: the jobs were refused, or ended before their runs.
-        KeyboardInterrupt: with a message, since the jobs go on.
     """
     results = Path(results or RESULTS).absolute()
     waiting = {run_key(config): config for config in configs if not is_stored(config, results)}

@@ -34,9 +34,6 @@ from lib.training import COMPLETED
 STEPS, WARM_STEPS = 12, 3
 """Optimizer steps of a timing, and those at its start that do not count."""
 
-SIZES = (1, 8, 90)
-"""Sizes of the stacks that are timed."""
-
 AGREEMENT_STEPS, AGREEMENT_MEMBERS = 5, 5
 """Optimizer steps after which losses are compared with those of the CPU, and members of that stack."""
 
@@ -89,7 +86,7 @@ def timing(
     return row | ({"GB": torch.cuda.max_memory_allocated(device) / 1e9} if cuda else {})
 
 
-def measure(device: torch.device, sizes: Sequence[int], out: Path, **values: Any) -> None:
+def measure(device: torch.device, out: Path, sizes: Sequence[int] = (1, 8, 90), **values: Any) -> None:
     """Print and write both tables, for stacks of some sizes."""
     cuda = device.type == "cuda"
     kinds = [(size, "float32") for size in sizes] + ([(max(sizes), "tf32")] if cuda else [])
@@ -131,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     if device.type != "cuda":
         print("gpu: torch sees no GPU here", file=sys.stderr)
         return 2
-    measure(device, SIZES, options.out, size=MNIST_SIDE, batch_size=RunConfig().batch_size)
+    measure(device, options.out, size=MNIST_SIDE, batch_size=RunConfig().batch_size)
     if options.sweep > 0:
         print(sweep(options.profile, options.sweep, device, options.out))
     return 0

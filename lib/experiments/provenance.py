@@ -45,9 +45,9 @@ def write_with_provenance(
     Args:
         folder: of the files.
         files: contents by name.
-        provenance: entries beyond method, environment, time and checksums.
+        provenance: entries beyond method, environment of the device, time and checksums.
         name: of the provenance file.
-        device: of the environment; the default one when None.
+        device: where the contents were computed; the default one when None.
     """
     record = {
         **provenance,

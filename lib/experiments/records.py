@@ -1,4 +1,7 @@
-"""Runs on disk: a folder in the store, and the smaller files of runs that are committed."""
+"""Runs on disk: a folder in the store, and the smaller files of runs that are committed.
+
+A file that is not what was written raises `DamagedFile`; in the store it is set aside.
+"""
 
 from __future__ import annotations
 
@@ -70,12 +73,7 @@ class Run:
     provenance: dict[str, Any]
 
     def model(self, stacked: bool = False, shape: tuple[int, int] | None = None) -> FixedPointModel:
-        """Return the trained model.
-
-        Args:
-            stacked: give it the leading dimension that it was trained with.
-            shape: of the images, for convolutional models; that of the training's when None.
-        """
+        """Return the trained model (see `lib.experiments.build.trained_model`)."""
         return trained_model(self.config, self.weights, stacked, shape)
 
 
@@ -144,10 +142,7 @@ def store_run(config: Config, member: History, results: Results = None) -> None:
         "config": config.model_dump(),
         "status": member.status,
         "reason": member.reason,
-        "history": [
-            {name: value if math.isfinite(value) else None for name, value in row.items()}
-            for row in member.rows
-        ],
+        "history": [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in member.rows],
         "provenance": {
             "data": data_digests(config),
             "method": METHOD_VERSION,
@@ -198,13 +193,7 @@ def stored_kernels(key: str, results: Results = None) -> Run:
 
 
 def save_kernels(run: Run, folder: Path, name: str = KERNELS) -> None:
-    """Write the kernels of a run as a small text file with their configuration and provenance.
-
-    Args:
-        run: whose kernels.
-        folder: of the figure.
-        name: of the file, which `trained_kernels` looks for as `kernels*.json`.
-    """
+    """Write the kernels of a run with their provenance to the folder of a figure, as `kernels*.json`."""
     record = {
         "config": run.config.model_dump(),
         "status": run.status,
@@ -216,11 +205,7 @@ def save_kernels(run: Run, folder: Path, name: str = KERNELS) -> None:
 
 
 def load_kernels(path: Path) -> Run:
-    """Return the run in a file of `save_kernels`, without a history.
-
-    Raises:
-        DamagedFile: the file is not what `save_kernels` wrote.
-    """
+    """Return the run in a file of `save_kernels`, without a history."""
     record = _read_json(path, "kernels")
     weights = {name: torch.tensor(weight) for name, weight in record["weights"].items()}
     return _run(record["provenance"]["run"], record | {"history": []}, weights)
@@ -241,17 +226,7 @@ def trained_kernels(task: str, model: str, filters: int, folder: Path = REFERENC
 
 
 def keep_run(key: str, folder: Path, results: Results = None) -> None:
-    """Write a stored run as it is committed: one small file, dense weights to `COMMITTED_BITS`.
-
-    Args:
-        key: of the run.
-        folder: of the committed runs.
-        results: where it is stored.
-
-    Raises:
-        OSError: it is not stored.
-        DamagedFile: it cannot be used.
-    """
+    """Write a stored run to the folder of committed runs: one file, dense weights to `COMMITTED_BITS`."""
     stored = Path(results or RESULTS) / "runs" / key
     record = _read_json(stored / "run.json", "run")
     weights = _read_weights(stored / "weights.pt", record)
@@ -273,11 +248,7 @@ def keep_history(key: str, folder: Path, results: Results = None) -> None:
 
 
 def load_kept_run(path: Path, configs: Collection[Config]) -> Run | None:
-    """Return the run in a file of `keep_run` if its configuration is one of `configs`.
-
-    Raises:
-        DamagedFile: the file is not what `keep_run` wrote.
-    """
+    """Return the run in a file of `keep_run` if its configuration is one of `configs`."""
     with ZipFile(io.BytesIO(read_sealed(path))) as archive, tempfile.TemporaryDirectory() as place:
         record = _read_json(Path(archive.extract("run.json", place)), "run")
         if record_config(record) not in configs:
@@ -286,11 +257,7 @@ def load_kept_run(path: Path, configs: Collection[Config]) -> Run | None:
 
 
 def load_kept_history(path: Path) -> Run:
-    """Return the run in a file of `keep_history`, without weights.
-
-    Raises:
-        DamagedFile: the file is not what `keep_history` wrote.
-    """
+    """Return the run in a file of `keep_history`, without weights."""
     return _run(path.stem, _read_json(path, "run"), {})
 
 

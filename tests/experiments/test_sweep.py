@@ -310,7 +310,7 @@ def test_a_device_is_measured_and_trains_a_sweep(tmp_path: Path, monkeypatch: py
     """Here the device is the CPU, which agrees with itself."""
     device = torch.device("cpu")
     monkeypatch.setattr(gpu, "CASES", [("denoising", "deq"), ("inpainting", "bilevel")])
-    gpu.measure(device, (1, 2), tmp_path, size=7, batch_size=4)
+    gpu.measure(device, tmp_path, (1, 2), size=7, batch_size=4)
     timed, agreed = (pd.read_csv(tmp_path / f"{name}_gpu.csv") for name in ("stacks", "agreement"))
     assert len(timed) == 2 * len(agreed) == 4
     assert (timed["ms"] > 0).all()
