@@ -1,9 +1,8 @@
 """Trainings on the command line: `python -m lib.experiments run --profile quick -p tau "[0.1, 0.5]"`.
 
-`run` trains what of the grid is not stored yet, with `--cluster slurm` on more machines, and writes the
-tables; `status` tells what is done, `plan` how long the rest will take. `--take` brings in what another
-machine trained. `train` is one training alone, of digits or, with `-p dataset faces` or a folder of images,
-of photographs.
+`run` trains what is not stored of the grid and writes its tables; `status` prints what is done, `plan` how
+long the rest will take. `train` is one training, of digits or, with `-p dataset faces` or a folder, of
+photographs.
 """
 
 from __future__ import annotations
@@ -22,18 +21,17 @@ from lib.experiments.plan import duration, plan, stacks
 from lib.experiments.processes import default_device, workers
 from lib.experiments.profiles import faces_config, grid, profile_config
 from lib.experiments.records import is_stored, run_folder
-from lib.experiments.runs import get_runs, train_runs
-from lib.experiments.store import Results
+from lib.experiments.runs import get_run, train_runs
 from lib.experiments.sweep import load_sweep, status, write_tables
 
 
 def print_plan(configs: Sequence[RunConfig]) -> None:
     device = default_device()
-    table = plan(configs)
-    if table.empty:
+    left = [config for config in configs if not is_stored(config)]
+    if not left:
         print(f"all {len(configs)} runs are done")
         return
-    left = [config for config in configs if not is_stored(config)]
+    table = plan(left)
     names = {"wall": "in all", "stored": "GB stored", "memory": "GB of memory"}
     shown = table.assign(wall=table["wall"].map(duration)).rename(columns=names)
     print(shown.to_string(float_format="{:.2g}".format))
@@ -83,12 +81,12 @@ def one_config(profile: str, pairs: Sequence[tuple[str, str]]) -> Config:
     return kind(**dict(config) | nothing)
 
 
-def train_one(config: Config, results: Results = None) -> int:
+def train_one(config: Config) -> int:
     """Train or load one configuration, and print its first and last losses and its folder."""
-    folder = run_folder(config, results)
+    folder = run_folder(config)
     print(f"run {folder.name}: {config.model}, {config.task}, {config.dataset}", flush=True)
     try:
-        (run,) = get_runs([config], results)
+        run = get_run(config)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

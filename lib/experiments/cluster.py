@@ -6,7 +6,6 @@ Jobs store what they train in the same `results/runs/` as any other training, an
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -32,9 +31,6 @@ from lib.experiments.processes import default_device, interrupts_blocked, worker
 from lib.experiments.records import is_stored, read_record, run_key
 from lib.experiments.runs import outcome, train_stack
 from lib.experiments.store import RESULTS, Results, write_atomic
-
-REQUEUES = 20
-"""How often a job that reached its time limit is queued again; one that was preempted always is."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,9 @@ def train_on_cluster(configs: Sequence[RunConfig], options: LocalJobs, results: 
     # For this user alone, since a job executes the pickles in here.
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        submissions = _unfinished_submissions(folder, options)
+        paths = sorted(folder.glob(f"{options.cluster}-*/jobs.json"))
+        earlier = [Submission(path.parent, **json.loads(path.read_bytes())) for path in paths]
+        submissions = [jobs for jobs in earlier if options.unfinished(jobs)]
         taken = {key for jobs in submissions for key in jobs.keys}
         left = [config for key, config in waiting.items() if key not in taken]
         submissions = [jobs for jobs in submissions if not waiting.keys().isdisjoint(jobs.keys)]
@@ -171,24 +169,13 @@ def train_on_cluster(configs: Sequence[RunConfig], options: LocalJobs, results: 
         ) from None
 
 
-def _unfinished_submissions(folder: Path, options: LocalJobs) -> list[Submission]:
-    """Return the earlier submissions with unfinished jobs, and remove the files of the others."""
-    submissions = []
-    for path in sorted(folder.glob(f"{options.cluster}-*/jobs.json")):
-        jobs = Submission(path.parent, **json.loads(path.read_bytes()))
-        if options.unfinished(jobs):
-            submissions.append(jobs)
-        else:
-            shutil.rmtree(jobs.folder, ignore_errors=True)
-    return submissions
-
-
 def _submit(configs: Sequence[Config], options: LocalJobs, results: Path, folder: Path) -> Submission:
     groups = stacks(configs, torch.device("cpu"))
     count = min(options.jobs, len(groups))
     shares = [[config for group in groups[k::count] for config in group] for k in range(count)]
     own = Path(tempfile.mkdtemp(prefix=f"{options.cluster}-", dir=folder))
-    executor = submitit.AutoExecutor(own, cluster=options.cluster, slurm_max_num_timeout=REQUEUES)
+    # A job that was preempted is queued again however often, and one that reached its time limit 20 times.
+    executor = submitit.AutoExecutor(own, cluster=options.cluster, slurm_max_num_timeout=20)
     executor.update_parameters(**options.parameters())
     # Ctrl-C ends the command that waits, not jobs of this machine.
     with interrupts_blocked(), clean_env():
