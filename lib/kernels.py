@@ -1,9 +1,9 @@
 """Convolution with small kernels: `A u`, its exact adjoint `A^T z`, its norm, and initial kernels.
 
 `(A u)_i(x) = sum_y A_i(y) u(x + y)` with `u = 0` outside the image, as in `torch.nn.functional.conv2d`.
-Images are processed in blocks: all experts of a block of `r x r` pixels depend on one patch of `p x p` pixels,
-`p = k + r - 1`, so that a convolution with few kernels becomes a product with a matrix that is large enough
-to be fast. The transposed matrix is the adjoint; its patches are summed where they overlap.
+Images are processed in blocks: all experts of a block of `r x r` pixels depend on one patch of `p x p`
+pixels, `p = k + r - 1`, so that a convolution with few kernels becomes a product with a matrix that is large
+enough to be fast. The transposed matrix is the adjoint; its patches are summed where they overlap.
 """
 
 from __future__ import annotations
