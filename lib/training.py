@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -457,9 +458,9 @@ class Training:
             weights[name] = [self._slice(tensor, position) for tensor in tensors]
         named = dict(self.model.named_buffers()) | self.solutions
         buffers = {name: self._slice(tensor, position) for name, tensor in named.items()}
-        content = {"epoch": self.epoch, "seconds": member.seconds, "history": member.rows}
+        content = {"epoch": self.epoch, "seconds": member.seconds, "history": list(member.rows)}
         # L-BFGS has one state for all parameters, and one member.
-        content |= {} if adam else {"search": self.optimizer.state_dict()["state"][0]}
+        content |= {} if adam else {"search": deepcopy(self.optimizer.state_dict()["state"][0])}
         return content | {"weights": weights, "buffers": buffers}
 
     def restore(self, states: Sequence[dict[str, Any]]) -> None:
@@ -474,7 +475,7 @@ class Training:
         self.step = self.epoch * self.steps_per_epoch
 
         def joined(slices: Sequence[Tensor]) -> Tensor:
-            return (torch.stack(list(slices)) if self.stacked else slices[0]).to(self.device)
+            return (torch.stack(list(slices)) if self.stacked else slices[0].clone()).to(self.device)
 
         for name, parameter in self.model.named_parameters():
             tensors = zip(*(state["weights"][name] for state in states), strict=True)
@@ -483,7 +484,7 @@ class Training:
                 step = torch.tensor(float(self.step), device=self.device)
                 self.optimizer.state[parameter] = {"step": step} | dict(zip(MOMENTS, moments, strict=True))
         if "search" in states[0]:
-            search = {"state": {0: states[0]["search"]}}
+            search = {"state": {0: deepcopy(states[0]["search"])}}
             self.optimizer.load_state_dict(self.optimizer.state_dict() | search)
         for name in states[0]["buffers"]:
             buffer = joined([state["buffers"][name] for state in states])
@@ -493,7 +494,7 @@ class Training:
                 module, _, attribute = name.rpartition(".")
                 setattr(self.model.get_submodule(module), attribute, buffer)
         for member, state in zip(self.members, states, strict=True):
-            member.rows, member.seconds = state["history"], state["seconds"]
+            member.rows, member.seconds = list(state["history"]), state["seconds"]
 
 
 class _Meter:

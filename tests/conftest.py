@@ -1,4 +1,4 @@
-"""Shared by the tests: hypothesis' examples, weights that contract, and two processes at once."""
+"""Fixtures of several tests, and the settings of hypothesis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import Phase, settings
-from torch import Tensor
 
 # Interrupts are ignored by what a shell starts in the background, and by all that is started from there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -23,24 +22,6 @@ settings.register_profile(
     "unshrunk", settings.get_profile("repeatable"), phases=[Phase.explicit, Phase.generate]
 )
 """Fails with the first example found, without looking for a simpler one (`--hypothesis-profile`)."""
-
-
-@pytest.fixture
-def near_orthogonal() -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
-    """Draws `A`, `b`, `C` for `n` pixels in float64: `A` and `C` near one orthogonal matrix, `b` near one.
-
-    `C^T A` is then near the identity and most experts are active: the step maps of the small problems
-    contract at masked pixels too, where the data say nothing.
-    """
-
-    def draw(n: int) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(1)
-        rotation, first, second = torch.randn(3, n, n, generator=generator, dtype=torch.float64)
-        A = torch.linalg.qr(rotation)[0] + 0.1 * n**-0.5 * first
-        b = 1 + torch.randn(n, generator=generator, dtype=torch.float64)
-        return A, b, A + 0.1 * n**-0.5 * second
-
-    return draw
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,182 @@
+"""DeepInverse: adjoints of its physics, its iterations with our field, its trainer with our models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from problems import normal
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lib.deepinverse import FieldPrior, PhysicsOperator, Reconstructor, deepinv, tomography, with_operator
+from lib.models import FixedPointModel
+from lib.operators import CircularBlur, Identity, Mask
+from lib.regularizer import ConvFieldsOfExperts, smoothed_sign
+from lib.solvers import Anderson, PlainIteration, Status, fixed_point
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIDE = 12
+EXACT = Anderson(tol=1e-11, max_steps=2000, memory=10, regularization=1e-12)
+MASK, KERNEL = (normal(1, SIDE, SIDE) > 0).double(), normal(1, 1, 3, 3)
+PHYSICS = {
+    "denoising": lambda: deepinv.physics.Denoising(),
+    "inpainting": lambda: deepinv.physics.Inpainting((1, SIDE, SIDE), mask=MASK),
+    "blur": lambda: deepinv.physics.Blur(KERNEL, padding="circular"),
+    "valid blur": lambda: deepinv.physics.Blur(KERNEL, padding="valid"),
+    "downsampling": lambda: deepinv.physics.Downsampling(
+        (1, SIDE, SIDE), filter="bilinear", factor=2
+    ).double(),
+}
+OURS = {"denoising": Identity(), "inpainting": Mask(MASK[0]), "blur": CircularBlur(KERNEL[0, 0])}
+
+
+def small_model(tied: bool, **options: Any) -> FixedPointModel:
+    A = 0.3 * normal(3, 3, 3, seed=1)
+    C = None if tied else A + 0.02 * normal(3, 3, 3, seed=2)
+    direction = normal(1, 1, SIDE, SIDE) if options else None
+    field = ConvFieldsOfExperts(A, C, smoothed_sign(5.0), direction)
+    return FixedPointModel(Identity(), field, 1 / 50, 20.0, 1.0, **options)
+
+
+@pytest.mark.parametrize("name", PHYSICS)
+@pytest.mark.parametrize("batch", [(3,), (2, 3)])
+def test_a_physics_is_an_operator_with_its_adjoint(name: str, batch: tuple[int, ...]) -> None:
+    """For images with any leading dimensions and data of any size."""
+    K, u = PhysicsOperator(PHYSICS[name]()), normal(*batch, 1, SIDE, SIDE)
+    f = K.forward(u)
+    assert f.shape[: len(batch)] == batch
+    v = normal(*f.shape, seed=1)
+    assert K.adjoint(v).shape == u.shape
+    torch.testing.assert_close((f * v).sum(), (u * K.adjoint(v)).sum(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(K.normal(u), K.adjoint(f), rtol=1e-9, atol=1e-9)
+    if name in OURS:
+        torch.testing.assert_close(OURS[name].forward(u), f, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(OURS[name].adjoint(v), K.adjoint(v), rtol=1e-11, atol=1e-11)
+
+
+def test_tomography_has_the_exact_adjoint_and_norm_one() -> None:
+    """DeepInverse's own back-projection fails the same inner product."""
+    exact = tomography(32, 10)
+    u, v = normal(1, 1, 32, 32).float(), normal(1, 1, 46, 10, seed=1).float()
+    other = deepinv.physics.Tomography(exact.angles, 32, adjoint_via_backprop=False, normalize=True)
+    errors = [
+        ((p.A(u) * v).sum() - (u * p.A_adjoint(v)).sum()).abs() / (u.norm() * v.norm())
+        for p in (exact, other)
+    ]
+    assert errors[0] < 1e-6
+    assert errors[1] > 1e-5
+    for _ in range(100):
+        u = exact.A_adjoint_A(u / u.norm())
+    assert u.norm().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["inpainting", "downsampling"])
+def test_their_gradient_descent_with_our_prior_reaches_our_fixed_point(tied: bool, name: str) -> None:
+    """And so does our `Reconstructor`, for images in [0, 1]."""
+    ours, theirs = small_model(tied), PHYSICS[name]()
+    clean = normal(2, 1, SIDE, SIDE, seed=4).tanh()
+    f, lam, tau = theirs.A(clean), ours.lam.item(), ours.tau.item()
+    descent = deepinv.optim.GD(
+        data_fidelity=deepinv.optim.L2(),
+        prior=FieldPrior(ours),
+        stepsize=tau * lam,
+        lambda_reg=1 / lam,
+        max_iter=4000,
+        thres_conv=1e-13,
+        early_stop=True,
+        custom_init=lambda y, physics: {"est": (physics.A_adjoint(y),)},
+    )
+    reconstruct = Reconstructor(ours, EXACT)
+    with torch.no_grad():
+        reached = descent(f, theirs)
+        unit = reconstruct(theirs.A((clean + 1) / 2), theirs)
+    fixed = fixed_point(with_operator(ours, PhysicsOperator(theirs)).problem(f), theirs.A_adjoint(f), EXACT)
+    assert fixed.fraction(Status.CONVERGED) == reconstruct.solution.fraction(Status.CONVERGED) == 1
+    torch.testing.assert_close(reached, fixed.value, rtol=0, atol=1e-6)
+    torch.testing.assert_close(unit, (fixed.value + 1) / 2, rtol=0, atol=1e-6)
+
+
+def test_a_tied_prior_is_the_gradient_of_its_function() -> None:
+    """By autograd; DeepInverse's proximal point solves the optimality condition."""
+    prior, x = FieldPrior(small_model(True)), normal(2, 1, 6, 6, seed=5).requires_grad_()
+    assert prior.explicit_prior
+    assert not FieldPrior(small_model(False)).explicit_prior
+    (gradient,) = torch.autograd.grad(prior.fn(x).sum(), x)
+    torch.testing.assert_close(prior.grad(x.detach()), gradient, rtol=1e-9, atol=1e-9)
+    z = prior.prox(x.detach(), gamma=0.1, stepsize_inter=0.02, max_iter_inter=3000, tol_inter=1e-12)
+    torch.testing.assert_close(z + 0.1 * prior.grad(z), x.detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_gradients_of_a_reconstructor_are_those_of_differences(learned: bool) -> None:
+    """In an entry of `C`, or in the learned weight."""
+    theirs, model = PHYSICS["inpainting"](), small_model(False, **{"learn_weight": True} if learned else {})
+    reconstruct, x = Reconstructor(model, EXACT).eval(), (normal(2, 1, SIDE, SIDE, seed=6).tanh() + 1) / 2
+    y = theirs.A(x) + 0.05 * normal(2, 1, SIDE, SIDE, seed=7)
+
+    def loss() -> Tensor:
+        return (reconstruct(y, theirs) - x).square().mean()
+
+    loss().backward()
+    parameter = model.weight if learned else model.regularizer.C
+    assert parameter is not None
+    assert parameter.grad is not None
+    h, values = 1e-5, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            parameter.view(-1)[0] += sign * h
+            values.append(loss().item())
+            parameter.view(-1)[0] -= sign * h
+    difference = (values[0] - values[1]) / (2 * h)
+    assert abs(parameter.grad.flatten()[0].item() - difference) <= 1e-4 * parameter.grad.norm().item()
+
+
+def test_deepinverse_trains_a_model() -> None:
+    """Its trainer with its supervised loss lowers the error, for its own physics."""
+    A = normal(4, 3, 3).float()
+    field = ConvFieldsOfExperts(A, A, smoothed_sign(10.0), normal(1, 1, 16, 16).float())
+    model = FixedPointModel(Identity(), field, 1 / 150, 20.0, 1.0)
+    x = (normal(8, 1, 16, 16, seed=2).cumsum(-1).tanh().float() + 1) / 2
+    theirs = deepinv.physics.Inpainting((1, 16, 16), mask=(normal(1, 16, 16, seed=3) > -1).float())
+    y = theirs.A(x) + 0.05 * normal(*x.shape, seed=4).float()
+    reconstruct = Reconstructor(model, Anderson(1e-4, 200))
+
+    def error() -> float:
+        with torch.no_grad():
+            return float((reconstruct(y, theirs) - x).square().mean())
+
+    pairs: Any = [{"x": image, "y": data} for image, data in zip(x, y, strict=True)]
+    before = error()
+    deepinv.Trainer(
+        model=reconstruct,
+        physics=theirs,
+        train_dataloader=DataLoader(pairs, 4),
+        losses=deepinv.loss.SupLoss(),
+        optimizer=torch.optim.Adam(model.parameters(), lr=0.05),
+        online_measurements=False,
+        epochs=10,
+        save_path=None,
+        verbose=False,
+        show_progress_bar=False,
+        non_blocking_transfers=False,
+    ).train()
+    assert error() < 0.8 * before
+
+
+def test_a_step_is_made_for_the_norm() -> None:
+    """With a physics of norm 5 the map diverges, unless the norm is named."""
+    model, f, impulse = small_model(True), normal(1, 1, SIDE, SIDE), torch.zeros(1, 1, 3, 3).double()
+    impulse[..., 1, 1] = 5
+    large = PhysicsOperator(deepinv.physics.Blur(impulse, padding="circular"))
+    models = [with_operator(model, large, norm) for norm in (1.0, 5.0)]
+    status = [int(fixed_point(m.problem(f), f, PlainIteration(1e-6, 2000)).status) for m in models]
+    assert status == [Status.DIVERGED, Status.CONVERGED]
+
+
+def test_a_nonlinear_physics_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^physics: got Identity, allowed: a LinearPhysics of DeepInverse$"):
+        PhysicsOperator(Identity())
