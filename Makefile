@@ -32,7 +32,7 @@ PYTEST := $(BIN)/python -m pytest -c pyproject.toml
 LAB := $(BIN)/python -m jupyterlab --KernelManager.transport_encryption=auto
 
 .DEFAULT_GOAL := help
-PAGES := first_steps theory weight hypergradients reconstruct evaluate tomography explore scaling
+PAGES := first_steps your_own theory weight hypergradients reconstruct evaluate tomography explore scaling
 
 .PHONY: help figures $(FIGURES) report $(PAGES) train sweep sweep-status sweep-plan test validate bench gpu lab data \
   refresh keep lock clean delete-runs
@@ -50,6 +50,7 @@ report: $(INSTALLED) ## the page of the figures that are there: results/$(PROFIL
 	@$(BIN)/python -m lib.pages.report --profile $(PROFILE)
 
 first_steps: $(INSTALLED) ## the mathematics alone, from an operator to a training, in 60 lines and some seconds
+your_own: $(INSTALLED) ## your own potential, operator and physics of DeepInverse, each trained and checked
 theory: $(INSTALLED) ## bilevel learning as a deep equilibrium model with tied weights, in numbers
 weight: $(INSTALLED) ## why a learned weight brings the learned models ahead of total variation
 hypergradients: $(INSTALLED) ## which hypergradient a training needs: solved, Neumann series, Jacobian-free
@@ -58,7 +59,7 @@ evaluate: $(INSTALLED) ## a folder of images with trained kernels: ARGS="-p data
 tomography: $(INSTALLED) ## a task that the paper does not have, with an operator of DeepInverse
 scaling: $(INSTALLED) ## what a training step costs, by image, kernels, batch and stack
 
-$(FIGURES) first_steps theory weight hypergradients reconstruct evaluate tomography scaling: $(INSTALLED)
+$(FIGURES) first_steps your_own theory weight hypergradients reconstruct evaluate tomography scaling: $(INSTALLED)
 	@$(BIN)/python -m lib.pages.notebooks run $@ --profile $(PROFILE) $(ARGS)
 
 explore: $(INSTALLED) ## the grid, one selection at a time, with controls, in JupyterLab (ARGS: its options)

@@ -30,7 +30,7 @@ class Activation:
 
     Attributes:
         sigma, slope, potential: `sigma`, `sigma'` and `phi`, elementwise.
-        steepest: the largest slope; no slope is negative.
+        steepest: the largest slope; a preconditioner assumes that none is negative.
     """
 
     sigma: Callable[[Tensor, Tensor], Tensor]

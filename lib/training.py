@@ -150,12 +150,12 @@ def train(model: FixedPointModel, images: Tensor, noise: float, **options: Any) 
         model: without a stack dimension.
         images, noise, options: see `Training`.
 
-    >>> from lib.models import FixedPointModel
+    >>> from lib.kernels import cosine_kernels
     >>> from lib.operators import Identity
     >>> from lib.regularizer import ConvFieldsOfExperts, smoothed_sign
-    >>> A, images = torch.randn(4, 3, 3), torch.zeros(8, 1, 6, 6)
+    >>> A, images = cosine_kernels(4, 3), torch.zeros(8, 1, 6, 6)
     >>> model = FixedPointModel(Identity(), ConvFieldsOfExperts(A, None, smoothed_sign(5)), 0.005, 4, 1)
-    >>> history = train(model, images, noise=0.3, epochs=5, optimizer=Adam(0.01))
+    >>> history = train(model, images, noise=0.3, epochs=5, optimizer=Adam(0.1), warm_start=True)
     >>> history.status, history.rows[-1]["train_loss"] < history.rows[1]["train_loss"]
     ('completed', True)
     """

@@ -358,6 +358,14 @@ def _also(kind: type[Parameters], **types: Any) -> type[Parameters]:
     return create_model(kind.__name__, __base__=kind, **fields)
 
 
+class Mathematics(Parameters):
+    """The pages that train small models on drawn images."""
+
+    noise: Annotated[float, Field(ge=0, le=10)]
+    epochs: Count
+    seed: Seed
+
+
 DENOISING, INPAINTING, DEBLURRING = ({"task": task} for task in ("denoising", "inpainting", "deblurring"))
 
 DECLARED: dict[str, tuple[type[Parameters], dict[str, Any]]] = {
@@ -374,10 +382,7 @@ DECLARED: dict[str, tuple[type[Parameters], dict[str, Any]]] = {
     "fig13": (Photographs, DEBLURRING),
     **{name: (Kernels, DEBLURRING | {"size": "11x11"}) for name in ("fig14", "fig15")},
     **{name: (Kernels, DEBLURRING | {"size": "3x3"}) for name in ("fig16", "fig17")},
-    "first_steps": (
-        _also(Parameters, noise=Annotated[float, Field(ge=0, le=10)], steps=Count, seed=Seed),
-        {},
-    ),
+    **{name: (Mathematics, {}) for name in ("first_steps", "your_own")},
     "theory": (Theory, {}),
     "weight": (Weight, {}),
     "hypergradients": (Hypergradients, {}),
