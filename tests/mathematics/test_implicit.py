@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -29,7 +27,7 @@ from torchdeq import get_deq
 from lib.implicit import NeumannSeries, implicit_fixed_point
 from lib.models import FixedPointModel
 from lib.regularizer import LINEAR
-from lib.solvers import Anderson, FixedPointProblem, PlainIteration, Solution, Solver, Status, fixed_point
+from lib.solvers import Anderson, PlainIteration, Solution, Solver, Status, fixed_point
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,30 +147,6 @@ def test_the_value_is_the_solvers_iterate(solver: Solver) -> None:
         assert not implicit_fixed_point(T, u0, solver).value.requires_grad
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_members_of_a_stack_receive_their_own_gradients(kind: str) -> None:
-    """Those of each member alone, beside one that diverges."""
-    problem = make_problem(kind, "blur", tied=False)
-    tau = problem.numbers["tau"] * torch.tensor([1.0, 0.6, 100.0], dtype=torch.float64)
-    gamma = problem.numbers["gamma"] * torch.tensor([1.0, 0.7, 1.0], dtype=torch.float64)
-
-    def solved(leaves: dict[str, Tensor], **numbers: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        own = replace(problem, numbers=problem.numbers | numbers)
-        model, f = own.build(leaves)
-        solution = implicit_fixed_point(model.step_map(f), own.start(f), ANDERSON)
-        losses = own.loss(solution.value)
-        return own.gradients(model, f, losses[:2] if losses.dim() else losses), solution.status
-
-    stack = {name: leaf.expand(3, *leaf.shape) for name, leaf in problem.leaves.items()}
-    lam = torch.full((3,), problem.numbers["lam"])
-    together, status = solved(stack, tau=tau, gamma=gamma, lam=lam)
-    assert status[:2].eq(Status.CONVERGED).all()
-    assert status[2].ne(Status.CONVERGED).all()
-    for i in range(2):
-        alone, _ = solved(problem.leaves, tau=tau[i], gamma=gamma[i])
-        assert_same_gradients({name: g[i] for name, g in together.items()}, alone, rtol=1e-7)
-
-
 @pytest.mark.parametrize("solver", [PlainIteration, Anderson])
 def test_memory_does_not_grow_with_the_steps(solver: Callable[[float, int], Solver]) -> None:
     """Ten or two hundred steps leave the same tensors for the backward pass."""
@@ -192,28 +166,6 @@ def test_memory_does_not_grow_with_the_steps(solver: Callable[[float, int], Solv
         return sizes
 
     assert saved(10) == saved(200) != []
-
-
-def test_the_graph_is_freed_without_the_garbage_collector() -> None:
-    """No cycle of references keeps the graph alive once nobody holds the solution."""
-    problem = make_problem("relu", "identity", tied=False)
-    model, f = problem.build()
-    step_map, evaluations = model.step_map(f), list[weakref.ref[Tensor]]()
-
-    def T(u: Tensor) -> Tensor:
-        step = step_map(u)
-        evaluations.append(weakref.ref(step))
-        return step
-
-    gc.disable()
-    try:
-        solution = implicit_fixed_point(T, problem.start(f), ANDERSON)
-        problem.loss(solution.value).backward()
-        assert evaluations[-1]() is not None
-        del solution
-        assert evaluations[-1]() is None
-    finally:
-        gc.enable()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is")  # of torch itself, in forward mode
@@ -251,13 +203,3 @@ def test_the_gradient_agrees_with_torchdeq(kind: str, solver: str, hook: bool) -
     assert info["rel_lowest"].le(1e-9).all()
     theirs = problem.gradients(model, f, problem.loss(values[-1]))
     assert_same_gradients(problem.implicit_gradients()[0], theirs, rtol=1e-5)
-
-
-def test_a_problem_without_products_uses_autograd() -> None:
-    """`T` alone is a problem: every tensor that it depends on receives its gradient."""
-    a = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    T = FixedPointProblem(lambda u: a * u + 1)
-    u0 = torch.zeros(1, 1, 1, dtype=torch.float64)
-    implicit_fixed_point(T, u0, PLAIN).value.sum().backward()
-    assert a.grad is not None
-    assert a.grad.item() == pytest.approx(4.0, rel=1e-9)

@@ -90,30 +90,6 @@ def test_synthesis_is_the_exact_adjoint(
     torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("k", "height", "width"), [(3, 4, 6), (5, 7, 4), (11, 17, 9)])
-def test_products_of_a_stack_are_those_of_its_members(k: int, height: int, width: int) -> None:
-    for stack in ((3,), (2, 3)):
-        kernels, u = normal(*stack, 2, k, k), normal(*stack, 4, 1, height, width, seed=1)
-        z = correlate(kernels, u)
-        image = correlate_adjoint(kernels, z, height, width)
-        for i in itertools.product(*map(range, stack)):
-            torch.testing.assert_close(z[i], correlate(kernels[i], u[i]), rtol=1e-12, atol=1e-12)
-            alone = correlate_adjoint(kernels[i], z[i], height, width)
-            torch.testing.assert_close(image[i], alone, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(("k", "height", "width"), [(3, 3, 4), (5, 4, 3), (11, 2, 3)])
-def test_products_have_the_gradients_of_finite_differences(k: int, height: int, width: int) -> None:
-    kernels, u = normal(2, 2, k, k), normal(2, 1, 1, height, width, seed=1)
-    z = normal(2, 1, *layout(k, 2, height, width), seed=2)
-
-    def both(kernels: Tensor, u: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        return correlate(kernels, u).square().sum(-1), correlate_adjoint(kernels, z, height, width)
-
-    leaves = [tensor.requires_grad_() for tensor in (kernels, u, z)]
-    assert torch.autograd.gradcheck(both, leaves, fast_mode=True)
-
-
 @given(st.sampled_from(SIDES), st.integers(2, 14), st.integers(2, 14), st.integers(1, 3), SEEDS)
 @settings(max_examples=10)
 def test_the_norm_is_the_largest_singular_value(
@@ -140,27 +116,6 @@ def test_the_norm_of_the_gradient_is_the_known_one(k: int, height: int, width: i
     expected = math.hypot(*(2 * math.cos(math.pi / (2 * n + 1)) for n in (height, width)))
     norm, _ = spectral_norm(difference_kernels(1, 2, k).double(), normal(1, 1, height, width), 500)
     assert norm.item() == pytest.approx(expected, rel=1e-4)
-
-
-def test_each_member_has_its_own_norm() -> None:
-    kernels = normal(3, 2, 2, 5, 5) * torch.tensor([1.0, 1e-3, 1e3])[:, None, None, None, None]
-    start = normal(3, 2, 1, 1, 9, 7, seed=1)
-    norms, directions = spectral_norm(kernels, start, 50)
-    for i in itertools.product(range(3), range(2)):
-        norm, direction = spectral_norm(kernels[i], start[i], 50)
-        assert norms[i].item() == pytest.approx(norm.item(), rel=1e-11)
-        torch.testing.assert_close(directions[i], direction, rtol=1e-8, atol=1e-8)
-
-
-def test_the_norm_continues_from_the_last_direction() -> None:
-    """After a small change of the kernels a few products are enough."""
-    kernels, start = normal(2, 7, 7), normal(1, 1, 20, 17, seed=1)
-    _, direction = spectral_norm(kernels, start, 500)
-    changed = kernels + 0.01 * normal(2, 7, 7, seed=2)
-    exact = image_norm(changed, 20, 17)
-    warm, cold = spectral_norm(changed, direction, 1)[0], spectral_norm(changed, start, 1)[0]
-    assert cold < warm < exact
-    assert (1 - 1e-4) * exact < spectral_norm(changed, direction, 10)[0] <= (1 + 1e-11) * exact
 
 
 @pytest.mark.parametrize("tol", [1e-1, 1e-2, 1e-3])
@@ -214,14 +169,6 @@ def test_differences_are_distinct_and_annihilate_polynomials(order: int, k: int)
     for degree, image in images.items():
         inner = convolved(kernels.double(), image[None, None])[0, :, k // 2 : -(k // 2), k // 2 : -(k // 2)]
         assert inner.any() == (degree >= order)
-
-
-def test_the_shortest_differences_come_first() -> None:
-    lengths = [math.dist(*kernel.nonzero().tolist()) for kernel in difference_kernels(1, 200, 11)]
-    assert lengths == sorted(lengths)
-    for order in (1, 2):
-        pixels = difference_kernels(order, 4, 11).abs().sum(0).nonzero()
-        assert (pixels - 5).abs().max() <= 2
 
 
 def test_all_differences_of_the_smallest_kernel() -> None:

@@ -128,18 +128,6 @@ def test_a_deq_with_equal_weights_is_the_bilevel_model(kind: str, operator: str,
 
 
 @EVERY_PROBLEM
-def test_a_deq_with_free_weights_is_another_model(kind: str, operator: str) -> None:
-    """Its fixed point is another one, and no stationary point of the energy of `A`."""
-    tied, free = (make_problem(kind, operator, flag) for flag in (True, False))
-    models = [problem.build()[0] for problem in (tied, free)]
-    f = tied.leaves["f"]
-    u, v = (fixed_point(model.problem(f), tied.start(f), ANDERSON).value for model in models)
-    assert (u - v).norm() > 1e-3
-    (gradient,) = torch.autograd.grad(models[1].lower_level(v.requires_grad_(), f).sum(), v)
-    assert gradient.norm() > 1e-3
-
-
-@EVERY_PROBLEM
 def test_the_bilevel_hypergradient_is_the_implicit_function_theorem(kind: str, operator: str) -> None:
     """`dL/dtheta = -<d/dtheta grad_u E, H^-1 dL/du>`, with the Hessian `H` of the lower level `E` at `u*`."""
     problem = make_problem(kind, operator, tied=True)
@@ -152,47 +140,6 @@ def test_the_bilevel_hypergradient_is_the_implicit_function_theorem(kind: str, o
     q = torch.linalg.solve(H, dL_du.flatten()).view_as(u)
     (optimality,) = torch.autograd.grad(model.lower_level(u, f).sum(), u, create_graph=True)
     assert_same_gradients(gradients, problem.gradients(model, f, -(optimality * q).sum()), rtol=1e-7)
-
-
-@pytest.mark.parametrize("kind", DENSE)
-@TIED
-def test_tau_moves_the_fixed_point_of_softshrink_alone(kind: str, tied: bool) -> None:
-    """It is the threshold of softshrink; for others it is a step size and nothing else."""
-    problem = make_problem(kind, "blur", tied)
-    f, values = problem.leaves["f"], []
-    for tau in (0.2, 0.6):
-        model, _ = replace(problem, numbers=problem.numbers | {"tau": tau}).build()
-        values.append(fixed_point(model.problem(f), f, ANDERSON).value)
-    moved = (values[0] - values[1]).norm() / values[0].norm()
-    assert moved > 1e-2 if kind == "softshrink" else moved < 1e-8
-
-
-@EVERY_PROBLEM
-@TIED
-def test_products_with_the_jacobian_are_autograds(kind: str, operator: str, tied: bool) -> None:
-    model, f = make_problem(kind, operator, tied).build()
-    u, w = normal(2, BATCH, *SHAPE, seed=5)
-    (expected,) = torch.autograd.grad(model.step_map(f)(u.requires_grad_()), u, w)
-    torch.testing.assert_close(model.vjp(u)(w), expected, rtol=1e-10, atol=1e-11)
-
-
-@EVERY_PROBLEM
-@TIED
-def test_a_stack_of_models_is_its_members(kind: str, operator: str, tied: bool) -> None:
-    """Steps and energies of members with their own weights, data, `tau`, `lambda` and `gamma`."""
-    problem = make_problem(kind, operator, tied)
-    scales = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)
-    stack = {name: torch.stack([scale * leaf for scale in scales]) for name, leaf in problem.leaves.items()}
-    numbers = dict(zip(("tau", "lam", "gamma"), normal(3, 3, seed=8).abs() + 0.1, strict=True))
-    models, f = replace(problem, numbers=numbers).build(stack)
-    u = normal(3, BATCH, *SHAPE, seed=9)
-    step, energy = models.step_map(f)(u), models.lower_level(u, f)
-    assert energy.shape == (3, BATCH)
-    for i in range(3):
-        own = replace(problem, numbers={name: number[i] for name, number in numbers.items()})
-        model, data = own.build({name: leaf[i] for name, leaf in stack.items()})
-        torch.testing.assert_close(step[i], model.step_map(data)(u[i]), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(energy[i], model.lower_level(u[i], data), rtol=1e-10, atol=1e-10)
 
 
 def test_denoising_is_an_independent_solution_of_smoothed_total_variation() -> None:
@@ -238,19 +185,6 @@ def test_the_preconditioned_map_expands_nothing(kind: str, operator: str, tau: f
     eigenvalues = torch.linalg.eigvalsh(root.T @ (torch.eye(PIXELS) - J) @ root)
     assert eigenvalues.min() >= -1e-8
     assert eigenvalues.max() < 2
-
-
-def test_the_dense_preconditioner_is_the_inverse_of_the_mean_curvature() -> None:
-    """Experts of a linear model count half; each member of a stack has its own."""
-    problem = make_problem("linear", "projections", tied=True)
-    tau, lam, gamma = normal(3, 2, seed=7).abs() + 0.1
-    weights = {name: torch.stack([leaf, 2 * leaf]) for name, leaf in problem.leaves.items() if name != "f"}
-    model = FixedPointModel(problem.operator, make_field("linear", weights), tau, lam, gamma)
-    K, P = matrix_of(problem.operator), model.preconditioner(SHAPE)
-    for i in range(2):
-        data = K.T @ K + PRECONDITIONER_RIDGE * torch.eye(PIXELS)
-        curvature = tau[i] * (lam[i] * data + gamma[i] * weights["A"][i].T @ weights["A"][i] / 2)
-        torch.testing.assert_close(P[i] @ curvature, torch.eye(PIXELS).double(), rtol=0, atol=1e-9)
 
 
 @TIED

@@ -99,16 +99,6 @@ def test_the_motion_blur_averages_along_the_diagonal(size: int) -> None:
     torch.testing.assert_close(CircularBlur(kernel).forward(u), expected, rtol=0, atol=1e-7)
 
 
-@given(masks(), SEEDS)
-def test_a_mask_is_an_orthogonal_projection(drawn: tuple[Mask, tuple[int, ...]], seed: int) -> None:
-    K, shape = drawn
-    u = normal(*shape, seed=seed)
-    Ku = K.forward(u)
-    assert torch.equal(K.forward(Ku), Ku)
-    assert torch.equal(K.adjoint(u), Ku)
-    assert torch.equal(Ku, torch.where(K.mask.bool(), u, 0.0))
-
-
 @given(st.integers(1, 300), st.integers(1, 300))
 def test_the_top_rows_mask_loses_a_third_rounded_up(height: int, width: int) -> None:
     mask = top_rows_mask(height, width)

@@ -202,14 +202,6 @@ def test_kernels_are_scaled_to_the_norm_of_the_gradient(tied: bool) -> None:
     assert_norms(5e-3)
 
 
-def test_kernels_without_a_direction_are_not_scaled() -> None:
-    A, C = normal(2, 2, 3, 3)
-    field = ConvFieldsOfExperts(A, C, smoothed_sign(SHARPNESS))
-    field.refresh()
-    assert torch.equal(field.weights()["A"], A)
-    assert torch.equal(field.weights()["C"], C)
-
-
 @given(st.booleans(), SEEDS)
 def test_the_norm_is_a_constant_of_the_gradient_or_differentiated(tied: bool, seed: int) -> None:
     """The gradient is the scale times that at the scaled kernels, or its part orthogonal to the kernels."""
