@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from copy import copy
+from functools import partial
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticUndefined
 
 MNIST_SIDE, MNIST_TRAIN, MNIST_TEST, BLUR_SIDE = 28, 60_000, 10_000, 5
 
@@ -18,27 +22,9 @@ MODELS = ("bilevel", "deq")
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-CountOrZero = Annotated[int, Field(ge=0, le=1_000_000)]
-
-LIMITS = {
-    "noise": 10.0,
-    "tau": 1e3,
-    "gamma": 1e6,
-    "lam": 1e6,
-    "learning_rate": 10.0,
-    "tol": 1.0,
-    "adjoint_tol": 1.0,
-    "memory": 1_000,
-    "regularization": 1e6,
-    "sharpness": 1e6,
-    "time_budget": 1e9,
-}
-"""Largest values that make sense: with more noise the data alone would count as a divergence, a step of Adam
-is about as long as the learning rate, larger factors overflow in single precision, and a history has to fit
-into the memory."""
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters, and bytes that are no text, which are in no name of a folder that one means."""
+"""Characters that never occur in a valid path."""
 
 
 class ConfigError(ValueError):
@@ -61,72 +47,67 @@ class Checked(BaseModel):
             raise ConfigError(_one_line(error, type(self))) from None
 
 
-class TrainingConfig(Checked):
-    """What every training run has: model, task, step map, optimizer and solver.
+def _as_declared(parent: type[Checked], name: str, default: Any = ..., factory: Any = None) -> Any:
+    """Return a field with the limits and the line of help that a parent declares, and another default."""
+    field = copy(parent.model_fields[name])
+    field.default, field.default_factory = (PydanticUndefined, factory) if factory else (default, None)
+    return field
 
-    Attributes:
-        model: `bilevel` (`C = A`) or `deq` (free `C`).
-        task: the operator `K`.
-        noise: standard deviation of the Gaussian noise added after `K`, images being in [-1, 1].
-        tau: step size; also the threshold of softshrink.
-        gamma: weight of the regularizer.
-        lam: weight `lambda` of the data term.
-        train_images, test_images: how many images of each split.
-        epochs: passes over the training images.
-        learning_rate, final_learning_rate: Adam's, at the first step and after the last one.
-        schedule: the decay between them over all steps.
-        test_every: epochs from one evaluation on the test images to the next.
-        solver: for the fixed point and for the adjoint equation.
-        adjoint: whether the adjoint equation is `solved`, or a `neumann` series takes its solution's place.
-        neumann_steps: highest power of the Jacobian in that series; 0 leaves the Jacobian out
-            ("Jacobian-free").
-        adjoint_tol: `tol` of the adjoint equation; the same when None.
-        precondition: whether all solves are preconditioned with the mean curvature
-            (`FixedPointModel.preconditioner`).
-        start: first iterate of the fixed point, `zero` or the `data` `f`.
-        tol: relative residual at which a sample has converged.
-        max_steps: evaluations of the step map at most, in each solve.
-        memory, regularization, beta: of Anderson acceleration.
-        patience: evaluations after which a sample whose residual does not fall any more is given up; None
-            goes on to `max_steps`.
-        precision: of products of matrices: `float32`, or on a GPU alone `tf32`, whose factors are rounded.
-        seed: of every random number.
-        time_budget: seconds of training after which the run is stopped and marked `out of time`.
+
+class TrainingConfig(Checked):
+    """The parameters of every training: model, task, step map, optimizer and solver.
+
+    The largest values are those that make sense: with more noise the data alone would count as a divergence,
+    a step of Adam is about as long as the learning rate, and larger factors overflow in single precision.
     """
 
-    model: Literal["bilevel", "deq"] = "bilevel"
-    task: Literal["denoising", "inpainting", "deblurring"] = "denoising"
-    noise: NonNegative = 0.1
-    tau: Positive
-    gamma: NonNegative
-    lam: Positive
-    epochs: Count
-    learning_rate: Positive
-    final_learning_rate: NonNegative
-    schedule: Literal["cosine", "linear"]
-    test_every: Count = 1
-    solver: Literal["anderson", "plain"] = "anderson"
-    adjoint: Literal["solved", "neumann"] = "solved"
-    neumann_steps: CountOrZero = 20
-    adjoint_tol: Positive | None = None
-    precondition: bool = False
-    start: Literal["zero", "data"]
-    tol: Positive
-    max_steps: Count
-    memory: Count = 5
-    regularization: Positive = 1e-4
-    beta: Annotated[float, Field(gt=0, le=1)] = 1.0
-    patience: Count | None = None
-    precision: Literal["float32", "tf32"] = "float32"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    time_budget: Positive
+    model: Literal["bilevel", "deq"] = Field(default="bilevel", description="C = A (bilevel) or C free (deq)")
+    task: Literal["denoising", "inpainting", "deblurring"] = Field(
+        default="denoising", description="the operator K"
+    )
+    noise: NonNegative = Field(
+        default=0.1, le=10, description="standard deviation after K, images in [-1, 1]"
+    )
+    tau: Positive = Field(..., le=1e3, description="step size; also the threshold of softshrink")
+    gamma: NonNegative = Field(..., le=1e6, description="weight of the regularizer")
+    lam: Positive = Field(..., le=1e6, description="weight lambda of the data term")
+    epochs: Count = Field(..., description="passes over the training images")
+    learning_rate: Positive = Field(..., le=10, description="of Adam, at the first step")
+    final_learning_rate: NonNegative = Field(..., description="of Adam, after the last step")
+    schedule: Literal["cosine", "linear"] = Field(..., description="decay of the learning rate")
+    test_every: Count = Field(default=1, description="epochs from one evaluation to the next")
+    solver: Literal["anderson", "plain"] = Field(default="anderson", description="of both equations")
+    adjoint: Literal["solved", "neumann"] = Field(
+        default="solved", description="solve the adjoint equation, or sum a Neumann series"
+    )
+    neumann_steps: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        default=20, description="highest power of the Jacobian in that series; 0 is Jacobian-free"
+    )
+    adjoint_tol: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="tol of the adjoint equation; None: the same"
+    )
+    precondition: bool = Field(default=False, description="precondition all solves with the mean curvature")
+    start: Literal["zero", "data"] = Field(..., description="first iterate of the fixed point")
+    tol: Positive = Field(..., le=1, description="relative residual at which a sample has converged")
+    max_steps: Count = Field(..., description="evaluations of the step map in a solve, at most")
+    memory: Count = Field(default=5, le=1_000, description="iterates that Anderson acceleration combines")
+    regularization: Positive = Field(
+        default=1e-4, le=1e6, description="ridge of Anderson acceleration, relative"
+    )
+    beta: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="mixing of Anderson acceleration"
+    )
+    patience: Count | None = Field(
+        default=None, description="evaluations without progress after which a sample is given up; None: never"
+    )
+    precision: Literal["float32", "tf32"] = Field(
+        default="float32", description="of products; tf32 rounds the factors, on a GPU only"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="of all random numbers")
+    time_budget: Positive = Field(..., le=1e9, description="seconds after which a training is stopped")
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
-        for name, limit in LIMITS.items():
-            value = getattr(self, name, None)
-            if value is not None and value > limit:
-                raise ValueError(f"{name}: got {shown(value)}, allowed: at most {limit:g}")
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
                 f"final_learning_rate: got {self.final_learning_rate}, allowed: at most "
@@ -145,44 +126,48 @@ def _adjoint(values: dict[str, Any]) -> Literal["solved", "neumann"]:
     return "solved" if values["task"] == "denoising" else "neumann"
 
 
+_default = partial(_as_declared, TrainingConfig)
+
+
 class RunConfig(TrainingConfig):
     """A training run on MNIST with dense fields of experts. The defaults are the paper's.
 
-    `precondition`, `patience`, `adjoint` and the `start` of denoising are ours. Where `K` loses
-    something, a free `C` may turn the map into no contraction, and after some steps the residual stays as it
-    is: the steps after that change nothing but the time. There the adjoint equation is ill-conditioned as
-    well. The paper's Anderson acceleration of it has a ridge far above the squares of its residuals and so
-    averages plain iterations: its 50 steps have the hypergradient of some 20 of the Neumann series, which
-    costs less (`results/bench/adjoints.csv`).
-
-    Attributes:
-        dataset: where the images come from.
-        sigma: activation of the experts.
-        size: side of the images in pixels; below 28, MNIST is averaged over blocks.
-        batch_size: images in an optimizer step.
-        precondition: for the bilevel model alone, with a few accelerated steps in the place of a Neumann
-            series that is not 0; the DEQ's Jacobian has no sign to rely on, and its solves stay as they are.
+    `precondition`, `patience`, `adjoint` and the `start` of denoising are ours. `precondition` takes effect
+    for the bilevel model alone, with a few accelerated steps in place of a Neumann series that is not 0.
+    Where `K` loses something, a free `C` may turn the map into no contraction, and after some steps the
+    residual stays as it is: the steps after that change nothing but the time. There the adjoint equation is
+    ill-conditioned as well. The paper's Anderson acceleration of it has a ridge far above the squares of its
+    residuals and so averages plain iterations: its 50 steps have the hypergradient of some 20 of the Neumann
+    series, which costs less (`results/bench/adjoints.csv`).
     """
 
-    dataset: Literal["mnist"] = "mnist"
-    tau: Positive = 0.5
-    gamma: NonNegative = 0.1
-    lam: Positive = 1.0
-    sigma: Literal["relu", "softshrink", "identity"] = "relu"
-    size: Annotated[int, Field(ge=1, le=MNIST_SIDE)] = MNIST_SIDE
-    train_images: Annotated[int, Field(ge=1, le=MNIST_TRAIN)] = MNIST_TRAIN
-    test_images: Annotated[int, Field(ge=1, le=MNIST_TEST)] = MNIST_TEST
-    batch_size: Count = 100
-    epochs: Count = 100
-    learning_rate: Positive = 1e-3
-    final_learning_rate: NonNegative = 1e-6
-    schedule: Literal["cosine", "linear"] = "cosine"
-    adjoint: Literal["solved", "neumann"] = Field(default_factory=_adjoint)
-    start: Literal["zero", "data"] = Field(default_factory=_start)
-    tol: Positive = 1e-3
-    max_steps: Count = 50
-    patience: Count | None = 10
-    time_budget: Positive = 3600.0
+    dataset: Literal["mnist"] = Field(default="mnist", description="where the images come from")
+    sigma: Literal["relu", "softshrink", "identity"] = Field(
+        default="relu", description="activation of the experts"
+    )
+    size: Annotated[int, Field(ge=1, le=MNIST_SIDE)] = Field(
+        default=MNIST_SIDE, description="side in pixels; below 28 MNIST is averaged over blocks"
+    )
+    train_images: Annotated[int, Field(ge=1, le=MNIST_TRAIN)] = Field(
+        default=MNIST_TRAIN, description="how many"
+    )
+    test_images: Annotated[int, Field(ge=1, le=MNIST_TEST)] = Field(
+        default=MNIST_TEST, description="how many"
+    )
+    batch_size: Count = Field(default=100, description="images in an optimizer step")
+    tau: Positive = _default("tau", 0.5)
+    gamma: NonNegative = _default("gamma", 0.1)
+    lam: Positive = _default("lam", 1.0)
+    epochs: Count = _default("epochs", 100)
+    learning_rate: Positive = _default("learning_rate", 1e-3)
+    final_learning_rate: NonNegative = _default("final_learning_rate", 1e-6)
+    schedule: Literal["cosine", "linear"] = _default("schedule", "cosine")
+    adjoint: Literal["solved", "neumann"] = _default("adjoint", factory=_adjoint)
+    start: Literal["zero", "data"] = _default("start", factory=_start)
+    tol: Positive = _default("tol", 1e-3)
+    max_steps: Count = _default("max_steps", 50)
+    patience: Count | None = _default("patience", 10)
+    time_budget: Positive = _default("time_budget", 3600.0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -206,53 +191,50 @@ class FacesConfig(TrainingConfig):
 
     The solver and its tolerance are ours: `make bench` compares loss and hypergradient with a solution at
     1e-10 (`results/bench/tolerances.csv`). Denoising needs 1e-4, deblurring 1e-5.
-
-    Attributes:
-        dataset: `faces` (the AT&T database), `celeba`, or the path of a folder of images.
-        reduction: side of the blocks of pixels over which the images are averaged; 1 leaves them.
-        blur: side of the motion kernel in pixels, for deblurring.
-        filters: how many kernels `A` and `C` have.
-        filter_size: their side in pixels, odd.
-        initial: the kernels to start from: `first` or `second` order differences, the `cosine` basis,
-            `random` ones, or those that the run of another configuration ended with.
-        sharpness: `s` of `sigma(z) = tanh(s z)`.
-        learn_weight: whether `lambda` is learned with the kernels, from `lam` on; the step then follows it,
-            and `tau` is not used.
-        differentiate_norm: whether the gradient goes through the kernels' norm, which it otherwise takes for
-            a constant, as the paper does.
-        optimizer: `adam`, or `lbfgs` with a line search, whose iterations are the epochs; it has no learning
-            rate, and wants all images with their noise to stay (`warm_start`).
-        precondition: for convolutions, which `K` is in denoising and deblurring.
-        warm_start: every training image keeps its noise, and its solves start from the solutions of the last
-            epoch; otherwise the noise is drawn anew in each epoch, and they start as the first ones do.
     """
 
-    dataset: str = "faces"
-    reduction: Annotated[int, Field(ge=1, le=64)] = 1
-    train_images: Count = 10
-    test_images: Count = 10
-    blur: Annotated[int, Field(ge=1, le=99)] = 11
-    tau: Positive = 1 / 800
-    gamma: NonNegative = 1.0
-    lam: Positive = 18.156
-    filters: Annotated[int, Field(ge=1, le=1_000)] = 2
-    filter_size: Annotated[int, Field(ge=3, le=31)] = 11
-    initial: Literal["first", "second", "cosine", "random"] | FacesConfig = "random"
-    sharpness: Positive = 100.0
-    learn_weight: bool = False
-    differentiate_norm: bool = False
-    optimizer: Literal["adam", "lbfgs"] = "adam"
-    warm_start: bool = True
-    epochs: Count = 500
-    learning_rate: Positive = 1e-2
-    final_learning_rate: NonNegative = 1e-4
-    schedule: Literal["cosine", "linear"] = "linear"
-    test_every: Count = 10
-    start: Literal["zero", "data"] = "data"
-    tol: Positive = 1e-5
-    max_steps: Count = 500
-    memory: Count = 10
-    time_budget: Positive = 36_000.0
+    dataset: str = Field(
+        default="faces", description="faces (AT&T), celeba or the path of a folder of images"
+    )
+    reduction: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=1, description="side of the blocks of pixels over which the images are averaged"
+    )
+    train_images: Count = Field(default=10, description="how many")
+    test_images: Count = Field(default=10, description="how many")
+    blur: Annotated[int, Field(ge=1, le=99)] = Field(
+        default=11, description="side of the motion kernel in deblurring"
+    )
+    filters: Annotated[int, Field(ge=1, le=1_000)] = Field(default=2, description="number of kernels")
+    filter_size: Annotated[int, Field(ge=3, le=31)] = Field(
+        default=11, description="their side in pixels, odd"
+    )
+    initial: Literal["first", "second", "cosine", "random"] | FacesConfig = Field(
+        default="random", description="kernels to start from: differences, cosines, random ones or a run's"
+    )
+    sharpness: Positive = Field(default=100.0, le=1e6, description="s of sigma(z) = tanh(s z)")
+    learn_weight: bool = Field(default=False, description="learn lambda too; the step then follows it")
+    differentiate_norm: bool = Field(
+        default=False, description="differentiate through the norm of the kernels"
+    )
+    optimizer: Literal["adam", "lbfgs"] = Field(
+        default="adam", description="lbfgs takes an iteration per epoch"
+    )
+    warm_start: bool = Field(
+        default=True, description="images keep their noise, and solves start from the last epoch's solutions"
+    )
+    tau: Positive = _default("tau", 1 / 800)
+    gamma: NonNegative = _default("gamma", 1.0)
+    lam: Positive = _default("lam", 18.156)
+    epochs: Count = _default("epochs", 500)
+    learning_rate: Positive = _default("learning_rate", 1e-2)
+    final_learning_rate: NonNegative = _default("final_learning_rate", 1e-4)
+    schedule: Literal["cosine", "linear"] = _default("schedule", "linear")
+    test_every: Count = _default("test_every", 10)
+    start: Literal["zero", "data"] = _default("start", "data")
+    tol: Positive = _default("tol", 1e-5)
+    max_steps: Count = _default("max_steps", 500)
+    memory: Count = _default("memory", 10)
+    time_budget: Positive = _default("time_budget", 36_000.0)
 
     @property
     def batch_size(self) -> int:
@@ -328,6 +310,25 @@ def named(name: object) -> str:
     """A name as it can stand in one short line: itself, or quoted if it is empty, long or not printable."""
     text = str(name)
     return text if text.isprintable() and 0 < len(text) <= 80 else shown(text)
+
+
+def described(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """Return a type and its limits as text, such as `float > 0, <= 1000` or `bilevel | deq`."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return described(parts[0], [*parts[1:], *metadata])
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, parts))
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(described(part, metadata) for part in parts if part is not TrainingConfig)
+    signs = {Gt: (">", "gt"), Ge: (">=", "ge"), Lt: ("<", "lt"), Le: ("<=", "le")}
+    limits: dict[str, str] = {}
+    for part in [m for own in metadata for m in getattr(own, "metadata", [own])]:
+        if type(part) in signs:
+            sign, name = signs[type(part)]
+            limits.setdefault(sign, f"{sign} {getattr(part, name):g}")
+    name = "None" if annotation is NoneType else getattr(annotation, "__name__", str(annotation))
+    return " ".join([name, ", ".join(limits.values())]).strip() if annotation in (int, float) else name
 
 
 def require_name(name: str, value: object, known: Collection[str]) -> None:
