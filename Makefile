@@ -10,7 +10,7 @@ PYTHON ?=
 PYTHONS := python3.11 python3.12 python3.13
 BASE := import sys; print(sys._base_executable); sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 INSTALLED := $(VENV)/installed
-FIGURES := $(sort $(foreach nb,$(wildcard nbs/fig*.ipynb),$(firstword $(subst _, ,$(notdir $(nb))))))
+FIGURES := $(addprefix fig,01 02 03 04 05 06 07 08 09 10 11 12 13 14 15 16 17)
 
 # What a user's shell says to these tools stays out, and so do the files in his home: the same packages, kernel and
 # styles everywhere. Where pip finds packages, and how, is his.

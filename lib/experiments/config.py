@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
@@ -339,6 +340,17 @@ def require_name(name: str, value: object, known: Collection[str]) -> None:
     """
     if not isinstance(value, str) or value not in known:
         raise ConfigError(f"{name}: got {shown(value)}, allowed: {', '.join(known)}")
+
+
+def require_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Refuse a number outside `[low, high]`.
+
+    Raises:
+        ConfigError: names the parameter.
+    """
+    if not low <= value <= high:
+        limits = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+        raise ConfigError(f"{name}: got {shown(value)}, allowed: {limits}")
 
 
 def parse_parameters(

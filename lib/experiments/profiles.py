@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from lib.experiments.config import ConfigError, FacesConfig, RunConfig, named, require_name
+from lib.experiments.config import ConfigError, FacesConfig, RunConfig, named, require_name, require_range
 
 PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     # The pipeline's parts in seconds, for the tests.
@@ -49,6 +49,8 @@ def profile_config(profile: str, task: str, **values: Any) -> RunConfig:
 
 def profile_seeds(profile: str, seeds: int | None = None) -> int:
     """For how many seeds a profile trains what it shows, or the given number."""
+    if seeds is not None:
+        require_range("seeds", seeds, 1)
     return seeds or SEEDS.get(profile, 1)
 
 

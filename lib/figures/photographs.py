@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.experiments.build import Weights, image_shape, make_model, solve
-from lib.experiments.config import MODELS, FacesConfig
+from lib.experiments.config import MODELS, FacesConfig, require_range
 from lib.experiments.data import TEST_FACES
 from lib.experiments.processes import cores
 from lib.experiments.profiles import FILTERS, faces_config, our_config, profile_seeds
@@ -257,6 +257,16 @@ def distance(weights: Weights) -> float:
     """`||A - C|| / ||A||` of kernels; 0 where they are tied."""
     A, C = weights["A"], weights.get("C", weights["A"])
     return float(torch.linalg.vector_norm(A - C) / torch.linalg.vector_norm(A))
+
+
+def require_kernels(indices: Sequence[int] | None, config: FacesConfig) -> None:
+    """Refuse indices of kernels that a configuration does not have.
+
+    Raises:
+        ConfigError: an index is out of range.
+    """
+    for index in indices or ():
+        require_range("shown", index, 0, config.filters - 1)
 
 
 def kernel_figure(run: Run, before: Weights, profile: str, chosen: Sequence[int] | None = None) -> Figure:

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
-from lib.experiments.build import image_shape
+from lib.experiments.build import Config, image_shape
 from lib.experiments.config import FacesConfig
 from lib.experiments.provenance import write_with_provenance
 from lib.experiments.records import Run, data_digests
@@ -85,6 +85,44 @@ def sweep_budget(profile: str, provenance: Mapping[str, Any]) -> str:
         f"{value('epochs')} epochs; {value('test_images')} test images"
         + (f"; {missing:,} configurations not run" if missing else "")
     )
+
+
+def parameter_table(configs: Mapping[str, Config]) -> pd.DataFrame:
+    """Return the parameters that trainings were made with, a column for each name."""
+
+    def column(c: Config) -> dict[str, str]:
+        optimizer = f"Adam, {c.learning_rate:g} to {c.final_learning_rate:g}, {c.schedule}"
+        experts, start, lam = "", "A and C independent", f"{c.lam:g}"
+        if isinstance(c, FacesConfig):
+            experts = f"{c.filters} kernels {c.filter_size}x{c.filter_size}"
+            start = f"C = A, {c.initial if isinstance(c.initial, str) else 'learned on denoising'}"
+            optimizer = "L-BFGS" if c.optimizer == "lbfgs" else optimizer
+            lam = "learned" if c.learn_weight else lam
+        size, data = "x".join(map(str, image_shape(c))), DATA_NAMES.get(c.dataset, Path(c.dataset).name)
+        return {
+            "data": f"{data} {size}, {c.train_images:,} to train, {c.test_images:,} to test",
+            "task, noise": f"{c.task}, {c.noise:g}",
+            "tau, lambda, gamma": f"{c.tau:.4g}, {lam}, {c.gamma:g}",
+            "experts": experts or f"dense, {getattr(c, 'sigma', '')}",
+            "start": start,
+            "solver": f"{c.solver}, tol {c.tol:g}, at most {c.max_steps} steps",
+            "adjoint": "solved" if c.adjoint == "solved" else f"Neumann series of {c.neumann_steps}",
+            "optimizer": optimizer,
+            "epochs, batch, seed": f"{c.epochs}, {c.batch_size}, {c.seed}",
+        }
+
+    return pd.DataFrame({name: column(config) for name, config in configs.items()})
+
+
+def sweep_table(sweep: Sweep) -> pd.DataFrame:
+    """Return the axes of a sweep, and what its configurations share, as a table."""
+    common, names = (
+        sweep.provenance["shared"],
+        ["size", "train_images", "epochs", "batch_size", "lam", "seed"],
+    )
+    values = sweep.provenance["axes"] | {name: [common[name]] for name in names if name in common}
+    rows = {name: ", ".join(map(str, levels)) for name, levels in values.items()}
+    return pd.DataFrame({"values": rows}).rename_axis("parameter")
 
 
 def note(fig: Figure | SubFigure, text: str) -> None:

@@ -1,73 +1,203 @@
-"""Executes the figures' notebooks: `python -m lib.pages.notebooks run fig02 --profile quick -p gamma 0.5`.
+"""Execute the notebooks: `python -m lib.pages.notebooks run fig02 --profile quick -p gamma 0.5`.
 
-papermill runs a notebook with other parameters and stores the executed copy beside the figure. A
-notebook that fails leaves the figure's folder as it was.
+papermill runs a notebook with other parameters and stores the executed copy beside the figure. A notebook
+that fails leaves the figure's folder as it was. The parameters of a notebook are the variables of its first
+cell, with their types, defaults and comments, and those of its training (`lib.experiments.config`).
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lib.experiments.config import ConfigError, named, parse_parameters, require_name
+from pydantic import TypeAdapter, ValidationError
+
+from lib.experiments.config import (
+    ConfigError,
+    FacesConfig,
+    RunConfig,
+    described,
+    named,
+    parse_parameters,
+    require_name,
+    shown,
+)
 from lib.experiments.processes import threads_with_cores
-from lib.experiments.profiles import PROFILES
+from lib.experiments.profiles import PROFILES, faces_config, grid, profile_config
 from lib.experiments.store import REPOSITORY, RESULTS, write_atomic
-from lib.pages import parameters as declared
 
 NOTEBOOKS = REPOSITORY / "nbs"
 
 LONGEST = "fig13"
 """The figure that takes longest to draw."""
 
+TRAINING = "training"
+"""Variable of a notebook with the parameters of its training, other than the profile's."""
 
-def names() -> dict[str, Path]:
-    """All notebooks by name: the file's if that is declared (`first_steps`), else up to the first `_`."""
-    paths = sorted(NOTEBOOKS.glob("*.ipynb"))
-    return {p.stem if p.stem in declared.DECLARED else p.stem.partition("_")[0]: p for p in paths}
+
+class Page(NamedTuple):
+    """A notebook: its file, and what makes configurations of its `training`, if it has one."""
+
+    file: str
+    make: Callable[..., Any] | None = None
+
+
+PAGES = {
+    "fig01": Page("fig01_mnist_losses", grid),
+    "fig02": Page("fig02_mnist_denoising", profile_config),
+    "fig03": Page("fig03_mnist_inpainting", profile_config),
+    "fig04": Page("fig04_mnist_deblurring", profile_config),
+    "fig05": Page("fig05_mnist_best", grid),
+    "fig06": Page("fig06_mnist_epochs", grid),
+    "fig07": Page("fig07_faces_inpainting", faces_config),
+    "fig08": Page("fig08_faces_denoising", faces_config),
+    "fig09": Page("fig09_kernels_denoising_11x11_bilevel", faces_config),
+    "fig10": Page("fig10_kernels_denoising_11x11_deq", faces_config),
+    "fig11": Page("fig11_kernels_denoising_3x3_bilevel", faces_config),
+    "fig12": Page("fig12_kernels_denoising_3x3_deq", faces_config),
+    "fig13": Page("fig13_faces_deblurring", faces_config),
+    "fig14": Page("fig14_kernels_deblurring_11x11_bilevel", faces_config),
+    "fig15": Page("fig15_kernels_deblurring_11x11_deq", faces_config),
+    "fig16": Page("fig16_kernels_deblurring_3x3_bilevel", faces_config),
+    "fig17": Page("fig17_kernels_deblurring_3x3_deq", faces_config),
+    "theory": Page("theory_special_case"),
+}
+PAGES |= {
+    name: Page(name)
+    for name in ("first_steps", "your_own", "weight", "hypergradients", "reconstruct", "evaluate")
+}
+PAGES |= {name: Page(name) for name in ("tomography", "explore", "scaling")}
 
 
 def notebook_path(name: str) -> Path:
-    """The notebook of a name, such as `fig02`.
+    """Return the notebook of a name, such as `fig02`.
 
     Raises:
         ConfigError: there is none.
     """
-    known = names()
-    require_name("notebook", name, known)
-    return known[name]
+    require_name("notebook", name, PAGES)
+    return NOTEBOOKS / f"{PAGES[name].file}.ipynb"
 
 
-def defaults(path: Path) -> dict[str, Any]:
-    """The parameters of a notebook with the values that its own cell gives them."""
-    values: dict[str, Any] = {}
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        if "parameters" in cell["metadata"].get("tags", []):
-            exec("".join(cell["source"]), {}, values)
-    return values
+class Parameter(NamedTuple):
+    """A parameter of a notebook: its default, its type and its comment."""
+
+    default: Any
+    kind: Any
+    help: str
 
 
-def require(
-    name: str, profile: str, parameters: dict[str, Any], results: Path = RESULTS
-) -> tuple[dict[str, Any], declared.Parameters]:
-    """What a notebook's parameters are set to, and all of them with its defaults.
+def cell_parameters(name: str) -> dict[str, Parameter]:
+    """Return the parameters of a notebook, by name, from its cell with the tag `parameters`."""
+    parameters: dict[str, Parameter] = {}
+    for cell in json.loads(notebook_path(name).read_text(encoding="utf-8"))["cells"]:
+        if "parameters" not in cell["metadata"].get("tags", []):
+            continue
+        lines = "".join(cell["source"]).splitlines()
+        for node in ast.parse("\n".join(lines)).body:
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+                continue
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            default = ast.literal_eval(node.value)
+            annotation = node.annotation if isinstance(node, ast.AnnAssign) else None
+            kind = type(default) if annotation is None else eval(ast.unparse(annotation))
+            comment = lines[(node.end_lineno or 1) - 1][node.end_col_offset :].partition("#")[2].strip()
+            parameters[ast.unparse(target)] = Parameter(default, kind, comment)
+    return parameters
+
+
+def training_types(name: str) -> dict[str, Any]:
+    """Return the types of the parameters that the training of a notebook takes; none where it has none."""
+    make = PAGES[name].make
+    kind = FacesConfig if make is faces_config else RunConfig
+    types = {key: field.annotation for key, field in kind.model_fields.items()} if make else {}
+    return (
+        {key: annotation | list[Any] | None for key, annotation in types.items()} if make is grid else types
+    )
+
+
+def parsed(name: str, pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Return the parameters of a command line, as they are written into a notebook.
 
     Raises:
-        ConfigError: a name is unknown, or a value makes no sense.
+        ConfigError: a list cannot be parsed.
     """
-    require_name("profile", profile, PROFILES)
-    known = defaults(notebook_path(name))
+    kinds = {key: parameter.kind for key, parameter in cell_parameters(name).items()}
+    return parse_parameters(pairs, training_types(name) | kinds)
+
+
+def require(name: str, profile: str, values: dict[str, Any], results: Path = RESULTS) -> dict[str, Any]:
+    """Return what the variables of a notebook are set to.
+
+    Args:
+        name: of the notebook.
+        profile: name of the profile.
+        values: of its own parameters and those of its training.
+        results: folder of the results.
+
+    Raises:
+        ConfigError: a name is unknown, or a value is refused.
+    """
+    known, own = cell_parameters(name), training_types(name)
     common = {"profile": profile, "results": str(results)}
-    given = {key: value for key, value in common.items() if key in known} | parameters
-    checked = declared.validated(name, known | given)
+    given: dict[str, Any] = {key: value for key, value in common.items() if key in known}
+    training = dict(known[TRAINING].default) if TRAINING in known else {}
+    for key, value in values.items():
+        if key in known:
+            given[key] = value
+        elif key in own:
+            training[key] = value
+        else:
+            names = ", ".join([*(key for key in known if key != TRAINING), *own])
+            raise ConfigError(f"{named(key)}: no such parameter, allowed: {names}")
+    for key, value in given.items():
+        try:
+            TypeAdapter(known[key].kind).validate_python(value, strict=True)
+        except ValidationError as error:
+            wanted = error.errors()[0]["msg"].removeprefix("Input should be ")
+            raise ConfigError(f"{key}: got {shown(value)}, allowed: {wanted}") from None
+    require_name("profile", given.get("profile", profile), PROFILES)
+    make = PAGES[name].make
+    if make is not None:
+        make(given["profile"], **training)
+        given[TRAINING] = training
     if given.get("results"):
-        given["results"] = str(REPOSITORY / given["results"])
-    return given, checked
+        given["results"] = str(REPOSITORY / Path(given["results"]).expanduser())
+    return given
+
+
+def print_help(name: str, profile: str) -> None:
+    """Print name, type with limits, default and meaning of each parameter of a notebook."""
+    rows, make = [], PAGES[name].make
+    known = cell_parameters(name)
+    for key, parameter in known.items():
+        if key != TRAINING:
+            rows.append((key, described(parameter.kind), parameter.default, parameter.help))
+    if make is not None:
+        training = known[TRAINING].default
+        config = make(profile, **training)
+        levels = (
+            {field: {getattr(c, field): None for c in config} for field in RunConfig.model_fields}
+            if (make is grid)
+            else {}
+        )
+        first = config[0] if make is grid else config
+        for key, field in type(first).model_fields.items():
+            several = list(levels.get(key, ()))
+            default = several if len(several) > 1 else getattr(first, key)
+            if isinstance(default, FacesConfig):
+                default = training[key]
+            rows.append((key, described(field.annotation, field.metadata), default, field.description))
+    print(f'make {name} ARGS="-p NAME VALUE", profile {profile}: name, type, default, meaning')
+    for key, kind, default, meaning in rows:
+        print(f"  {key:<20} {kind:<32} {default!s:<14} {meaning}")
 
 
 def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RESULTS) -> Path:
@@ -88,7 +218,7 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
         PapermillExecutionError: the notebook failed.
         DeadKernelError: its process was killed.
     """
-    given, checked = require(name, profile, parameters, results)
+    given = require(name, profile, parameters, results)
     # Imported here because a value should be refused at once, and these take seconds to come.
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -124,10 +254,20 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
             write_atomic(kept, executed.read_bytes())
             print(f"the notebook with its error: {kept}", file=sys.stderr)
             raise
-        folder = checked.folder(name, results)
+        folder = _made_folder(executed, results / given.get("profile", ""), name)
         write_atomic(folder / executed.name, executed.read_bytes())
     kept.unlink(missing_ok=True)
     return folder
+
+
+def _made_folder(executed: Path, results: Path, name: str) -> Path:
+    """Return the folder that the last cell of an executed notebook names, or else that of its name."""
+    cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+    for output in cells[-1].get("outputs", ()):
+        text = "".join(output.get("data", {}).get("text/plain", "")).strip("'\"")
+        if text and (results / text).is_dir():
+            return results / text
+    return results / name
 
 
 def refresh(name: str) -> Path:
@@ -196,7 +336,7 @@ def keep(name: str, profile: str) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lib.pages.notebooks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lib.pages.notebooks", add_help=False)
     parser.add_argument(
         "command",
         choices=("run", "refresh", "keep"),
@@ -205,14 +345,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="+", metavar="figNN")
     parser.add_argument("--profile", default="quick")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("--help", action="store_true", help="print the parameters of the notebooks")
     options = parser.parse_args(arguments)
     given = {}
     for name in options.names if options.command == "run" else ():
         try:
-            given[name] = parse_parameters(options.p, declared.types(name))
+            require_name("notebook", name, PAGES)
+            require_name("profile", options.profile, PROFILES)
+            if options.help:
+                print_help(name, options.profile)
+                continue
+            given[name] = parsed(name, options.p)
             require(name, options.profile, given[name])
         except ConfigError as error:
             return _told(2, f"{named(name)}: {error}")
+
+    if options.help:
+        return 0
 
     def make(name: str) -> int:
         return _made(name, options.command, options.profile, given.get(name, {}))

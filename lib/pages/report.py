@@ -29,11 +29,11 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 from lib.experiments.config import ConfigError, require_name
+from lib.experiments.plan import duration
 from lib.experiments.profiles import PROFILES
 from lib.experiments.provenance import PROVENANCE, read_described
 from lib.experiments.records import COMMITTED
 from lib.experiments.store import REPOSITORY, RESULTS, DamagedFile, write_atomic
-from lib.experiments.plan import duration
 from lib.figures.comparison import ANSWERS, Question
 from lib.figures.style import sweep_budget
 from lib.pages.notebooks import NOTEBOOKS
