@@ -43,26 +43,27 @@ TRAINING = "training"
 
 
 class Page(NamedTuple):
-    """A notebook: its file, and what makes configurations of its `training`, if it has one."""
+    """A notebook: its file, what makes configurations of its `training`, and parameters that it sets itself."""
 
     file: str
     make: Callable[..., Any] | None = None
+    fixed: tuple[str, ...] = ()
 
 
 PAGES = {
     "fig01": Page("fig01_mnist_losses", grid),
-    "fig02": Page("fig02_mnist_denoising", profile_config),
-    "fig03": Page("fig03_mnist_inpainting", profile_config),
-    "fig04": Page("fig04_mnist_deblurring", profile_config),
+    "fig02": Page("fig02_mnist_denoising", profile_config, ("model",)),
+    "fig03": Page("fig03_mnist_inpainting", profile_config, ("model",)),
+    "fig04": Page("fig04_mnist_deblurring", profile_config, ("model",)),
     "fig05": Page("fig05_mnist_best", grid),
     "fig06": Page("fig06_mnist_epochs", grid),
     "fig07": Page("fig07_faces_inpainting", faces_config),
-    "fig08": Page("fig08_faces_denoising", faces_config),
+    "fig08": Page("fig08_faces_denoising", faces_config, ("model", "filters", "filter_size")),
     "fig09": Page("fig09_kernels_denoising_11x11_bilevel", faces_config),
     "fig10": Page("fig10_kernels_denoising_11x11_deq", faces_config),
     "fig11": Page("fig11_kernels_denoising_3x3_bilevel", faces_config),
     "fig12": Page("fig12_kernels_denoising_3x3_deq", faces_config),
-    "fig13": Page("fig13_faces_deblurring", faces_config),
+    "fig13": Page("fig13_faces_deblurring", faces_config, ("model", "filters", "filter_size")),
     "fig14": Page("fig14_kernels_deblurring_11x11_bilevel", faces_config),
     "fig15": Page("fig15_kernels_deblurring_11x11_deq", faces_config),
     "fig16": Page("fig16_kernels_deblurring_3x3_bilevel", faces_config),
@@ -117,7 +118,8 @@ def training_types(name: str) -> dict[str, Any]:
     """Return the types of the parameters that the training of a notebook takes; none where it has none."""
     make = PAGES[name].make
     kind = FacesConfig if make is faces_config else RunConfig
-    types = {key: field.annotation for key, field in kind.model_fields.items()} if make else {}
+    fields = {key: f for key, f in kind.model_fields.items() if make and key not in PAGES[name].fixed}
+    types = {key: field.annotation for key, field in fields.items()}
     return (
         {key: annotation | list[Any] | None for key, annotation in types.items()} if make is grid else types
     )
@@ -189,7 +191,8 @@ def print_help(name: str, profile: str) -> None:
             else {}
         )
         first = config[0] if make is grid else config
-        for key, field in type(first).model_fields.items():
+        for key in training_types(name):
+            field = type(first).model_fields[key]
             several = list(levels.get(key, ()))
             default = several if len(several) > 1 else getattr(first, key)
             if isinstance(default, FacesConfig):
