@@ -93,13 +93,13 @@ validate: $(INSTALLED) ## every notebook executed again, against its stored outp
 	$(PYTEST) --nbval nbs tests/reference.py $(ARGS)
 
 bench: $(INSTALLED) ## times beside other implementations and of stacks, errors, digits that hold: results/bench/
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_training.py
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_adjoints.py
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_stacks.py $(ARGS)
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_tolerances.py
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_reproducibility.py
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_pylopt.py
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench_published.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_training.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_adjoints.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_stacks.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_tolerances.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_reproducibility.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_pylopt.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_published.py
 
 gpu: $(INSTALLED) ## a GPU compared with the CPU, and its times (ARGS="--sweep 10": and trains runs to bring home)
 	@$(BIN)/python -m lib.experiments.gpu $(ARGS)

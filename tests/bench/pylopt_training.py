@@ -1,12 +1,12 @@
-"""One training by PyLOpt, in an environment of its own (`bench_pylopt.py`): a line of JSON per evaluation.
+"""A training by PyLOpt in an environment of its own (`bench_pylopt.py`): a line of JSON per evaluation.
 
-    python tests/pylopt_training.py DATA OPTIONS
+    python tests/bench/pylopt_training.py DATA OPTIONS
 
 DATA is a file of tensors `train`, `test` and their data `f_train`, `f_test`, `(N, 1, H, W)` with images in
-[0, 1], `kernels` to start from, `(8, 1, 3, 3)`, and `noise`, the deviation of the data. OPTIONS are JSON: the
-`least` and the `most` seconds of processor time to train, `dct` for PyLOpt's kernels in the place of those,
-their `scale`, the `weight` of every expert, and the options of the `lower` level, of `cg` and of the `upper`
-level with its `method`.
+[-1, 1], and `kernels` to start from, `(8, 1, 3, 3)`. OPTIONS are JSON: `noise`, the standard deviation of the
+data; the `least` and the `most` seconds of processor time; `dct` for PyLOpt's kernels instead of those, their
+`scale`, the `weight` of every expert, and the options of the `lower` level, of `cg` and of the `upper` level
+with its `method`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ except RuntimeError:
     for module in [name for name in sys.modules if name.startswith("torchvision")]:
         del sys.modules[module]
 
-# PyPI's package of splines wants to compile sources that it does not contain; Student-t potentials need none.
+# PyPI's package of splines compiles sources that it does not contain; Student-t potentials need none.
 splines = types.ModuleType("quartic_bspline_extension.functions")
 splines.QuarticBSplineFunction = None  # type: ignore[attr-defined]
 sys.modules |= {"quartic_bspline_extension": splines, splines.__name__: splines}
@@ -48,29 +48,31 @@ from pylopt.optimise.proximal_maps.ProximalOperator import DenoisingProx  # noqa
 from pylopt.regularisers.fields_of_experts import FieldsOfExperts, ImageFilter  # noqa: E402
 from pylopt.regularisers.fields_of_experts.potential import StudentT  # noqa: E402
 
-DATA = torch.load(sys.argv[1], weights_only=True)
 OPTIONS = json.loads(sys.argv[2])
-NOISE, METHOD = DATA["noise"], "napg"
+DATA = torch.load(sys.argv[1], weights_only=True)
+# PyLOpt's images are in [0, 1].
+DATA |= {name: (DATA[name] + 1) / 2 for name in ("train", "test", "f_train", "f_test")}
+NOISE, METHOD, IDENTITY = OPTIONS["noise"] / 2, "napg", torch.nn.Identity()
 LOWER = OPTIONS["lower"] | {"prox": DenoisingProx(NOISE), "batch_optimisation": False}
 
 APART = 1.1
-"""Evaluations are as far apart as training has become longer by this factor."""
+"""Factor between the training times of two evaluations."""
 
 GAIN = 0.01
-"""A training that gained fewer dB than this in the second half of its time has stalled."""
+"""Gain in dB in the second half of its time below which a training has stalled."""
 
 
 class Observed(MeasurementModel):
-    """Data that are given, where PyLOpt draws them anew in every iteration."""
+    """The stored data, where PyLOpt draws new noise in every iteration."""
 
     def make_noisy_observation(self) -> Tensor:
-        split = next(split for split in ("train", "test") if torch.equal(self.u_clean, DATA[split]))
+        split = "train" if torch.equal(self.u_clean, DATA["train"]) else "test"
         f: Tensor = DATA[f"f_{split}"]
         return f
 
 
 class Photographs(IterableDataset[Tensor]):
-    """Batch after batch the same whole images, where PyLOpt cuts random pieces out of random ones."""
+    """The same whole images in every batch, where PyLOpt cuts random pieces."""
 
     def __iter__(self) -> Iterator[Tensor]:
         return itertools.cycle(image[None] for image in DATA["train"])
@@ -81,14 +83,14 @@ class Finished(Exception):
 
 
 class Clock(Callback):
-    """Processor time of the training alone, and the test images' PSNR in dB."""
+    """Processor time of the training alone, and the PSNR of the test images in dB."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.evaluations: list[tuple[float, float]] = []
 
     def evaluate(self, step: int, regulariser: FieldsOfExperts) -> None:
-        energy = Energy(Observed(DATA["test"], torch.nn.Identity(), NOISE), regulariser, 1.0)
+        energy = Energy(Observed(DATA["test"], IDENTITY, NOISE), regulariser, 1.0)
         u = solve_lower(energy, METHOD, LOWER).solution.detach()
         mse = (u - DATA["test"]).square().mean((-3, -2, -1))
         psnr = -10 * torch.log10(mse).mean().item()
@@ -117,39 +119,29 @@ class Clock(Callback):
         pass
 
 
-def main() -> int:
+def main() -> None:
     torch.set_num_threads(1)
     solve_bilevel.MeasurementModel = Observed
     filters = ImageFilter(3, 1, init_options={"mode": "dct", "multiplier": OPTIONS["scale"]}).float()
     if not OPTIONS["dct"]:
         filters.filter_tensor.data.copy_(OPTIONS["scale"] * DATA["kernels"])
     potential = StudentT(len(DATA["kernels"]), {"mode": "uniform", "multiplier": OPTIONS["weight"]})
-    regulariser = FieldsOfExperts(potential, filters)
-    method = OPTIONS["upper"].pop("method")
-    with tempfile.TemporaryDirectory() as folder:
-        bilevel = BilevelOptimisation(
-            METHOD,
-            LOWER,
-            torch.nn.Identity(),
-            NOISE,
-            options_solver=OPTIONS["cg"],
-            path_to_experiments_dir=folder,
+    method, upper = OPTIONS["upper"].pop("method"), OPTIONS["upper"] | {"max_num_iterations": sys.maxsize}
+    data = {"batch_size": len(DATA["train"]), "crop_size": -1, "device": torch.device("cpu")}
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Finished):
+        BilevelOptimisation(
+            METHOD, LOWER, IDENTITY, NOISE, options_solver=OPTIONS["cg"], path_to_experiments_dir=folder
+        ).learn(
+            FieldsOfExperts(potential, filters),
+            1.0,
+            lambda truth, u: 0.5 * (u - truth).square().sum(),
+            Photographs(),
+            method,
+            upper,
+            callbacks=[Clock()],
+            **data,
         )
-        with contextlib.suppress(Finished):
-            bilevel.learn(
-                regulariser,
-                1.0,
-                lambda truth, u: 0.5 * (u - truth).square().sum(),
-                Photographs(),
-                method,
-                OPTIONS["upper"] | {"max_num_iterations": sys.maxsize},
-                batch_size=len(DATA["train"]),
-                crop_size=-1,
-                device=torch.device("cpu"),
-                callbacks=[Clock()],
-            )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,0 +1,62 @@
+"""Optimizer steps per second and configuration for stacks of growing size (`make bench`).
+
+The members of a stack are spread over the noise levels, steps and weights of the paper's grid. A stack of one
+is the mean of four of them, each alone. All sizes take turns in one process, on the default device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise, product
+
+import pandas as pd
+from benches import save
+from tqdm import tqdm
+
+from lib.experiments.build import make_training
+from lib.experiments.config import RunConfig
+from lib.experiments.processes import default_device
+from lib.experiments.profiles import GRID, grid
+
+ALONE = 4
+
+PROFILES = {"quick": (6, 3, (1, 8, 16, 64)), "paper": (2, 1, (1, 8, 64))}
+"""Optimizer steps of a training, rounds and stack sizes, by the profile whose images and batches are used."""
+
+
+def members(profile: str, task: str, model: str, steps: int, count: int) -> list[RunConfig]:
+    """Return configurations at even distances in the paper's 90 of a task and model with ReLU."""
+    images = {"train_images": steps * grid(profile)[0].batch_size, "test_images": 1}
+    group = grid(profile, task=task, model=model, tau=GRID["tau"], epochs=1, sigma="relu", **images)
+    return [group[k * len(group) // count] for k in range(count)]
+
+
+def seconds_per_step(stack: Sequence[RunConfig]) -> list[float]:
+    """Return the times of the optimizer steps of a stack, without the first one."""
+    times: list[float] = []
+    make_training(stack, default_device()).run(on_step=lambda: times.append(time.perf_counter()))
+    return [after - before for before, after in pairwise(times)]
+
+
+def main() -> None:
+    for profile, (steps, rounds, sizes) in PROFILES.items():
+        rows = []
+        cases = list(product(range(rounds), GRID["task"], GRID["model"], sizes))
+        for _, task, model, size in tqdm(cases, desc=f"stacks of {profile}"):
+            configs = members(profile, task, model, steps, ALONE if size == 1 else size)
+            stacks = [[config] for config in configs] if size == 1 else [configs]
+            for step in zip(*map(seconds_per_step, stacks), strict=True):
+                rows.append(
+                    {"task": task, "model": model, "stack": size, "ms": 1e3 * sum(step) / len(configs)}
+                )
+        times = pd.DataFrame(rows).groupby(["task", "model", "stack"], sort=False)["ms"]
+        table = times.agg(median="median", low=lambda t: t.quantile(0.25), high=lambda t: t.quantile(0.75))
+        table["steps per second"] = 1e3 / table["median"]
+        shape = grid(profile)[0]
+        images = f"{shape.size}x{shape.size}, batch {shape.batch_size}"
+        save(f"stacks_{profile}", table, device=default_device(), images=images)
+
+
+if __name__ == "__main__":
+    main()
