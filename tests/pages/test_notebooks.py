@@ -1,0 +1,192 @@
+"""The notebooks: what they are called with, what they write, and failures that change nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import pytest
+from papermill.exceptions import PapermillExecutionError
+from PIL import Image
+
+from lib.experiments.config import ConfigError
+from lib.experiments.profiles import PROFILES
+from lib.pages import notebooks
+
+FIGURES = [name for name in notebooks.PAGES if name.startswith("fig")]
+
+SMOKED = ["fig01", "fig02", "fig05", "fig06", "fig07", "fig08", "fig09", "fig13", "fig17"]
+"""Figures that are made here; the others differ from them in values alone."""
+
+
+def cells(name: str) -> list[Any]:
+    return list(nbformat.read(notebooks.notebook_path(name), as_version=4).cells)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_reads_as_a_page(name: str) -> None:
+    """A title, one cell of parameters, their table, a picture, no error, and a reading at the end."""
+    page = cells(name)
+    assert page[0].source.startswith(f"# Figure {int(name[3:])}")
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in page) == 1
+    assert any("_table(" in cell.source for cell in page if cell.cell_type == "code")
+    assert any(cell.source.startswith("## What one sees") for cell in page)
+    outputs = [output for cell in page if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert all(output.output_type != "error" for output in outputs)
+
+
+def test_the_pages_are_the_notebooks() -> None:
+    files = sorted(path.stem for path in notebooks.NOTEBOOKS.glob("*.ipynb"))
+    assert sorted(page.file for page in notebooks.PAGES.values()) == files
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_parameters_of_each_page_are_valid_and_explained(
+    profile: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in notebooks.PAGES:
+        notebooks.require(name, profile, {})
+        assert all(
+            parameter.help for key, parameter in notebooks.cell_parameters(name).items() if key == "train"
+        )
+    assert notebooks.main(["run", "fig03", "--profile", profile, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("noise", "float <= 10, >= 0", "standard deviation", "digits"))
+
+
+@pytest.mark.parametrize("name", SMOKED)
+def test_a_figure_makes_its_files(name: str, tmp_path: Path) -> None:
+    """The smoke profile writes picture, PDF, numbers, executed notebook and provenance."""
+    ours = {"our_seeds": 1} if "our_seeds" in notebooks.cell_parameters(name) else {}
+    folder = notebooks.run(name, "smoke", {"seed": 1} | ours, tmp_path)
+    assert folder == tmp_path / "smoke" / name
+    with Image.open(folder / f"{name}.png") as picture:
+        assert picture.width > 1000
+    assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    assert not pd.read_csv(folder / f"{name}.csv").empty
+    assert (folder / f"{name}.ipynb").exists()
+    provenance = json.loads((folder / "provenance.json").read_text())
+    shared = [provenance["shared"]] if "shared" in provenance else provenance["runs"].values()
+    assert {values["seed"] for values in shared} == {1}
+    for file, digest in provenance["sha256"].items():
+        assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest
+
+
+def test_a_list_makes_an_axis_of_the_grid(tmp_path: Path) -> None:
+    chosen = {"task": "denoising", "noise": [0.1, 0.5], "tau": 0.5}
+    folder = notebooks.run("fig05", "smoke", chosen, tmp_path)
+    assert pd.read_csv(folder / "fig05.csv")["noise"].tolist() == [0.1, 0.1, 0.5, 0.5]
+    runs = pd.read_parquet(tmp_path / "smoke" / "sweep_runs.parquet")
+    assert (len(runs), set(runs["task"]), set(runs["tau"])) == (4, {"denoising"}, {0.5})
+
+
+def test_each_seed_of_a_table_is_in_its_provenance(tmp_path: Path) -> None:
+    """Only then its run is committed with its figure."""
+    folder = notebooks.run("fig02", "smoke", {"seed": 4, "seeds": 2}, tmp_path)
+    provenance = json.loads((folder / "provenance.json").read_text())
+    runs = [*provenance["runs"].values(), *provenance.get("histories", {}).values()]
+    assert sorted((run["model"], run["seed"]) for run in runs) == [
+        *((model, seed) for model in ("bilevel", "deq") for seed in (4, 5))
+    ]
+
+
+def test_a_photograph_is_reconstructed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a path that looks like anything but one, into a picture of its size."""
+    photograph = tmp_path / "a: 'b' #2.png"
+    Image.new("RGB", (30, 40), (90, 120, 60)).save(photograph)
+    asked = ["-p", "image", str(photograph), "-p", "noise", "None", "-p", "results", str(tmp_path / "007")]
+    assert notebooks.main(["run", "reconstruct", *asked]) == 0
+    folder = Path(capsys.readouterr().out.splitlines()[-1].rpartition("  (")[0])
+    assert folder.is_relative_to(tmp_path / "007" / "reconstruct")
+    assert {path.name for path in folder.iterdir()} >= {"reconstruct.ipynb", "reconstruction.png"}
+    with Image.open(folder / "reconstruction.png") as picture:
+        assert (picture.mode, picture.size) == ("L", (30, 40))
+
+
+def test_a_failure_leaves_the_old_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook that fails changes nothing in its folder; the failed copy stays until it succeeds."""
+    page = nbformat.read(notebooks.notebook_path("fig02"), as_version=4)
+    parameters = next(cell for cell in page.cells if "parameters" in cell.metadata.get("tags", []))
+    page.metadata["kernelspec"]["name"] = "conda-env-imaging"
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+
+    def run(source: str) -> Path:
+        page.cells = [parameters, nbformat.v4.new_code_cell(source)]
+        nbformat.write(page, tmp_path / "fig02_mnist_denoising.ipynb")
+        return notebooks.run("fig02", "smoke", {}, tmp_path / "results")
+
+    folder = run("print(digits)")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(PapermillExecutionError):
+        run("digits / 0")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert (folder.parent / "fig02.failed.ipynb").exists()
+    run("print(digits)")
+    assert not (folder.parent / "fig02.failed.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("fig99", [], "notebook: got 'fig99', allowed: "),
+        ("fig02", ["digits", "x"], "digits: got 'x', allowed: a valid integer"),
+        ("fig02", ["noise", "-1"], "noise: got -1, allowed: greater than or equal to 0"),
+        ("fig02", ["nois", "1"], "nois: no such parameter, allowed: profile, "),
+        ("fig02", ["model", "deq"], "model: no such parameter, allowed: profile, "),
+        ("fig01", ["tau", "[0.1, x]"], "tau: got 'x', allowed: a valid number"),
+        ("fig09", ["filter_size", "4"], "filter_size: got 4, allowed: an odd number"),
+        ("reconstruct", ["clean", "maybe"], "clean: got 'maybe', allowed: a valid boolean"),
+    ],
+)
+def test_the_command_refuses_before_a_kernel_starts(
+    name: str,
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(notebooks, "run", None)
+    given = ["-p", *arguments] if arguments else []
+    assert notebooks.main(["run", name, "--profile", "smoke", *given]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{name}: {said}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("fig08", {"dataset": "nowhere"}, "dataset: got 'nowhere'"),
+        ("fig08", {"image": 9}, "image: got 9, allowed: 0 to 1"),
+        ("reconstruct", {"run": "0" * 20}, "run: got '0+', allowed: the key of a run in "),
+        ("evaluate", {"noise": 0.1, "sigma": 25.0}, "sigma: got 25 beside noise = 0.1, allowed: one of "),
+    ],
+)
+def test_the_first_cell_refuses_before_a_training(
+    name: str, given: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said) as refusal:
+        notebooks.run(name, "smoke", given, tmp_path)
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_figure_that_fails_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(name: str, *arguments: object) -> Path:
+        if name == "fig03":
+            raise ConfigError("train: got False, allowed: True")
+        return Path(name)
+
+    monkeypatch.setattr(notebooks, "run", run)
+    given = ["--profile", "overnight", "-p", "train", "False"]
+    assert notebooks.main(["run", "fig02", "fig03", "fig04", *given]) == 2
+    out, error = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["fig02", "fig04"]
+    assert error == "fig03: train: got False, allowed: True\n"
