@@ -43,7 +43,7 @@ TRAINING = "training"
 
 
 class Page(NamedTuple):
-    """A notebook: its file, what makes configurations of its `training`, and parameters that it sets itself."""
+    """A notebook: its file, the maker of its configurations, and parameters that it sets itself."""
 
     file: str
     make: Callable[..., Any] | None = None

@@ -164,7 +164,6 @@ def test_the_command_refuses_before_a_kernel_starts(
         ("fig08", {"dataset": "nowhere"}, "dataset: got 'nowhere'"),
         ("fig08", {"image": 9}, "image: got 9, allowed: 0 to 1"),
         ("reconstruct", {"run": "0" * 20}, "run: got '0+', allowed: the key of a run in "),
-        ("evaluate", {"noise": 0.1, "sigma": 25.0}, "sigma: got 25 beside noise = 0.1, allowed: one of "),
     ],
 )
 def test_the_first_cell_refuses_before_a_training(

@@ -14,10 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lib.experiments.config import ConfigError, FacesConfig, RunConfig, TrainingConfig, parse_parameters
+from lib.experiments.config import (
+    MODELS,
+    TASKS,
+    ConfigError,
+    FacesConfig,
+    RunConfig,
+    TrainingConfig,
+    parse_parameters,
+)
 from lib.experiments.profiles import GRID, PROFILES, SWEEPS, faces_config, grid, profile_config
-from lib.models import MODELS
-from lib.operators import TASKS
 
 FIELDS = sorted(RunConfig.model_fields)
 FLOATS = (
