@@ -35,7 +35,7 @@ def test_committed_evidence_is_small_and_whole() -> None:
     assert {path.name for path in FOLDER.glob("runs/*")} == needed
 
 
-@pytest.mark.parametrize("name", [name for name in notebooks.names() if (FOLDER / name).is_dir()])
+@pytest.mark.parametrize("name", [name for name in notebooks.PAGES if (FOLDER / name).is_dir()])
 def test_a_committed_figure_is_of_the_profile(name: str) -> None:
     """Its runs are those of the profile today."""
     origin = json.loads((FOLDER / name / PROVENANCE).read_bytes())
