@@ -102,7 +102,7 @@ bench: $(INSTALLED) ## times beside other implementations and of stacks, errors,
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_published.py
 
 gpu: $(INSTALLED) ## a GPU compared with the CPU, and its times (ARGS="--sweep 10": and trains runs to bring home)
-	@$(BIN)/python -m lib.experiments.gpu $(ARGS)
+	@$(BIN)/python tests/bench/bench_gpu.py $(ARGS)
 
 lab: $(INSTALLED) ## JupyterLab on the notebooks (ARGS: its options)
 	@$(LAB) nbs $(ARGS)

@@ -1,0 +1,27 @@
+"""`make gpu` on a CPU: tables, and runs that another machine takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bench_gpu as gpu
+import pandas as pd
+import pytest
+import torch
+
+from lib.experiments import archive
+from lib.experiments.profiles import grid
+
+
+def test_a_device_is_measured_and_trains_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the device is the CPU, which agrees with itself."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(gpu, "CASES", [("denoising", "deq"), ("inpainting", "bilevel")])
+    gpu.measure(device, tmp_path, (1, 2), size=7, batch_size=4)
+    timed, agreed = (pd.read_csv(tmp_path / f"{name}_gpu.csv") for name in ("stacks", "agreement"))
+    assert len(timed) == 2 * len(agreed) == 4
+    assert (timed["ms"] > 0).all()
+    assert (agreed.filter(like="loss") == 0).all(axis=None)
+    assert gpu.sweep("smoke", 0.0, device, tmp_path).startswith("0 of 12 runs of smoke are trained: ")
+    assert gpu.sweep("smoke", 60.0, device, tmp_path).startswith("12 of 12 runs of smoke are trained: ")
+    assert archive.take(tmp_path / "smoke.zip", grid("smoke"), tmp_path / "here").startswith("12 of the 12 ")
