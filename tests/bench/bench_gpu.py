@@ -7,17 +7,17 @@ packed into one file for `make sweep`.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from benches import timed_training
 
 from lib.experiments.archive import pack
 from lib.experiments.build import make_training
@@ -67,20 +67,14 @@ def timing(
     task: str, model: str, stack: int, precision: str, device: torch.device, **values: Any
 ) -> dict[str, Any]:
     """Return milliseconds per optimizer step of a stack, mean solver steps and GB of memory."""
-    configs, ends = stack_of(task, model, stack, STEPS, precision=precision, **values), list[float]()
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-
-    def on_step() -> None:
-        if cuda:
-            torch.cuda.synchronize(device)
-        ends.append(time.perf_counter())
-
-    members = make_training(configs, device).run(on_step=on_step)
+    members, seconds = timed_training(
+        stack_of(task, model, stack, STEPS, precision=precision, **values), device
+    )
     row: dict[str, Any] = {"task": task, "model": model, "stack": stack, "precision": precision}
-    spans = [end - begin for begin, end in pairwise(ends)][WARM_STEPS - 1 :]
-    row["ms"] = 1e3 * statistics.median(spans or [float("nan")])
+    row["ms"] = 1e3 * pd.Series(seconds[WARM_STEPS - 1 :], dtype=float).median()
     last = pd.DataFrame([member.rows[-1] for member in members if member.status == COMPLETED])
     row |= {name: last[name].mean() for name in ("forward_steps", "backward_steps") if name in last}
     return row | ({"GB": torch.cuda.max_memory_allocated(device) / 1e9} if cuda else {})

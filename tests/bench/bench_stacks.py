@@ -6,15 +6,12 @@ is the mean of four of them, each alone. All sizes take turns in one process, on
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from itertools import pairwise, product
+from itertools import product
 
 import pandas as pd
-from benches import save
+from benches import save, timed_training
 from tqdm import tqdm
 
-from lib.experiments.build import make_training
 from lib.experiments.config import RunConfig
 from lib.experiments.processes import default_device
 from lib.experiments.profiles import GRID, grid
@@ -32,13 +29,6 @@ def members(profile: str, task: str, model: str, steps: int, count: int) -> list
     return [group[k * len(group) // count] for k in range(count)]
 
 
-def seconds_per_step(stack: Sequence[RunConfig]) -> list[float]:
-    """Return the times of the optimizer steps of a stack, without the first one."""
-    times: list[float] = []
-    make_training(stack, default_device()).run(on_step=lambda: times.append(time.perf_counter()))
-    return [after - before for before, after in pairwise(times)]
-
-
 def main() -> None:
     for profile, (steps, rounds, sizes) in PROFILES.items():
         rows = []
@@ -46,10 +36,9 @@ def main() -> None:
         for _, task, model, size in tqdm(cases, desc=f"stacks of {profile}"):
             configs = members(profile, task, model, steps, ALONE if size == 1 else size)
             stacks = [[config] for config in configs] if size == 1 else [configs]
-            for step in zip(*map(seconds_per_step, stacks), strict=True):
-                rows.append(
-                    {"task": task, "model": model, "stack": size, "ms": 1e3 * sum(step) / len(configs)}
-                )
+            seconds = [timed_training(stack, default_device())[1] for stack in stacks]
+            ms = [1e3 * sum(step) / len(configs) for step in zip(*seconds, strict=True)]
+            rows += [{"task": task, "model": model, "stack": size, "ms": value} for value in ms]
         times = pd.DataFrame(rows).groupby(["task", "model", "stack"], sort=False)["ms"]
         table = times.agg(median="median", low=lambda t: t.quantile(0.25), high=lambda t: t.quantile(0.75))
         table["steps per second"] = 1e3 / table["median"]

@@ -12,19 +12,18 @@ from itertools import product
 
 import pandas as pd
 import torch
-from benches import Step, save, training_step
+from benches import REFERENCE, Step, save, training_step
 from torch import Tensor
 from tqdm import tqdm
 
 from lib.experiments.build import load_images, make_solver
 from lib.experiments.config import MODELS
 from lib.experiments.records import Run, trained_kernels
-from lib.solvers import Anderson, Solver
+from lib.solvers import Solver
 from lib.training import generator, observe, one_thread
 
 IMAGES = 2
 TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6)
-REFERENCE = Anderson(tol=1e-10, max_steps=5000, memory=10, regularization=1e-10)
 
 
 def measure(run: Run, truth: Tensor, f: Tensor, solver: Solver, preconditioned: bool) -> Step:

@@ -5,9 +5,9 @@ All have the same data, weights, tolerances and maximum number of steps:
 - `ours`: `lib`, without a warm start;
 - `ours, preconditioned`: the bilevel model where `K` loses something; the time of a step includes its share
   of a preconditioner, which serves several steps of a training;
-- `textbook`: a deep equilibrium step as it is taught: autograd through one recorded step in a backward hook,
-  Anderson acceleration with one stopping criterion for the whole batch and an absolute ridge, a dense matrix
-  for the mask, 1,000 plain iterations for photographs;
+- `textbook`: autograd through one recorded step in a backward hook, Anderson acceleration with one stopping
+  criterion for the whole batch and an absolute ridge, a dense matrix for the mask, 1,000 plain iterations for
+  photographs;
 - `TorchDEQ`: its Anderson solver and implicit gradient with our step map, on digits.
 
 Errors are relative to a float64 solution at 1e-10, or to the best one in 5,000 steps, whose residual is in
@@ -16,19 +16,16 @@ the table: where it is large, errors have no meaning.
 
 from __future__ import annotations
 
-import time
 import timeit
 from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
-from statistics import median
 from typing import Any
 
 import pandas as pd
 import torch
-from benches import Step, differentiate, save, training_step
+from benches import Batch, Step, differentiate, exact, make_batch, ours, save
 from torch import Tensor
 from torch.nn import functional
 from torchdeq import get_deq
@@ -36,14 +33,11 @@ from tqdm import tqdm
 
 from lib.experiments import build
 from lib.experiments.build import Config
-from lib.experiments.config import MODELS, TASKS, FacesConfig, RunConfig
+from lib.experiments.config import MODELS, TASKS, RunConfig
 from lib.experiments.profiles import FILTERS, faces_config
-from lib.models import FixedPointModel
 from lib.operators import CircularBlur, Mask
-from lib.solvers import Anderson, Solver
 from lib.training import PRECONDITIONER_AGE, generator, observe, one_thread
 
-REFERENCE = Anderson(tol=1e-10, max_steps=5000, memory=20, regularization=1e-10)
 PRECONDITIONED = "ours, preconditioned"
 
 PLAIN_STEPS = 1000
@@ -56,41 +50,6 @@ StepMap = Callable[[Tensor], Tensor]
 Method = Callable[[], Step]
 
 
-@dataclass
-class Batch:
-    """A model, and images `truth`, `(N, 1, H, W)`, with their data `f`, `(1, N, 1, H, W)`."""
-
-    config: Config
-    model: FixedPointModel
-    f: Tensor
-    truth: Tensor
-
-
-def make_batch(config: Config) -> Batch:
-    """Return the first batch of a training with untrained weights."""
-    model = build.make_model([config])
-    truth = build.load_images(config)["train"][: config.batch_size]
-    n = torch.randn(truth.shape, generator=generator(0, "bench"))
-    return Batch(config, model, observe(model.operator, truth, torch.tensor([config.noise]), n), truth)
-
-
-def ours(batch: Batch, solver: Solver | None = None, P: Tensor | None = None) -> Step:
-    """Return a step with the configuration's solvers, or with one solver for both equations."""
-    config, model = batch.config, batch.model
-    if isinstance(config, FacesConfig):
-        # In a training, too, every step on photographs has its own preconditioner.
-        P = model.preconditioner(batch.truth.shape[1:])
-    solvers = (solver, solver) if solver else (build.make_solver(config), build.make_adjoint_solver(config))
-    u0 = build.first_iterate(config)(batch.f)
-    return training_step(model, model.problem(batch.f, P), u0, batch.truth, *solvers)
-
-
-def exact(batch: Batch) -> Step:
-    """Return loss and hypergradient in float64."""
-    double = Batch(batch.config, deepcopy(batch.model).double(), batch.f.double(), batch.truth.double())
-    return ours(double, REFERENCE)
-
-
 def textbook_map(batch: Batch) -> StepMap:
     """Return the step map of images `(N, 1, H, W)` with textbook operators."""
     model, operator, f = batch.model, batch.model.operator, batch.f[0]
@@ -101,12 +60,9 @@ def textbook_map(batch: Batch) -> StepMap:
         forward = adjoint = lambda u: functional.linear(u.flatten(1), M).view_as(u)
     if isinstance(operator, CircularBlur):
         k, p = operator.kernel[None, None], operator.kernel.shape[-1] // 2
-
-        def forward(u: Tensor) -> Tensor:
-            return functional.conv2d(functional.pad(u, (p, p, p, p), mode="circular"), k.flip(-1, -2))
-
-        def adjoint(v: Tensor) -> Tensor:
-            return functional.conv2d(functional.pad(v, (p, p, p, p), mode="circular"), k)
+        pad = partial(functional.pad, pad=(p, p, p, p), mode="circular")
+        forward = lambda u: functional.conv2d(pad(u), k.flip(-1, -2))  # noqa: E731
+        adjoint = lambda v: functional.conv2d(pad(v), k)  # noqa: E731
 
     weights = [weight[0] for weight in model.regularizer.parameters()]
     if isinstance(batch.config, RunConfig):
@@ -132,14 +88,11 @@ def textbook_anderson(T: StepMap, u0: Tensor, config: Config, ridge: float = 1e-
     X, F = torch.zeros(2, n, m, d)
     border = torch.zeros(n, m + 1, m + 1)
     border[:, 0, 1:] = border[:, 1:, 0] = 1
-    right = torch.zeros(n, m + 1, 1)
-    right[:, 0] = 1
-    u = u0
+    right, u = torch.eye(m + 1, 1).expand(n, -1, -1), u0
     for k in range(config.max_steps):
         slot, count = k % m, min(k + 1, m)
         X[:, slot], F[:, slot] = u.flatten(1), T(u).flatten(1)
-        residual = (F[:, slot] - X[:, slot]).norm()
-        if residual <= config.tol * F[:, slot].norm():
+        if (F[:, slot] - X[:, slot]).norm() <= config.tol * F[:, slot].norm():
             break
         G = F[:, :count] - X[:, :count]
         border[:, 1 : count + 1, 1 : count + 1] = torch.bmm(G, G.mT) + ridge * torch.eye(count)
@@ -171,9 +124,8 @@ def textbook(batch: Batch) -> Step:
         return w
 
     value.register_hook(hook)
-    return Step(
-        *differentiate(batch.model, value, batch.truth), torch.tensor([forward]), torch.tensor(backward)
-    )
+    loss, gradient = differentiate(batch.model, value, batch.truth)
+    return Step(loss, gradient, torch.tensor([forward]), torch.tensor(backward))
 
 
 def torchdeq(batch: Batch) -> Step:
@@ -191,46 +143,34 @@ def methods(batch: Batch) -> dict[str, Method]:
     if isinstance(batch.config, RunConfig):
         methods["TorchDEQ"] = partial(torchdeq, batch)
         if batch.config.model == "bilevel" and batch.config.task != "denoising":
-            conditioned = replace(batch, config=batch.config.model_copy(update={"precondition": True}))
+            config = batch.config.model_copy(update={"precondition": True})
             P = batch.model.preconditioner(batch.truth.shape[1:])
-            methods[PRECONDITIONED] = partial(ours, conditioned, P=P)
+            methods[PRECONDITIONED] = partial(ours, replace(batch, config=config), P=P)
     return methods
 
 
-def median_seconds(call: Callable[[], object], repeats: int) -> float:
-    """Return the median time of some calls, after one that is not timed."""
-    call()
-    return median(timeit.repeat(call, number=1, repeat=repeats))
-
-
-def compare(name: str, config: Config, rounds: int, threads: int) -> list[dict[str, Any]]:
+def compare(name: str, config: Config, rounds: int) -> pd.DataFrame:
     """Return a row per method; the methods take turns."""
     batch = make_batch(config)
-    compared = methods(batch)
-    steps: dict[str, Step] = {}
-    seconds: dict[str, list[float]] = {key: [] for key in compared}
-    for key, method in compared.items():
-        # The textbook's step on photographs takes minutes, and gains nothing from a first one.
-        if rounds > 1 or key == "ours":
-            method()
-    for _, (key, method) in product(range(rounds), compared.items()):
-        start = time.perf_counter()
-        steps[key] = method()
-        seconds[key].append(time.perf_counter() - start)
-    if PRECONDITIONED in compared:
-        made = median_seconds(partial(batch.model.preconditioner, batch.truth.shape[1:]), rounds)
-        seconds[PRECONDITIONED] = [s + made / PRECONDITIONER_AGE for s in seconds[PRECONDITIONED]]
-    reference = exact(batch)
-    return [
-        {"threads": threads, "problem": name, "model": config.model, "method": key}
-        | {"ms": 1e3 * median(seconds[key])}
-        | {"ms low": 1e3 * min(seconds[key]), "ms high": 1e3 * max(seconds[key])}
-        | {"ratio": median(seconds[key]) / median(seconds["ours"])}
+    reference, compared = exact(batch), methods(batch)
+    steps = {key: method() for key, method in compared.items()}
+    turns = [
+        {key: timeit.timeit(method, number=1) for key, method in compared.items()} for _ in range(rounds)
+    ]
+    ms = 1e3 * pd.DataFrame(turns)
+    if PRECONDITIONED in ms:
+        preconditioner = partial(batch.model.preconditioner, batch.truth.shape[1:])
+        ms[PRECONDITIONED] += 1e3 * timeit.timeit(preconditioner, number=rounds) / rounds / PRECONDITIONER_AGE
+    rows = [
+        {"threads": torch.get_num_threads(), "problem": name, "model": config.model, "method": key}
+        | {"ms": ms[key].median(), "ms low": ms[key].min(), "ms high": ms[key].max()}
+        | {"ratio": ms[key].median() / ms["ours"].median()}
         | {"forward": float(step.forward.max()), "backward": float(step.backward.max())}
         | step.errors(reference)
         | {"reference residual": reference.residual}
         for key, step in steps.items()
     ]
+    return pd.DataFrame(rows).set_index(["threads", "problem", "model", "method"])
 
 
 def time_to_loss(task: str) -> dict[str, Any]:
@@ -242,46 +182,37 @@ def time_to_loss(task: str) -> dict[str, Any]:
     optimizer = torch.optim.Adam(batch.model.parameters(), lr=config.learning_rate, foreach=True)
     order = torch.randperm(len(images["train"]), generator=generator(0, "bench order"))
     draws, seconds = generator(0, "bench noise"), 0.0
-    for indices in tqdm(order.split(config.batch_size), desc=f"textbook, {task}", leave=False):
-        truth = images["train"][indices]
+    for truth in images["train"][order].split(config.batch_size):
         f = observe(operator, truth, noise, torch.randn(truth.shape, generator=draws))
-        start = time.perf_counter()
-        textbook(replace(batch, truth=truth, f=f))
+        seconds += timeit.timeit(partial(textbook, replace(batch, truth=truth, f=f)), number=1)
         optimizer.step()
-        seconds += time.perf_counter() - start
     f = observe(operator, images["test"], noise, build.test_noise(config))
     reached = (build.solve(batch.model, f, config).value - images["test"]).square().mean().item()
     # Evaluated after every ten steps at the textbook's learning rate, for as long as the textbook took.
     changes = {"train_images": 1000, "epochs": STEPS, "final_learning_rate": config.learning_rate}
-
-    def seconds_of_ours(precondition: bool) -> float:
+    row = {"problem": task, "test loss": reached, "textbook s": seconds}
+    for name, precondition in (("", False), ("preconditioned ", True)):
         update = changes | {"time_budget": seconds, "precondition": precondition}
         (history,) = build.make_training([config.model_copy(update=update)]).run()
-        below = [row["seconds"] for row in history.rows if row["test_loss"] <= reached]
-        return below[0] if below else float("nan")
-
-    plain, conditioned = seconds_of_ours(False), seconds_of_ours(True)
-    return (
-        {"problem": task, "test loss": reached, "textbook s": seconds}
-        | {"ours s": plain, "ratio": seconds / plain}
-        | {"preconditioned s": conditioned, "preconditioned ratio": seconds / conditioned}
-    )
+        below = [epoch["seconds"] for epoch in history.rows if epoch["test_loss"] <= reached]
+        own = below[0] if below else float("nan")
+        row |= {f"{name or 'ours '}s": own, f"{name}ratio": seconds / own}
+    return row
 
 
 def main() -> None:
-    rows = []
+    tables = []
     for threads in THREADS:
         torch.set_num_threads(threads)
         for task, model in tqdm(list(product(TASKS, MODELS)), desc=f"digits, {threads} threads"):
             digits = RunConfig(task=task, model=model, gamma=0.5, train_images=100, test_images=1)
-            rows += compare(f"MNIST {task}", digits, ROUNDS, threads)
+            tables.append(compare(f"MNIST {task}", digits, ROUNDS))
         for filters, side in tqdm(FILTERS.values(), desc=f"photographs, {threads} threads"):
             faces = faces_config("quick", "denoising", model="deq", filters=filters, filter_size=side)
-            rows += compare(f"faces {filters} x {side}x{side}", faces, 1, threads)
-    steps = pd.DataFrame(rows).set_index(["threads", "problem", "model", "method"])
-    save("training_steps", steps, digits=4)
+            tables.append(compare(f"faces {filters} x {side}x{side}", faces, 1))
+    save("training_steps", pd.concat(tables), digits=4)
     with one_thread():
-        losses = pd.DataFrame([time_to_loss(task) for task in TASKS])
+        losses = pd.DataFrame([time_to_loss(task) for task in tqdm(TASKS, desc="time to loss")])
     save("time_to_loss", losses.set_index("problem"), digits=4)
 
 

@@ -1,19 +1,29 @@
-"""Shared parts of the benchmarks of `make bench`: a training step of ours, and tables in `results/bench/`."""
+"""Shared parts of the benchmarks: training steps of ours, timed trainings, tables in `results/bench/`."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from lib.experiments import build
+from lib.experiments.build import Config
+from lib.experiments.config import FacesConfig
 from lib.experiments.provenance import write_with_provenance
 from lib.experiments.store import RESULTS
 from lib.implicit import NeumannSeries, implicit_fixed_point
 from lib.models import FixedPointModel
-from lib.solvers import FixedPointProblem, Solution, Solver
+from lib.solvers import Anderson, FixedPointProblem, Solution, Solver
+from lib.training import History, generator, observe
+
+REFERENCE = Anderson(tol=1e-10, max_steps=5000, memory=20, regularization=1e-10)
 
 
 @dataclass
@@ -61,6 +71,54 @@ def training_step(
     loss, gradient = differentiate(model, solution.value, truth)
     residual = max(s.residual.max().item() for s in (solution, *adjoint))
     return Step(loss, gradient, solution.steps.double(), adjoint[0].steps.double(), residual)
+
+
+@dataclass
+class Batch:
+    """A model, and images `truth`, `(N, 1, H, W)`, with their data `f`, `(1, N, 1, H, W)`."""
+
+    config: Config
+    model: FixedPointModel
+    f: Tensor
+    truth: Tensor
+
+
+def make_batch(config: Config) -> Batch:
+    """Return the first batch of a training with untrained weights."""
+    model = build.make_model([config])
+    truth = build.load_images(config)["train"][: config.batch_size]
+    n = torch.randn(truth.shape, generator=generator(0, "bench"))
+    return Batch(config, model, observe(model.operator, truth, torch.tensor([config.noise]), n), truth)
+
+
+def ours(batch: Batch, solver: Solver | None = None, P: Tensor | None = None) -> Step:
+    """Return a step with the configuration's solvers, or with one solver for both equations."""
+    config, model = batch.config, batch.model
+    if isinstance(config, FacesConfig):
+        # In a training, too, every step on photographs has its own preconditioner.
+        P = model.preconditioner(batch.truth.shape[1:])
+    solvers = (solver, solver) if solver else (build.make_solver(config), build.make_adjoint_solver(config))
+    u0 = build.first_iterate(config)(batch.f)
+    return training_step(model, model.problem(batch.f, P), u0, batch.truth, *solvers)
+
+
+def exact(batch: Batch) -> Step:
+    """Return loss and hypergradient in float64."""
+    double = Batch(batch.config, deepcopy(batch.model).double(), batch.f.double(), batch.truth.double())
+    return ours(double, REFERENCE)
+
+
+def timed_training(configs: Sequence[Config], device: torch.device) -> tuple[list[History], list[float]]:
+    """Train a stack, and return its histories and the seconds of its optimizer steps without the first."""
+    ends: list[float] = []
+
+    def on_step() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        ends.append(time.perf_counter())
+
+    members = build.make_training(configs, device).run(on_step=on_step)
+    return members, [end - begin for begin, end in pairwise(ends)]
 
 
 def save(
