@@ -321,7 +321,8 @@ def described(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if get_origin(annotation) is Literal:
         return " | ".join(map(str, parts))
     if get_origin(annotation) in (Union, UnionType):
-        return " | ".join(described(part, metadata) for part in parts if part is not TrainingConfig)
+        # Another run's configuration is no value of a command line.
+        return " | ".join(described(part, metadata) for part in parts if part is not FacesConfig)
     signs = {Gt: (">", "gt"), Ge: (">=", "ge"), Lt: ("<", "lt"), Le: ("<=", "le")}
     limits: dict[str, str] = {}
     for part in [m for own in metadata for m in getattr(own, "metadata", [own])]:
@@ -353,6 +354,11 @@ def require_range(name: str, value: float, low: float, high: float = math.inf) -
         raise ConfigError(f"{name}: got {shown(value)}, allowed: {limits}")
 
 
+def axis_types() -> dict[str, Any]:
+    """Return the types of a grid's parameters, each of which may be a list."""
+    return {name: field.annotation | list[Any] | None for name, field in RunConfig.model_fields.items()}
+
+
 def parse_parameters(
     pairs: Sequence[Sequence[str]], types: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -368,8 +374,7 @@ def parse_parameters(
     Raises:
         ConfigError: a list cannot be parsed.
     """
-    if types is None:
-        types = {name: field.annotation | list[Any] | None for name, field in RunConfig.model_fields.items()}
+    types = axis_types() if types is None else types
     return {name: _value(name, text, _kinds(types.get(name, str))) for name, text in pairs}
 
 

@@ -23,6 +23,7 @@ from lib.experiments.config import (
     ConfigError,
     FacesConfig,
     RunConfig,
+    axis_types,
     described,
     named,
     parse_parameters,
@@ -116,13 +117,13 @@ def cell_parameters(name: str) -> dict[str, Parameter]:
 
 def training_types(name: str) -> dict[str, Any]:
     """Return the types of the parameters that the training of a notebook takes; none where it has none."""
-    make = PAGES[name].make
-    kind = FacesConfig if make is faces_config else RunConfig
-    fields = {key: f for key, f in kind.model_fields.items() if make and key not in PAGES[name].fixed}
-    types = {key: field.annotation for key, field in fields.items()}
-    return (
-        {key: annotation | list[Any] | None for key, annotation in types.items()} if make is grid else types
-    )
+    page = PAGES[name]
+    if page.make is None:
+        return {}
+    if page.make is grid:
+        return axis_types()
+    fields = (FacesConfig if page.make is faces_config else RunConfig).model_fields
+    return {key: field.annotation for key, field in fields.items() if key not in page.fixed}
 
 
 def parsed(name: str, pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -184,19 +185,13 @@ def print_help(name: str, profile: str) -> None:
             rows.append((key, described(parameter.kind), parameter.default, parameter.help))
     if make is not None:
         training = known[TRAINING].default
-        config = make(profile, **training)
-        levels = (
-            {field: {getattr(c, field): None for c in config} for field in RunConfig.model_fields}
-            if (make is grid)
-            else {}
-        )
-        first = config[0] if make is grid else config
+        made = make(profile, **training)
+        configs = made if make is grid else [made]
         for key in training_types(name):
-            field = type(first).model_fields[key]
-            several = list(levels.get(key, ()))
-            default = several if len(several) > 1 else getattr(first, key)
-            if isinstance(default, FacesConfig):
-                default = training[key]
+            field = type(configs[0]).model_fields[key]
+            levels = list(dict.fromkeys(getattr(config, key) for config in configs))
+            default = levels[0] if len(levels) == 1 else levels
+            default = training[key] if isinstance(default, FacesConfig) else default
             rows.append((key, described(field.annotation, field.metadata), default, field.description))
     print(f'make {name} ARGS="-p NAME VALUE", profile {profile}: name, type, default, meaning')
     for key, kind, default, meaning in rows:
