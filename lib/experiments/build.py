@@ -204,12 +204,13 @@ def make_model(configs: Sequence[Config], start: Weights | None = None) -> Fixed
         return weight.expand(len(configs), *weight.shape).clone()
 
     if isinstance(first, RunConfig):
-        drawn = initial_weights(first.size**2, generator(first.seed, "weights"))
-        start = dict(zip(("A", "b", "C"), drawn, strict=True))
+        if isinstance(first.initial, str):
+            A, b, C = initial_weights(first.size**2, generator(first.seed, "weights"))
+            start = {"A": A, "b": b, "C": A if first.initial == "tied" else C}
     elif isinstance(first.initial, str):
         A = initial_kernels(first)
         start = {"A": A, "C": A}
-    elif start is None:
+    if start is None:
         raise ValueError("start: got None, allowed: the weights of the run that `initial` names")
     numbers = {name: torch.tensor([getattr(c, name) for c in configs]) for name in ("tau", "lam", "gamma")}
     weights = {name: stacked(weight) for name, weight in start.items()}

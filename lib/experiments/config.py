@@ -156,6 +156,9 @@ class RunConfig(TrainingConfig):
         default=MNIST_TEST, description="how many"
     )
     batch_size: Count = Field(default=100, description="images in an optimizer step")
+    initial: Literal["independent", "tied"] | RunConfig = Field(
+        default="independent", description="C to start from: random numbers of its own, A, or a run's weights"
+    )
     tau: Positive = _default("tau", 0.5)
     gamma: NonNegative = _default("gamma", 0.1)
     lam: Positive = _default("lam", 1.0)
@@ -184,6 +187,10 @@ class RunConfig(TrainingConfig):
                 f"batch_size: got {shown(self.batch_size)}, allowed: at most train_images = "
                 f"{self.train_images}"
             )
+        if self.initial == "tied" and self.model == "bilevel":
+            raise ValueError("initial: got 'tied', allowed: independent for model = bilevel, where C = A")
+        if isinstance(self.initial, RunConfig) and self.initial.size != self.size:
+            raise ValueError(f"initial: got weights of size = {self.initial.size}, allowed: {self.size}")
         return self
 
 
@@ -322,7 +329,7 @@ def described(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return " | ".join(map(str, parts))
     if get_origin(annotation) in (Union, UnionType):
         # Another run's configuration is no value of a command line.
-        return " | ".join(described(part, metadata) for part in parts if part is not FacesConfig)
+        return " | ".join(described(part, metadata) for part in parts if part not in (RunConfig, FacesConfig))
     signs = {Gt: (">", "gt"), Ge: (">=", "ge"), Lt: ("<", "lt"), Le: ("<=", "le")}
     limits: dict[str, str] = {}
     for part in [m for own in metadata for m in getattr(own, "metadata", [own])]:

@@ -79,20 +79,21 @@ class Run:
 
 def run_key(config: Config) -> str:
     """Return the key of a run: a digest of its configuration, its data and the version of the method."""
-    identity = {"config": config.model_dump(), "data": data_digests(config), "method": METHOD_VERSION}
+    # A start that is newer than the first stored runs leaves their keys as they are.
+    newer = {"initial"} if isinstance(config, RunConfig) and config.initial == "independent" else None
+    values = config.model_dump(exclude=newer)
+    identity = {"config": values, "data": data_digests(config), "method": METHOD_VERSION}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def data_digests(config: Config) -> dict[str, str]:
     """Return the digests of the image files of a configuration, and of the run that it starts from."""
-    if not isinstance(config, FacesConfig):
-        return DATA_DIGESTS[config.dataset]
-    if config.dataset == "faces":
-        digests = DATA_DIGESTS["faces"]
+    if config.dataset in DATA_DIGESTS:
+        digests = DATA_DIGESTS[config.dataset]
     else:
         files = photograph_files(config.dataset, config.train_images, config.test_images)
         digests = {path.name: f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files}
-    if isinstance(config.initial, FacesConfig):
+    if not isinstance(config.initial, str):
         earlier = data_digests(config.initial)
         digests = digests | {f"initial/{name}": digest for name, digest in earlier.items()}
     return digests

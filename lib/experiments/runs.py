@@ -115,8 +115,8 @@ def find_histories(configs: Sequence[Config], results: Results = None) -> list[R
 
 def learned_start(config: Config, results: Results = None, train: bool = True) -> Weights | None:
     """Return the kernels that a run starts from where they are those of another run."""
-    initial = getattr(config, "initial", None)
-    return get_run(initial, results, train).weights if isinstance(initial, FacesConfig) else None
+    initial = config.initial
+    return None if isinstance(initial, str) else get_run(initial, results, train).weights
 
 
 def outcome(ended: Counter[str], count: int) -> str:
@@ -141,8 +141,8 @@ def train_runs(configs: Sequence[Config], results: Results = None) -> None:
     waiting = [config for config in configs if not is_stored(config, results)]
     if not waiting:
         return
-    starts = (config.initial for config in waiting if isinstance(config, FacesConfig))
-    train_runs([initial for initial in starts if isinstance(initial, FacesConfig)], results)
+    starts = (config.initial for config in waiting)
+    train_runs([initial for initial in starts if not isinstance(initial, str)], results)
     # Missing data, and values at odds with them, are reported here, once.
     for config in {config.dataset: config for config in waiting}.values():
         load_images(config)

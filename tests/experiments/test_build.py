@@ -63,6 +63,17 @@ def test_models_are_tied_or_free(name: str, sigma: str, activation: object) -> N
     assert model.tau.tolist() == pytest.approx([config.tau, 0.2])
 
 
+def test_tied_start_differs_from_the_independent_one_in_c_alone() -> None:
+    tied, independent = (
+        build.make_model([RunConfig(model="deq", initial=initial, **DIGITS)]).regularizer
+        for initial in ("tied", "independent")
+    )
+    assert torch.equal(tied.A, tied.C)
+    assert torch.equal(tied.A, independent.A)
+    assert torch.equal(tied.b, independent.b)
+    assert not torch.equal(independent.A, independent.C)
+
+
 @pytest.mark.parametrize("name", ["bilevel", "deq"])
 def test_models_of_photographs_have_kernels(name: str) -> None:
     """Normalized ones, of which `C` starts as `A`; a learned weight starts at `lam`."""

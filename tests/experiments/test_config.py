@@ -134,7 +134,9 @@ def test_any_value_is_valid_or_refused_by_name(
         return
     held = getattr(config, name)
     # A mapping is a configuration to start from.
-    assert isinstance(held, FacesConfig) or held == (float(value) if isinstance(held, float) else value)
+    assert isinstance(held, RunConfig | FacesConfig) or held == (
+        float(value) if isinstance(held, float) else value
+    )
     assert kind(**json.loads(json.dumps(config.model_dump()))) == config
 
 

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from lib.experiments import processes, records, runs
-from lib.experiments.build import Config, make_training, total_steps
+from lib.experiments.build import Config, make_model, make_training, total_steps
 from lib.experiments.config import ConfigError, FacesConfig, RunConfig, parse_parameters
 from lib.experiments.method import METHOD_VERSION
 from lib.experiments.provenance import PROVENANCE, read_described, write_with_provenance
@@ -49,7 +49,8 @@ KERNELS = FacesConfig(epochs=1, reduction=8, train_images=1, test_images=1, filt
 FROM_KERNELS = KERNELS.model_copy(update={"task": "deblurring", "blur": 3, "initial": KERNELS})
 
 OTHER_VALUES = """
-model deq task inpainting noise 0.25 tau 0.25 gamma 0.2 lam 0.9 sigma softshrink size 14 train_images 61
+model deq initial tied task inpainting noise 0.25 tau 0.25 gamma 0.2 lam 0.9 sigma softshrink size 14
+train_images 61
 test_images 51 batch_size 21 epochs 3 learning_rate 2e-3 final_learning_rate 1e-5 solver anderson
 adjoint neumann neumann_steps 3 adjoint_tol 1e-4 precondition true precision tf32 tol 1e-4 max_steps 51
 memory 4 regularization 1e-5 beta 0.9 patience 5 schedule linear start zero test_every 2 seed 1
@@ -148,7 +149,8 @@ def test_the_key_depends_on_every_field_the_data_and_the_method(monkeypatch: pyt
     words = OTHER_VALUES.split()
     values = parse_parameters(list(zip(words[::2], words[1::2], strict=True)))
     assert values.keys() == RunConfig.model_fields.keys() - {"dataset"}
-    others = [RunConfig(**config.model_dump() | {name: value}) for name, value in values.items()]
+    first = RunConfig(**config.model_dump() | {"model": "deq"})
+    others = [RunConfig(**first.model_dump() | {name: value}) for name, value in values.items()]
     keys = {run_key(other) for other in (config, *others)}
     assert len(keys) == 1 + len(values)
     assert run_key(RunConfig(**config.model_dump())) == run_key(config)
@@ -156,6 +158,12 @@ def test_the_key_depends_on_every_field_the_data_and_the_method(monkeypatch: pyt
     keys.add(run_key(config))
     monkeypatch.setitem(records.DATA_DIGESTS, "mnist", {"images": "md5:0"})
     assert len(keys | {run_key(config)}) == 3 + len(values)
+
+
+def test_keys_of_stored_runs_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter that is newer than them changes no key where it has its default."""
+    monkeypatch.setattr(records, "METHOD_VERSION", 1)
+    assert run_key(RunConfig()) == "016c7d909e24301c35e2"
 
 
 def test_the_key_depends_on_the_photographs(tmp_path: Path) -> None:
@@ -324,6 +332,18 @@ def test_processes_train_to_the_same_bits(
     monkeypatch.setattr(runs, "workers", lambda device: 2)
     for run, loaded in zip(stored[1], get_runs(ALL, tmp_path), strict=True):
         assert_same(loaded, run)
+
+
+def test_digits_start_from_another_run_of_either_model(tmp_path: Path) -> None:
+    """A DEQ starts from the weights of a bilevel model with `C = A`."""
+    earlier = STACK[0]
+    later = RunConfig(**earlier.model_dump() | {"model": "deq", "initial": earlier})
+    get_run(later, tmp_path)
+    start = runs.learned_start(later, tmp_path)
+    assert start is not None
+    field = make_model([later], start).regularizer
+    assert torch.equal(field.A[0], start["A"])
+    assert torch.equal(field.A, field.C)
 
 
 def test_kernels_of_another_run_are_trained_first_and_found_by_key(tmp_path: Path) -> None:
