@@ -34,7 +34,12 @@ LAB := $(BIN)/python -m jupyterlab --KernelManager.transport_encryption=auto
 .DEFAULT_GOAL := help
 PAGES := first_steps your_own theory weight hypergradients reconstruct evaluate tomography explore scaling
 
-.PHONY: help figures $(FIGURES) report $(PAGES) train sweep sweep-status sweep-plan test validate bench gpu lab data \
+# Notebooks that `make test` executes with their defaults; the tests make the other figures in the profile `smoke`.
+VALIDATED := first_steps your_own theory_special_case reconstruct evaluate explore tomography fig03_mnist_inpainting \
+  fig09_kernels_denoising_11x11_bilevel
+VALIDATED := $(addsuffix .ipynb,$(VALIDATED))
+
+.PHONY: help figures $(FIGURES) report $(PAGES) train sweep sweep-status sweep-plan check test validate bench gpu lab data \
   refresh keep lock clean delete-runs
 
 help: ## print the targets
@@ -77,19 +82,29 @@ sweep-status: $(INSTALLED) ## what of the grid is done
 sweep-plan: $(INSTALLED) ## what of the grid is left, and how long it will take on this machine
 	@$(BIN)/python -m lib.experiments plan --profile $(PROFILE) $(ARGS)
 
-test: $(INSTALLED) ## lint, types, tests (ARGS: pytest's options), and the notebooks against their stored output
-	@status=0; summary=; trap 'exit 130' INT; \
-	  part() { name=$$1; shift; echo "== $$name"; outcome=passed; "$$@" || { outcome=FAILED; status=1; }; \
-	    summary="$$summary$$name: $$outcome\n"; }; \
-	  part lint $(BIN)/ruff check .; \
-	  part format $(BIN)/ruff format --check .; \
-	  part imports $(BIN)/lint-imports --no-cache --no-logo; \
-	  part types $(BIN)/mypy; \
-	  part tests $(PYTEST) -n $(JOBS) --dist worksteal tests $(ARGS); \
-	  part notebooks $(PYTEST) --nbval nbs tests/reference.py; \
+# All parts of `check` and `test` run; the last lines say which of them failed.
+define LINT
+status=0; summary=; trap 'exit 130' INT; \
+  part() { name=$$1; shift; echo "== $$name"; outcome=passed; "$$@" || { outcome=FAILED; status=1; }; \
+    summary="$$summary$$name: $$outcome\n"; }; \
+  part lint $(BIN)/ruff check .; \
+  part format $(BIN)/ruff format --check .; \
+  part imports $(BIN)/lint-imports --no-cache --no-logo; \
+  part types $(BIN)/mypy
+endef
+
+check: $(INSTALLED) ## lint, types and the tests of the mathematics: after an edit of lib/*.py
+	@$(LINT); \
+	  part mathematics $(PYTEST) -n $(JOBS) --dist worksteal tests/mathematics $(ARGS); \
 	  printf "\n$$summary"; exit $$status
 
-validate: $(INSTALLED) ## every notebook executed again, against its stored output and its numbers' reference
+test: $(INSTALLED) ## lint, types, tests (ARGS: pytest's options), and some notebooks against their stored output
+	@$(LINT); \
+	  part tests $(PYTEST) -n $(JOBS) --dist worksteal tests $(ARGS); \
+	  part notebooks $(PYTEST) --nbval $(addprefix nbs/,$(VALIDATED)) tests/reference.py; \
+	  printf "\n$$summary"; exit $$status
+
+validate: $(INSTALLED) ## all notebooks against their stored output, and their numbers against the reference
 	$(PYTEST) --nbval nbs tests/reference.py $(ARGS)
 
 bench: $(INSTALLED) ## times beside other implementations and of stacks, errors, digits that hold: results/bench/

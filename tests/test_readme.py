@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,9 @@ from lib.pages.report import answers_table
 
 README = REPOSITORY / "README.md"
 
-PAGES = [README, *(REPOSITORY / where / "README.md" for where in ("nbs", "lib/experiments", "results/bench"))]
+FOLDERS = ("nbs", "lib/experiments", "results/bench")
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"{folder}/README.md" for folder in FOLDERS)]
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,8 +23,9 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("torch.Size([4, 1, 64, 48])")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
-def test_links_and_targets_exist(page: Path) -> None:
+@pytest.mark.parametrize("name", PAGES)
+def test_links_and_targets_exist(name: str) -> None:
+    page = REPOSITORY / name
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (page.parent / target).exists(), target
