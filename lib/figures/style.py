@@ -38,8 +38,16 @@ def model_line(model: str) -> dict[str, Any]:
     return style | {"linewidth": 1.2, "markersize": 2.5}
 
 
+# pyplot loads its backend for the first figure, and the backend of notebooks switches the display of figures
+# on: inside a context that is undone at its end.
+plt.switch_backend(mpl.get_backend())
+
 STYLE: Any = {
-    **{name: value for name, value in mpl.rcParamsDefault.items() if not name.startswith("backend")},
+    **{
+        name: value
+        for name, value in mpl.rcParamsDefault.items()
+        if not name.startswith(("backend", "interactive"))
+    },
     "font.family": "STIXGeneral",
     "mathtext.fontset": "stix",
     "font.size": 9,
