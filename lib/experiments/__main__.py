@@ -12,34 +12,30 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.experiments.archive import take
 from lib.experiments.build import Config
 from lib.experiments.cluster import LocalJobs, job_options, train_on_cluster
 from lib.experiments.config import ConfigError, FacesConfig, RunConfig, parse_parameters
 from lib.experiments.data import DataError
-from lib.experiments.plan import duration, plan, stacks
+from lib.experiments.plan import duration, plan
 from lib.experiments.processes import default_device, workers
 from lib.experiments.profiles import faces_config, grid, profile_config
-from lib.experiments.records import is_stored, run_folder
+from lib.experiments.records import is_stored, run_folder, take_runs
 from lib.experiments.runs import get_run, train_runs
 from lib.experiments.sweep import load_sweep, status, write_tables
 
 
 def print_plan(configs: Sequence[RunConfig]) -> None:
-    device = default_device()
-    left = [config for config in configs if not is_stored(config)]
+    device, left = default_device(), [config for config in configs if not is_stored(config)]
     if not left:
         print(f"all {len(configs)} runs are done")
         return
     table = plan(left)
-    names = {"wall": "in all", "stored": "GB stored", "memory": "GB of memory"}
-    shown = table.assign(wall=table["wall"].map(duration)).rename(columns=names)
-    print(shown.to_string(float_format="{:.2g}".format))
     print(
-        f"{len(left)} of {len(configs)} runs are left, in {len(stacks(left, device))} stacks on "
-        f"{workers(device)} processes ({device.type}): about {duration(table['wall'].sum())}, and at most "
-        f"{duration(sum(config.time_budget for config in left) / workers(device))} by their time budgets; "
-        f"{table['stored'].sum():.2g} GB to store, {table['memory'].max() * workers(device):.2g} GB of memory"
+        table.assign(seconds=table["seconds"].map(duration)).rename(columns={"seconds": "time"}).to_string()
+    )
+    print(
+        f"{len(left)} of {len(configs)} runs are left, on {workers(device)} processes ({device.type}) "
+        f"about {duration(table['seconds'].sum())}"
     )
 
 
@@ -113,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
             return train_one(one_config(options.profile, options.p))
         configs = grid(options.profile, **parse_parameters(options.p))
         if options.take is not None:
-            print(take(options.take, configs))
+            print(take_runs(options.take))
         if options.command == "run":
             return train(options.profile, configs, job_options(options.cluster, options.job))
         if options.command == "status":

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
+from dataclasses import asdict
 from functools import partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-import yaml
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticUndefined
 
@@ -24,8 +23,9 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Characters that never occur in a valid path."""
+SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+WORDS = {"none": None, "true": True, "false": False}
 
 
 class ConfigError(ValueError):
@@ -257,7 +257,7 @@ class FacesConfig(TrainingConfig):
             raise ValueError("optimizer: got 'lbfgs', allowed: with warm_start = True, for one fixed loss")
         if self.filter_size % 2 == 0:
             raise ValueError(f"filter_size: got {self.filter_size}, allowed: an odd number")
-        if self.dataset == "mnist" or not self.dataset or CONTROL.search(self.dataset):
+        if self.dataset == "mnist" or not self.dataset or "\0" in self.dataset:
             raise ValueError(
                 f"dataset: got {shown(self.dataset)}, allowed: faces, celeba or a folder of images"
             )
@@ -283,20 +283,14 @@ class FacesConfig(TrainingConfig):
 def _one_line(error: ValidationError, kind: type[Checked]) -> str:
     problems: dict[str, str] = {}
     for problem in error.errors(include_url=False):
+        name = named(problem["loc"][0]) if problem["loc"] else ""
         if problem["type"] == "default_factory_not_called":
             # A default that follows from the value of another problem.
             continue
-        if problem["type"] == "value_error" and not problem["loc"]:
-            problems.setdefault("", str(problem["ctx"]["error"]))
-            continue
-        part = problem["loc"][0]
-        name = named(part)
-        if problem["type"] == "extra_forbidden":
-            said = f"{name}: no such parameter, allowed: {', '.join(kind.model_fields) or 'none'}"
-        elif problem["type"] == "missing":
-            said = f"{name}: it is missing"
-        elif problem["type"] == "too_short":
-            said = f"{name}: got an empty list, allowed: one value or more"
+        if not name:
+            said = str(problem["ctx"]["error"])
+        elif problem["type"] == "extra_forbidden":
+            said = f"{name}: no such parameter, allowed: {', '.join(kind.model_fields)}"
         else:
             message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
             said = f"{name}: got {shown(problem['input'])}, allowed: {message}"
@@ -306,16 +300,13 @@ def _one_line(error: ValidationError, kind: type[Checked]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as it can stand in one short line, whatever it is."""
-    try:
-        text = " ".join(repr(value).split())
-    except ValueError:
-        text = f"a {type(value).__name__} too long to print"
+    """Return a value as it can stand in one short line."""
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def named(name: object) -> str:
-    """A name as it can stand in one short line: itself, or quoted if it is empty, long or not printable."""
+    """Return a name as it can stand in one short line: quoted if it is empty, long or not printable."""
     text = str(name)
     return text if text.isprintable() and 0 < len(text) <= 80 else shown(text)
 
@@ -324,20 +315,17 @@ def described(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """Return a type and its limits as text, such as `float > 0, <= 1000` or `bilevel | deq`."""
     parts = get_args(annotation)
     if get_origin(annotation) is Annotated:
-        return described(parts[0], [*parts[1:], *metadata])
+        return described(parts[0], parts[1].metadata)
     if get_origin(annotation) is Literal:
         return " | ".join(map(str, parts))
     if get_origin(annotation) in (Union, UnionType):
         # Another run's configuration is no value of a command line.
-        return " | ".join(described(part, metadata) for part in parts if part not in (RunConfig, FacesConfig))
-    signs = {Gt: (">", "gt"), Ge: (">=", "ge"), Lt: ("<", "lt"), Le: ("<=", "le")}
+        return " | ".join(described(part) for part in parts if part not in (RunConfig, FacesConfig))
     limits: dict[str, str] = {}
-    for part in [m for own in metadata for m in getattr(own, "metadata", [own])]:
-        if type(part) in signs:
-            sign, name = signs[type(part)]
-            limits.setdefault(sign, f"{sign} {getattr(part, name):g}")
-    name = "None" if annotation is NoneType else getattr(annotation, "__name__", str(annotation))
-    return " ".join([name, ", ".join(limits.values())]).strip() if annotation in (int, float) else name
+    for name, value in (item for limit in metadata for item in asdict(limit).items()):
+        limits.setdefault(name, f"{SIGNS[name]} {value:g}")
+    name = "None" if annotation is NoneType else annotation.__name__
+    return f"{name} {', '.join(limits.values())}".strip()
 
 
 def require_name(name: str, value: object, known: Collection[str]) -> None:
@@ -369,54 +357,39 @@ def axis_types() -> dict[str, Any]:
 def parse_parameters(
     pairs: Sequence[Sequence[str]], types: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Names and values from a command line, each read as what its parameter can be.
+    """Return names and values from a command line, each read as what its parameter can be.
 
-    A text stays what it is; only numbers, booleans and None are read from it, as Python and as YAML spell
-    them, where the parameter can be one, and a list in brackets where it can be a list.
+    Numbers, booleans and None are read where the parameter can be one, and a list in brackets where it can be
+    a list; the rest are texts, which a configuration accepts or refuses.
 
     Args:
         pairs: names and texts.
-        types: annotations by name, those of a grid's axes when None. Of other names texts are returned.
-
-    Raises:
-        ConfigError: a list cannot be parsed.
+        types: annotations by name, those of a grid's axes when None.
     """
     types = axis_types() if types is None else types
-    return {name: _value(name, text, _kinds(types.get(name, str))) for name, text in pairs}
+    return {name: _value(text, _kinds(types.get(name, str))) for name, text in pairs}
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The Python types that values of an annotated type have."""
+    """Return the Python types that values of an annotated type have."""
     parts = get_args(annotation)
     if not parts:
         return {annotation if isinstance(annotation, type) else type(annotation)}
     return {get_origin(annotation)}.union(*map(_kinds, parts))
 
 
-def _value(name: str, text: str, kinds: set[Any]) -> object:
-    if list not in kinds or not text.strip().startswith("["):
-        return _scalar(text, kinds)
-    try:
-        # Of this loader's scalars all are texts.
-        return [_scalar(part, kinds) for part in yaml.load(text, yaml.BaseLoader)]
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
-        said = f"{named(name)}: got {shown(text)}, allowed: a value or a list of values"
-        raise ConfigError(said) from None
+def _value(text: str, kinds: set[Any]) -> object:
+    bare = text.strip()
+    if list in kinds and bare.startswith("[") and bare.endswith("]"):
+        return [_scalar(part.strip(" '\""), kinds) for part in bare[1:-1].split(",") if part.strip()]
+    return _scalar(text, kinds)
 
 
-def _scalar(text: object, kinds: set[Any]) -> object:
-    if not isinstance(text, str):
-        return text
+def _scalar(text: str, kinds: set[Any]) -> object:
     word = text.strip().lower()
-    if NoneType in kinds and word in ("none", "null", "~"):
-        return None
-    if bool in kinds and word in ("true", "yes", "on"):
-        return True
-    if bool in kinds and word in ("false", "no", "off"):
-        return False
+    if word in WORDS and type(WORDS[word]) in kinds:
+        return WORDS[word]
     for number in (int, float) if kinds & {int, float} else ():
-        try:
+        with suppress(ValueError):
             return number(word)
-        except ValueError:
-            continue
     return text

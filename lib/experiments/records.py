@@ -15,7 +15,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile, ZipInfo
 
 import pandas as pd
 import torch
@@ -191,6 +191,25 @@ def stored_kernels(key: str, results: Results = None) -> Run:
             f"run: got {key}, of digits, allowed: a run on photographs, whose kernels fit any image"
         )
     return _run(key, record, _read_weights(store / key / "weights.pt", record))
+
+
+def take_runs(path: Path, results: Results = None) -> str:
+    """Unpack a file of runs that another machine trained into the store, and return how many are new there.
+
+    It is a zip file with the folders of runs. A run is verified when it is loaded, as any other one.
+
+    Raises:
+        ConfigError: it is no such file.
+    """
+    store = Path(results or RESULTS) / "runs"
+    try:
+        with ZipFile(path) as archive:
+            keys = {name.partition("/")[0] for name in archive.namelist()}
+            new = {key for key in keys if not (store / key / "run.json").exists()}
+            archive.extractall(store, [name for name in archive.namelist() if name.partition("/")[0] in new])
+    except (BadZipFile, OSError):
+        raise ConfigError(f"take: got {path}, allowed: a file that make gpu wrote") from None
+    return f"{len(new)} of the {len(keys)} runs of {path} are new in the store"
 
 
 def save_kernels(run: Run, folder: Path, name: str = KERNELS) -> None:

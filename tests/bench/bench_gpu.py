@@ -14,19 +14,19 @@ from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pandas as pd
 import torch
 from benches import timed_training
 
-from lib.experiments.archive import pack
 from lib.experiments.build import make_training
 from lib.experiments.config import MNIST_SIDE, RunConfig
 from lib.experiments.plan import stacks
 from lib.experiments.processes import default_device
 from lib.experiments.profiles import GRID, grid
 from lib.experiments.provenance import write_with_provenance
-from lib.experiments.records import is_stored
+from lib.experiments.records import is_stored, run_folder
 from lib.experiments.runs import train_stack
 from lib.experiments.store import RESULTS
 from lib.training import COMPLETED
@@ -107,9 +107,13 @@ def sweep(profile: str, minutes: float, device: torch.device, out: Path) -> str:
         for stack in stacks([config for config in configs if not is_stored(config, out / "store")], device):
             train_stack(stack, out / "store", report)
     path = out / f"{profile}.zip"
-    count = pack(path, configs, out / "store")
+    ended = [run_folder(c, out / "store") for c in configs if is_stored(c, out / "store")]
+    with ZipFile(path, "w") as archive:
+        # A folder with a record holds a complete run, so the record comes last.
+        for folder, name in product(ended, ("weights.pt", "run.json")):
+            archive.write(folder / name, f"{folder.name}/{name}")
     how = f'make sweep PROFILE={profile} ARGS="--take {path}"'
-    return f"{count} of {len(configs)} runs of {profile} are trained: {how}"
+    return f"{len(ended)} of {len(configs)} runs of {profile} are trained: {how}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -95,8 +95,7 @@ def test_several_problems_stand_in_one_line() -> None:
     message = refusal(RunConfig, noise=-1.0, sigma="tanh", **{"epo\nchs": 1})
     assert all(part in message for part in ("noise: got -1.0", "sigma: got 'tanh'", "no such parameter"))
     assert all(name in message for name in FIELDS)
-    for value in (np.eye(3), 10**5000):
-        assert len(refusal(RunConfig, seed=value)) < 200
+    assert len(refusal(RunConfig, seed=np.eye(99))) < 200
 
 
 @pytest.mark.parametrize(
@@ -109,9 +108,6 @@ def test_several_problems_stand_in_one_line() -> None:
         (lambda: grid("smoke", tau=[]), "tau: got an empty list, allowed: one value or more"),
         (lambda: grid("smoke", tau=[0.5, None]), "tau: got None, allowed: a valid number"),
         (lambda: grid("smoke", size=[14, 10]), "size: got 10, allowed: a divisor of 28"),
-        (lambda: parse_parameters([["tau", "[0.1"]]), "tau: got '[0.1', allowed: a value or a list of "),
-        (lambda: parse_parameters([["tau", "[&a [*b]]"]]), "tau: got '[&a [*b]]', allowed: "),
-        (lambda: parse_parameters([["tau", "[" * 3000]]), "tau: got '[["),
     ],
 )
 def test_bad_combinations_profiles_axes_and_texts_are_refused(call: Callable[[], object], line: str) -> None:
@@ -192,11 +188,12 @@ def test_any_parameter_is_an_axis() -> None:
     [
         ("tau", "1e-3", 1e-3),
         ("tau", "[0.1, 1e-2]", [0.1, 0.01]),
-        ("tau", "~", None),
+        ("tau", "none", None),
+        ("tau", "[0.1", "[0.1"),
         ("seed", "007", 7),
         ("sigma", "[relu, 'identity']", ["relu", "identity"]),
         ("sigma", "no", "no"),
-        ("precondition", "[yes, no]", [True, False]),
+        ("precondition", "[true, False]", [True, False]),
     ],
 )
 def test_parameters_are_parsed(name: str, text: str, value: object) -> None:
