@@ -17,21 +17,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.experiments.build import load_images, make_operator, test_noise
-from lib.experiments.config import ConfigError, RunConfig, parse_parameters, shown
+from lib.experiments.config import ConfigError, RunConfig, parse_parameters
 from lib.experiments.data import DataError
 from lib.experiments.profiles import grid
 from lib.experiments.provenance import write_with_provenance
 from lib.experiments.runs import get_run
 from lib.experiments.store import Results
-from lib.experiments.sweep import NOT_RUN, TABLES, Sweep, load_sweep, load_table, table_folder
-from lib.figures.comparison import PAIRED
+from lib.experiments.sweep import NOT_RUN, TABLES, load_sweep, table_folder
 from lib.figures.reconstructions import keeps_loss, reconstruct
 from lib.training import COMPLETED, observe
 
-AXES = ("task", "noise", "sigma", "gamma", "tau")
-"""Parameters to choose from, besides others that a sweep varies."""
-
-OBSERVED_BY = ("task", "noise", "seed", "test_images")
+OBSERVED_BY = ["task", "noise", "seed", "size", "test_images"]
 """Runs with the same values of these parameters share their data `f`."""
 
 DIGITS = 4
@@ -64,15 +60,12 @@ def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
         RuntimeError: a run's weights do not give its test loss.
     """
     configs = grid(profile, **values)
-    sizes = sorted({config.size for config in configs})
-    if len(sizes) > 1:
-        raise ConfigError(f"size: got {sizes}, allowed: one size for all images of a table")
     sweep = load_sweep(profile, configs, results)
     if (sweep.runs["status"] == NOT_RUN).all():
         raise DataError(f"no {profile} run is stored; `make sweep PROFILE={profile}` trains them")
     by_key = dict(zip(sweep.runs["key"], configs, strict=True))
     images = []
-    for _, group in tqdm(sweep.runs.groupby(list(OBSERVED_BY)), desc="reconstructions", leave=False):
+    for _, group in tqdm(sweep.runs.groupby(OBSERVED_BY), desc="reconstructions", leave=False):
         config = by_key[group["key"].iloc[0]]
         truth = load_images(config)["test"]
         f = observe(make_operator(config), truth, torch.tensor(config.noise), test_noise(config))
@@ -88,45 +81,17 @@ def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
             output = _strip(result.outputs[key]) if result and key in runs else None
             images.append((key, _strip(truth[:, 0]), _strip(f[:, 0]), output))
     strips = pd.DataFrame(images, columns=["key", "truth", "input", "output"])
-    write_table(Sweep(profile, sweep.runs.merge(strips), sweep.epochs, sweep.provenance), results)
-    return table_folder(profile, results)
+    frames = (sweep.runs[KEPT].merge(strips), sweep.epochs.reindex(columns=HISTORY))
+    contents = [frame.to_parquet(index=False, compression="zstd") for frame in frames]
+    folder = table_folder(profile, results)
+    write_with_provenance(folder, dict(zip(TABLES, contents, strict=True)), sweep.provenance)
+    return folder
 
 
 def _strip(images: Tensor) -> bytes:
     """Return the first images `(N, H, W)` side by side as bytes."""
     strip = torch.cat(list(images[:DIGITS]), dim=-1).clamp(-1, 1)
     return ((strip + 1) * 127.5).round().to(torch.uint8).numpy().tobytes()
-
-
-def write_table(table: Sweep, results: Results = None) -> None:
-    """Write a sweep's tables, the images of its runs and their provenance."""
-    frames = (table.runs[[*KEPT, "truth", "input", "output"]], table.epochs.reindex(columns=HISTORY))
-    contents = [frame.to_parquet(index=False, compression="zstd") for frame in frames]
-    folder = table_folder(table.profile, results)
-    write_with_provenance(folder, dict(zip(TABLES, contents, strict=True)), table.provenance)
-
-
-def axes(table: Sweep) -> dict[str, list[Any]]:
-    """Return the levels of `AXES` and of all other parameters that vary within a task."""
-    within = table.runs.groupby("task")[list(PAIRED)].nunique().max()
-    names = dict.fromkeys([*AXES, *(name for name in PAIRED if within[name] > 1)])
-    levels = {name: table.runs[name].unique().tolist() for name in names}
-    return {name: v if isinstance(v[0], str) else sorted(v) for name, v in levels.items()}
-
-
-def select(table: Sweep, **values: Any) -> dict[str, Any]:
-    """Return a level of every axis: the requested one, or the first one if that is None or absent.
-
-    Raises:
-        ConfigError: there is no such axis, or it has no such level.
-    """
-    known = axes(table)
-    for name, value in values.items():
-        if name not in known:
-            raise ConfigError(f"{name}: no such parameter, allowed: {', '.join(known)}")
-        if value is not None and value not in known[name]:
-            raise ConfigError(f"{name}: got {shown(value)}, allowed: {', '.join(map(str, known[name]))}")
-    return {name: own[0] if values.get(name) is None else values[name] for name, own in known.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -136,12 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args(arguments)
     try:
-        folder = collect(options.profile, **parse_parameters(options.p))
-        statuses = load_table(options.profile).provenance["statuses"]
+        print(collect(options.profile, **parse_parameters(options.p)))
     except (ConfigError, RuntimeError) as error:
         print(f"explore: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    print(f"{folder}: {', '.join(f'{count} {status}' for status, count in statuses.items())}")
     return 0
 
 
