@@ -34,6 +34,10 @@ PYTEST := $(BIN)/python -m pytest -c pyproject.toml
 
 LAB := $(BIN)/python -m jupyterlab --KernelManager.transport_encryption=auto
 
+EXECUTE := $(BIN)/python -m nbconvert --to notebook --execute --inplace --KernelManager.transport_encryption=required \
+  --ExecutePreprocessor.kernel_name=python3 --ExecutePreprocessor.record_timing=False \
+  --ExecutePreprocessor.coalesce_streams=True
+
 .DEFAULT_GOAL := help
 PAGES := first_steps your_own theory weight hypergradients reconstruct evaluate tomography explore scaling
 
@@ -129,9 +133,10 @@ data: $(INSTALLED) ## fetch and verify the data (the figures do so by themselves
 	@$(BIN)/python -c "from lib.experiments.data import faces, mnist; print(len(mnist('train', 60_000)), len(faces('train', 300)))"
 
 refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to be committed
-	@$(BIN)/python -m lib.pages.notebooks refresh $(FIGURES)
+	@$(EXECUTE) $$(git ls-files 'nbs/fig*.ipynb')
 	@$(BIN)/python -m lib.pages.explore collect
-	@$(BIN)/python -m lib.pages.notebooks refresh $(PAGES)
+	@$(EXECUTE) $$(git ls-files 'nbs/*.ipynb' ':!nbs/fig*')
+	@$(BIN)/python -m lib.pages.notebooks keep $(FIGURES) weight hypergradients evaluate tomography scaling
 
 keep: $(INSTALLED) ## copy the figures of PROFILE=overnight, and the runs behind them, to where they are committed
 	@$(BIN)/python -m lib.pages.notebooks keep $(FIGURES) --profile $(PROFILE)

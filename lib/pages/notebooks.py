@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import sys
 import tempfile
 import time
@@ -17,9 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+import nbformat
+from pydantic import create_model
+from pydantic.fields import FieldInfo
+from traitlets.config import Config
 
 from lib.experiments.config import (
+    Checked,
     ConfigError,
     FacesConfig,
     RunConfig,
@@ -28,7 +33,6 @@ from lib.experiments.config import (
     named,
     parse_parameters,
     require_name,
-    shown,
 )
 from lib.experiments.processes import threads_with_cores
 from lib.experiments.profiles import PROFILES, faces_config, grid, profile_config
@@ -41,6 +45,14 @@ LONGEST = "fig13"
 
 TRAINING = "training"
 """Variable of a notebook with the parameters of its training, other than the profile's."""
+
+KERNEL: dict[str, Any] = {
+    "kernel_name": "python3",
+    # Without encryption a kernel warns of it, and one that is stopped while it ends warns of that.
+    "config": Config(KernelManager={"transport_encryption": "required"}),
+    "extra_arguments": ["--log-level=CRITICAL"],
+}
+"""The kernel of this environment."""
 
 
 class Page(NamedTuple):
@@ -88,6 +100,20 @@ def notebook_path(name: str) -> Path:
     return NOTEBOOKS / f"{PAGES[name].file}.ipynb"
 
 
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """Return a notebook.
+
+    Raises:
+        ConfigError: the file is none.
+    """
+    try:
+        notebook: nbformat.NotebookNode = nbformat.read(path, as_version=4)
+    except Exception:
+        # nbformat's errors have no base class of their own.
+        raise ConfigError(f"{path}: it is no notebook; has a merge left its conflict markers?") from None
+    return notebook
+
+
 class Parameter(NamedTuple):
     """A parameter of a notebook: its default, its type and its comment."""
 
@@ -98,42 +124,25 @@ class Parameter(NamedTuple):
 
 def cell_parameters(name: str) -> dict[str, Parameter]:
     """Return the parameters of a notebook, by name, from its cell with the tag `parameters`."""
+    cells = read_notebook(notebook_path(name)).cells
+    source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ()))
     parameters: dict[str, Parameter] = {}
-    for cell in json.loads(notebook_path(name).read_text(encoding="utf-8"))["cells"]:
-        if "parameters" not in cell["metadata"].get("tags", []):
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
             continue
-        lines = "".join(cell["source"]).splitlines()
-        for node in ast.parse("\n".join(lines)).body:
-            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
-                continue
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            default = ast.literal_eval(node.value)
-            annotation = node.annotation if isinstance(node, ast.AnnAssign) else None
-            kind = type(default) if annotation is None else eval(ast.unparse(annotation))
-            comment = lines[(node.end_lineno or 1) - 1][node.end_col_offset :].partition("#")[2].strip()
-            parameters[ast.unparse(target)] = Parameter(default, kind, comment)
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+        default = ast.literal_eval(node.value)
+        kind = eval(ast.unparse(node.annotation)) if isinstance(node, ast.AnnAssign) else type(default)
+        last = source.splitlines()[(node.end_lineno or 1) - 1][node.end_col_offset :]
+        parameters[ast.unparse(target)] = Parameter(default, kind, last.partition("#")[2].strip())
     return parameters
 
 
-def training_types(name: str) -> dict[str, Any]:
-    """Return the types of the parameters that the training of a notebook takes; none where it has none."""
+def training_fields(name: str) -> dict[str, FieldInfo]:
+    """Return the parameters that the training of a notebook takes; none where it has none."""
     page = PAGES[name]
-    if page.make is None:
-        return {}
-    if page.make is grid:
-        return axis_types()
     fields = (FacesConfig if page.make is faces_config else RunConfig).model_fields
-    return {key: field.annotation for key, field in fields.items() if key not in page.fixed}
-
-
-def parsed(name: str, pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Return the parameters of a command line, as they are written into a notebook.
-
-    Raises:
-        ConfigError: a list cannot be parsed.
-    """
-    kinds = {key: parameter.kind for key, parameter in cell_parameters(name).items()}
-    return parse_parameters(pairs, training_types(name) | kinds)
+    return {key: field for key, field in fields.items() if page.make and key not in page.fixed}
 
 
 def require(name: str, profile: str, values: dict[str, Any], results: Path = RESULTS) -> dict[str, Any]:
@@ -148,54 +157,49 @@ def require(name: str, profile: str, values: dict[str, Any], results: Path = RES
     Raises:
         ConfigError: a name is unknown, or a value is refused.
     """
-    known, own = cell_parameters(name), training_types(name)
+    known, make = cell_parameters(name), PAGES[name].make
+    training = known.pop(TRAINING).default if make else {}
+    own: dict[str, Any] = {key: (parameter.kind, parameter.default) for key, parameter in known.items()}
+    own |= dict.fromkeys(training_fields(name), (Any, None))
     common = {"profile": profile, "results": str(results)}
-    given: dict[str, Any] = {key: value for key, value in common.items() if key in known}
-    training = dict(known[TRAINING].default) if TRAINING in known else {}
-    for key, value in values.items():
-        if key in known:
-            given[key] = value
-        elif key in own:
-            training[key] = value
-        else:
-            names = ", ".join([*(key for key in known if key != TRAINING), *own])
-            raise ConfigError(f"{named(key)}: no such parameter, allowed: {names}")
-    for key, value in given.items():
-        try:
-            TypeAdapter(known[key].kind).validate_python(value, strict=True)
-        except ValidationError as error:
-            wanted = error.errors()[0]["msg"].removeprefix("Input should be ")
-            raise ConfigError(f"{key}: got {shown(value)}, allowed: {wanted}") from None
-    require_name("profile", given.get("profile", profile), PROFILES)
-    make = PAGES[name].make
-    if make is not None:
-        make(given["profile"], **training)
-        given[TRAINING] = training
+    values = {key: value for key, value in common.items() if key in known} | values
+    create_model(name, __base__=Checked, **own)(**values)
+    require_name("profile", values.get("profile", profile), PROFILES)
+    given = {key: value for key, value in values.items() if key in known}
+    if make:
+        given[TRAINING] = training | {key: value for key, value in values.items() if key not in known}
+        make(given["profile"], **given[TRAINING])
     if given.get("results"):
         given["results"] = str(REPOSITORY / Path(given["results"]).expanduser())
     return given
 
 
+def parsed(name: str, pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Return the parameters of a command line.
+
+    Raises:
+        ConfigError: a list cannot be parsed.
+    """
+    types = {key: parameter.kind for key, parameter in cell_parameters(name).items()}
+    training = {key: field.annotation for key, field in training_fields(name).items()}
+    return parse_parameters(pairs, (axis_types() if PAGES[name].make is grid else training) | types)
+
+
 def print_help(name: str, profile: str) -> None:
     """Print name, type with limits, default and meaning of each parameter of a notebook."""
-    rows, make = [], PAGES[name].make
-    known = cell_parameters(name)
-    for key, parameter in known.items():
-        if key != TRAINING:
-            rows.append((key, described(parameter.kind), parameter.default, parameter.help))
-    if make is not None:
-        training = known[TRAINING].default
-        made = make(profile, **training)
-        configs = made if make is grid else [made]
-        for key in training_types(name):
-            field = type(configs[0]).model_fields[key]
-            levels = list(dict.fromkeys(getattr(config, key) for config in configs))
-            default = levels[0] if len(levels) == 1 else levels
-            default = training[key] if isinstance(default, FacesConfig) else default
-            rows.append((key, described(field.annotation, field.metadata), default, field.description))
+    known, make = cell_parameters(name), PAGES[name].make
+    training = known.pop(TRAINING).default if make else {}
+    rows = [(key, described(own.kind), own.default, own.help) for key, own in known.items()]
+    made = make(profile, **training) if make else []
+    configs = made if isinstance(made, list) else [made]
+    for key, field in training_fields(name).items():
+        levels = list(dict.fromkeys(getattr(config, key) for config in configs))
+        default = levels[0] if len(levels) == 1 else levels
+        default = training[key] if isinstance(default, FacesConfig) else default
+        rows.append((key, described(field.annotation, field.metadata), default, field.description or ""))
     print(f'make {name} ARGS="-p NAME VALUE", profile {profile}: name, type, default, meaning')
     for key, kind, default, meaning in rows:
-        print(f"  {key:<20} {kind:<32} {default!s:<14} {meaning}")
+        print(f"  {key:<20} {kind:<32} {default!s:<14} {meaning}", flush=True)
 
 
 def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RESULTS) -> Path:
@@ -212,86 +216,46 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
 
     Raises:
         ConfigError: a name is unknown, a value makes no sense, or its data cannot be had.
-        OSError: the results cannot be written.
         PapermillExecutionError: the notebook failed.
-        DeadKernelError: its process was killed.
     """
     given = require(name, profile, parameters, results)
     # Imported here because a value should be refused at once, and these take seconds to come.
     import papermill
-    from papermill.exceptions import PapermillExecutionError
 
-    from lib.pages.kernel import OwnKernel
+    from lib.experiments.data import DataError
 
-    results = Path(given.get("results") or results)
-    results.mkdir(parents=True, exist_ok=True)
-    # Results that cannot be written are told now, not after minutes; such a file leaves nothing, ever.
-    with tempfile.TemporaryFile(dir=results):
-        pass
-    kept = results / given.get("profile", "") / f"{name}.failed.ipynb"
+    results = Path(given.get("results") or results) / given.get("profile", "")
+    failed = results / f"{name}.failed.ipynb"
     with tempfile.TemporaryDirectory(prefix=f"{name}-") as staging:
         executed = Path(staging) / f"{name}.ipynb"
         try:
-            papermill.execute_notebook(
+            notebook = papermill.execute_notebook(
                 # papermill takes braces in a path for its parameters.
                 str(notebook_path(name)).replace("{", "{{").replace("}", "}}"),
                 executed,
                 parameters=given,
-                kernel_name="python3",
-                kernel_manager_class=OwnKernel,
                 cwd=NOTEBOOKS,
                 progress_bar=False,
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
+                **KERNEL,
             )
-        except PapermillExecutionError as error:
-            from lib.experiments.data import DataError
-
+        except papermill.PapermillExecutionError as error:
             if error.ename in (ConfigError.__name__, DataError.__name__):
                 raise ConfigError(error.evalue) from None
-            write_atomic(kept, executed.read_bytes())
-            print(f"the notebook with its error: {kept}", file=sys.stderr)
+            write_atomic(failed, executed.read_bytes())
+            print(f"the notebook with its error: {failed}", file=sys.stderr)
             raise
-        folder = _made_folder(executed, results / given.get("profile", ""), name)
-        write_atomic(folder / executed.name, executed.read_bytes())
-    kept.unlink(missing_ok=True)
-    return folder
+        write_atomic(results / _folder(notebook, name) / executed.name, executed.read_bytes())
+    failed.unlink(missing_ok=True)
+    return results / _folder(notebook, name)
 
 
-def _made_folder(executed: Path, results: Path, name: str) -> Path:
-    """Return the folder that the last cell of an executed notebook names, or else that of its name."""
-    cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
-    for output in cells[-1].get("outputs", ()):
-        text = "".join(output.get("data", {}).get("text/plain", "")).strip("'\"")
-        if text and (results / text).is_dir():
-            return results / text
-    return results / name
-
-
-def refresh(name: str) -> Path:
-    """Execute a notebook in place with its defaults, and keep the figure under `results/reference`.
-
-    Returns:
-        The path of the notebook.
-    """
-    import nbclient
-    import nbformat
-
-    from lib.pages.kernel import OwnKernel
-
-    path = notebook_path(name)
-    notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(
-        notebook,
-        kernel_name="python3",
-        kernel_manager_class=OwnKernel,
-        record_timing=False,
-        resources={"metadata": {"path": NOTEBOOKS}},
-    ).execute()
-    write_atomic(path, nbformat.writes(notebook).encode())
-    if (RESULTS / "quick" / name).is_dir():
-        keep(name, "quick")
-    return path
+def _folder(notebook: nbformat.NotebookNode, name: str) -> str:
+    """Return the folder that the last cell of an executed notebook names, or else its own name."""
+    outputs = notebook.cells[-1].get("outputs") or [{}]
+    shown = outputs[-1].get("data", {}).get("text/plain", "")
+    return str(ast.literal_eval(shown)) if shown[:1] in ("'", '"') else name
 
 
 def keep(name: str, profile: str) -> Path:
@@ -335,66 +299,66 @@ def keep(name: str, profile: str) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.pages.notebooks", add_help=False)
-    parser.add_argument(
-        "command",
-        choices=("run", "refresh", "keep"),
-        help="into results/, in place, or what was run to the committed ones",
-    )
+    commands = "make the results of notebooks, or copy them to the committed ones"
+    parser.add_argument("command", choices=("run", "keep"), help=commands)
     parser.add_argument("names", nargs="+", metavar="figNN")
     parser.add_argument("--profile", default="quick")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--help", action="store_true", help="print the parameters of the notebooks")
     options = parser.parse_args(arguments)
-    given = {}
-    for name in options.names if options.command == "run" else ():
-        try:
-            require_name("notebook", name, PAGES)
-            require_name("profile", options.profile, PROFILES)
-            if options.help:
-                print_help(name, options.profile)
-                continue
-            given[name] = parsed(name, options.p)
-            require(name, options.profile, given[name])
-        except ConfigError as error:
-            return _told(2, f"{named(name)}: {error}")
+    try:
+        return _main(options)
+    except KeyboardInterrupt:
+        return _fail(130, "stopped; the same command goes on from here")
+    except BrokenPipeError:
+        # The reader has gone, such as `head`; what Python writes at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
+
+def _main(options: argparse.Namespace) -> int:
+    """Refuse all or make one notebook's results after the other, and return an exit status."""
+    profile, values = options.profile, dict[str, dict[str, Any]]()
+    for name in options.names:
+        try:
+            values[name] = parsed(name, options.p)
+            require_name("profile", profile, PROFILES)
+            if options.help:
+                print_help(name, profile)
+            else:
+                require(name, profile, values[name])
+        except ConfigError as error:
+            return _fail(2, f"{named(name)}: {error}")
     if options.help:
         return 0
 
     def make(name: str) -> int:
-        return _made(name, options.command, options.profile, given.get(name, {}))
+        return _make(name, options.command, profile, values[name])
 
-    # One that fails stops no other.
-    if not given or any(values.get("train") is not False for values in given.values()):
+    if any(chosen.get("train") is not False for chosen in values.values()):
         return max(map(make, options.names))
-    # Trainings would take all cores; where there are none, each core makes a figure. For the one that takes
-    # longest none should be left to wait.
+    # Without trainings each core makes a figure. For the one that takes longest none is left to wait.
     with threads_with_cores(len(options.names)) as pool:
         return max(pool.map(make, sorted(options.names, key=LONGEST.__ne__)))
 
 
-def _made(name: str, command: str, profile: str, parameters: dict[str, Any]) -> int:
+def _make(name: str, command: str, profile: str, parameters: dict[str, Any]) -> int:
     """Make one notebook's results, say where they are or why not, and return an exit status."""
-    from nbclient.exceptions import CellExecutionError, DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    start, failed = time.perf_counter(), f"{name} failed, its old result is as it was: "
+    start = time.perf_counter()
     try:
-        if command == "run":
-            made = run(name, profile, parameters)
-        else:
-            made = refresh(name) if command == "refresh" else keep(name, profile)
+        made = run(name, profile, parameters) if command == "run" else keep(name, profile)
     except ConfigError as error:
-        return _told(2, f"{named(name)}: {error}")
-    except (PapermillExecutionError, CellExecutionError) as error:
-        return _told(1, failed + f"{error.ename}: {error.evalue}".splitlines()[0])
-    except (OSError, DeadKernelError) as error:
-        return _told(1, failed + " ".join(str(error).split()))
+        return _fail(2, f"{named(name)}: {error}")
+    except Exception as error:
+        # One that fails stops no other. papermill's errors have the name and the text of the notebook's.
+        kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+        reason = f"{kind}: {text}".splitlines()[0]
+        return _fail(1, f"{name} failed, its old result is as it was: {reason}")
     print(f"{made}  ({time.perf_counter() - start:.0f} s)")
     return 0
 
 
-def _told(status: int, line: str) -> int:
+def _fail(status: int, line: str) -> int:
     print(line, file=sys.stderr)
     return status
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from PIL import Image
 
 from lib.experiments.config import ConfigError
 from lib.experiments.profiles import PROFILES
+from lib.experiments.store import REPOSITORY
 from lib.pages import notebooks
 
 FIGURES = [name for name in notebooks.PAGES if name.startswith("fig")]
@@ -173,6 +177,42 @@ def test_the_first_cell_refuses_before_a_training(
         notebooks.run(name, "smoke", given, tmp_path)
     assert "\n" not in str(refusal.value)
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_broken_notebook_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+    path = notebooks.notebook_path("fig02")
+    path.write_text('<<<<<<< HEAD\n{"cells": []}')
+    assert notebooks.main(["run", "fig02"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"fig02: {path}: it is no notebook; ")
+    assert error.count("\n") == 1
+
+
+def test_help_ends_silently_when_its_reader_leaves() -> None:
+    command = [sys.executable, "-m", "lib.pages.notebooks", "run", *FIGURES, "--help"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(command, cwd=REPOSITORY, stdout=writing, stderr=subprocess.PIPE, check=True)
+    os.close(writing)
+    assert ended.stderr == b""
+
+
+def test_an_interrupt_stops_what_has_not_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = []
+
+    def run(name: str, *arguments: object) -> Path:
+        started.append(name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(notebooks, "run", run)
+    assert notebooks.main(["run", "fig02", "fig03", "--profile", "smoke"]) == 130
+    assert started == ["fig02"]
+    assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
 
 
 def test_a_figure_that_fails_stops_no_other(
