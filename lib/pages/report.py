@@ -10,20 +10,17 @@ from __future__ import annotations
 import argparse
 import base64
 import html
-import io
 import json
-import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import jinja2
 import nbformat
-import pandas as pd
-from latex2mathml.converter import convert_to_element
+from latex2mathml.converter import convert
 from markupsafe import Markup
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
@@ -33,40 +30,31 @@ from lib.experiments.plan import duration
 from lib.experiments.profiles import PROFILES
 from lib.experiments.provenance import PROVENANCE, read_described
 from lib.experiments.records import COMMITTED
-from lib.experiments.store import REPOSITORY, RESULTS, DamagedFile, write_atomic
-from lib.figures.comparison import ANSWERS, Question
-from lib.figures.style import sweep_budget
-from lib.pages.notebooks import NOTEBOOKS
+from lib.experiments.store import RESULTS, DamagedFile, write_atomic
+from lib.figures.comparison import Question
+from lib.pages.notebooks import PAGES, notebook_path, read_notebook
 from lib.training import COMPLETED
 
 READING = "## What one sees"
 """Heading of a notebook's cell that describes its figure."""
 
-FINDINGS = "## What was found"
-"""Heading of the README's section that opens the page."""
+QUESTIONS = "questions.json"
 
-PICTURE = re.compile('<img alt="([^"]*)" src="([^"]*)"[^>]*>')
+FIGURES = [name for name in PAGES if name.startswith("fig")]
 
 Answers = dict[tuple[str, str, str], dict[str, Question]]
 """Answered questions by figure, question and rule, and by profile."""
 
 
 class _Renderer(IPythonRenderer):
-    """Markdown without raw HTML, and formulas as MathML, which browsers draw without a script."""
-
-    def __init__(self) -> None:
-        super().__init__(escape=True, allow_harmful_protocols=False, exclude_anchor_links=True)
+    """Markdown with formulas as MathML, which browsers draw without a script."""
 
     def inline_math(self, body: str, display: str = "inline") -> str:
         try:
-            math = convert_to_element(body, display=display)
+            return convert(body, display=display)
         except Exception:
             # latex2mathml's errors have no base class of their own.
             return f"<code>{html.escape(body)}</code>"
-        for node in math.iter():
-            # The converter writes signs as character references but text verbatim.
-            node.text = html.unescape(node.text) if node.text else None
-        return ElementTree.tostring(math, encoding="unicode")
 
     def block_math(self, body: str) -> str:
         return self.inline_math(body, "block")
@@ -74,46 +62,39 @@ class _Renderer(IPythonRenderer):
 
 def markdown(source: str) -> Markup:
     """Return Markdown with formulas as HTML; raw HTML in it is shown as text."""
-    return Markup(MarkdownWithMath(renderer=_Renderer()).render(source))
+    return Markup(MarkdownWithMath(renderer=_Renderer(exclude_anchor_links=True)).render(source))
 
 
-def build(profile: str, results: Path = RESULTS, notebooks: Path = NOTEBOOKS) -> Path:
+def build(profile: str, results: Path = RESULTS) -> Path:
     """Write the page of a profile, and the executed notebooks as pages beside their figures.
 
     Args:
         profile: name of the profile.
         results: folder of the results.
-        notebooks: folder of the notebooks, one per figure.
 
     Returns:
         The path of the page.
 
     Raises:
-        ConfigError: the profile is unknown.
+        ConfigError: the profile is unknown, or a notebook cannot be read.
     """
     require_name("profile", profile, PROFILES)
-    folder, problems = results / profile, list[str]()
-    figures = [_figure(source, folder, problems) for source in sorted(notebooks.glob("fig*.ipynb"))]
+    problems: list[str] = []
+    figures = [_figure(name, results / profile, problems) for name in FIGURES]
     committed = {name: results / where for name, where in COMMITTED.items() if name != profile}
-    answers, budgets = _answers({profile: folder, **committed}, problems)
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    findings = readme.partition(FINDINGS)[2].partition("\n## ")[0]
-    own = Counter(answer[profile].answer for answer in answers.values() if profile in answer)
+    answers = _answers({profile: results / profile, **committed}, problems)
     body = _rendered(
         "report.html.j2",
         profile=profile,
-        findings=PICTURE.sub("", findings).strip(),
-        pictures=[(alt, (REPOSITORY / path).read_bytes()) for alt, path in PICTURE.findall(findings)],
         figures=figures,
-        counts={answer: own[answer] for answer in ANSWERS},
-        questions=markdown(_table(answers, [profile, *committed], short=False)),
+        questions=markdown(_table(answers, [profile, *committed])),
         rules=dict.fromkeys((name, rule) for name, _, rule in answers),
-        budgets=budgets,
         problems=dict.fromkeys(problems),
     )
     title = f"Deep equilibrium models versus bilevel learning: the {profile} profile"
-    write_atomic(folder / "index.html", _rendered("page.html.j2", title=title, body=body).encode())
-    return folder / "index.html"
+    path = results / profile / "index.html"
+    write_atomic(path, _rendered("page.html.j2", title=title, body=body).encode())
+    return path
 
 
 def answers_table(results: Path = RESULTS) -> str:
@@ -126,110 +107,85 @@ def answers_table(results: Path = RESULTS) -> str:
         DamagedFile: what is committed cannot be read; it names the files.
     """
     problems: list[str] = []
-    answers, _ = _answers({name: results / where for name, where in COMMITTED.items()}, problems)
+    answers = _answers({name: results / where for name, where in COMMITTED.items()}, problems)
     if problems:
         raise DamagedFile("; ".join(problems))
-    return _table(answers, list(COMMITTED), short=True)
+    return _table(answers, list(COMMITTED))
 
 
-def _answers(folders: Mapping[str, Path], problems: list[str]) -> tuple[Answers, dict[str, str]]:
-    """Return the answers in the folders of some profiles, and the budgets that they hold for, by profile."""
+def _answers(folders: Mapping[str, Path], problems: list[str]) -> Answers:
+    """Return the answers in the folders of some profiles."""
     answers: Answers = {}
-    budgets: dict[str, str] = {}
-    for profile, folder in folders.items():
-        for path in sorted(folder.glob("fig*/questions.json")):
-            origin = _provenance(path.parent, problems)
-            if content := _read(path, origin, problems):
-                budgets.setdefault(profile, sweep_budget(origin["profile"], origin))
-                for question in [Question(**stored) for stored in json.loads(content)]:
-                    key = (path.parent.name, question.question, question.rule)
-                    answers.setdefault(key, {})[profile] = question
-    return {key: answers[key] for key in sorted(answers, key=lambda key: key[0])}, budgets
+    for name, (profile, folder) in product(FIGURES, folders.items()):
+        if (folder / name / QUESTIONS).exists():
+            content = _contents(folder / name, problems, [QUESTIONS])[1].get(QUESTIONS, b"[]")
+            for question in [Question(**stored) for stored in json.loads(content)]:
+                answers.setdefault((name, question.question, question.rule), {})[profile] = question
+    return answers
 
 
-def _table(answers: Answers, profiles: list[str], short: bool) -> str:
-    """Return a row per question; a short one has the numbers that decide alone."""
+def _table(answers: Answers, profiles: list[str]) -> str:
+    """Return a row per question, with the numbers that decide it."""
     lines = [["figure", "question", *profiles], ["---"] * (2 + len(profiles))]
     for (name, text, _), by_profile in answers.items():
         line = [str(int(name.removeprefix("fig"))), text]
         for profile in profiles:
-            if question := by_profile.get(profile):
-                numbers = question.numbers.partition(";")[0] if short else question.numbers
-                line.append(f"{question.answer}: {numbers}".replace("-", "−"))
-            else:
-                line.append("–")
+            answer = by_profile.get(profile)
+            numbers = f"{answer.answer}: {answer.numbers.partition(';')[0]}" if answer else "–"
+            line.append(numbers.replace("-", "−"))
         lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _provenance(folder: Path, problems: list[str]) -> dict[str, Any]:
-    """Return the provenance in a folder; name it in `problems` if it is missing or damaged."""
-    path = folder / PROVENANCE
+def _contents(
+    folder: Path, problems: list[str], names: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return a figure's provenance and its files, all if none is named; add what is damaged to `problems`."""
+    place = f"{folder.parent.name}/{folder.name}"
     try:
-        origin: dict[str, Any] = json.loads(path.read_bytes())
+        origin: dict[str, Any] = json.loads((folder / PROVENANCE).read_bytes())
     except (FileNotFoundError, ValueError):
-        problems.append(f"{_place(path)} is missing or damaged")
-        return {"sha256": {}}
-    return origin
+        problems.append(f"{place}/{PROVENANCE} is missing or damaged")
+        return {}, {}
+    contents = {}
+    for name in names or origin["sha256"]:
+        try:
+            contents[name] = read_described(folder / name, origin)
+        except (FileNotFoundError, DamagedFile):
+            problems.append(f"{place}/{name} is missing or not the file that {PROVENANCE} describes")
+    return origin, contents
 
 
-def _read(path: Path, origin: Mapping[str, Any], problems: list[str]) -> bytes:
-    """Return the content of a file; name it in `problems` if it is missing or damaged."""
-    try:
-        return read_described(path, origin)
-    except (FileNotFoundError, DamagedFile, KeyError):
-        problems.append(f"{_place(path)} is missing or not the file that {PROVENANCE} describes")
-        return b""
-
-
-def _place(path: Path) -> str:
-    return "/".join(path.parts[-3:])
-
-
-def _figure(source: Path, results: Path, problems: list[str]) -> dict[str, Any]:
+def _figure(name: str, results: Path, problems: list[str]) -> dict[str, Any]:
     """Return a figure for the template, and write its executed notebook as a page; name what is missing."""
-    name = source.stem.partition("_")[0]
-    cells = [c.source for c in nbformat.read(source, as_version=4).cells if c.cell_type == "markdown"]
+    notebook = read_notebook(notebook_path(name))
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     title, _, text = cells[0].partition("\n")
     reading = next((cell.removeprefix(READING) for cell in cells if cell.startswith(READING)), "")
     folder = results / name
-    figure: dict[str, Any] = {"name": name, "number": int(name.removeprefix("fig"))}
-    figure |= {"title": title.lstrip("# "), "caption": markdown(text.strip().partition("\n\n")[0])}
-    figure |= {"reading": markdown(reading.strip()), "made": folder.is_dir(), "picture": b""}
+    figure: dict[str, Any] = {"name": name, "title": title.lstrip("# "), "picture": None}
+    figure |= {"caption": markdown(text.strip().partition("\n\n")[0]), "reading": markdown(reading.strip())}
     if (results / f"{name}.failed.ipynb").exists():
         problems.append(f"the last run of {name} failed: {results.name}/{name}.failed.ipynb has the error")
-    if not figure["made"]:
+    if not folder.is_dir():
         problems.append(f"{name} has not been made: make {name} PROFILE={results.name} makes it")
         return figure
-    origin = _provenance(folder, problems)
-    contents = {file: _read(folder / file, origin, problems) for file in origin["sha256"]}
-    figure["picture"] = contents.get(f"{name}.png")
-    numbers = contents.get(f"{name}.csv")
-    figure["numbers"] = pd.read_csv(io.BytesIO(numbers)) if numbers else None
-    figure["origin"] = _origin(origin) if contents else {}
-    ends = figure["origin"].get("ends", {})
+    origin, contents = _contents(folder, problems)
+    # A sweep has counts, other figures have their runs.
+    ends = origin.get("statuses") or Counter(run["status"] for run in origin.get("runs", {}).values())
     problems += [f"{name}: {n:,} runs with status {end!r}" for end, n in ends.items() if end != COMPLETED]
-    executed: dict[str, Any] = {}
-    if (path := folder / f"{name}.ipynb").exists():
-        notebook = nbformat.read(path, as_version=4)
-        executed = notebook.metadata.get("papermill", {})
+    executed = folder / f"{name}.ipynb"
+    parameters: dict[str, Any] = {}
+    if executed.exists():
+        notebook = read_notebook(executed)
+        parameters = notebook.metadata.get("papermill", {}).get("parameters", {})
         write_atomic(folder / f"{name}.html", _page(notebook, name, figure["title"]).encode())
     else:
-        problems.append(f"{_place(path)} is missing")
-    parameters = executed.get("parameters", {}).items()
-    figure["parameters"] = {key: value for key, value in parameters if key not in ("profile", "results")}
-    figure["seconds"] = executed.get("duration")
-    figure["files"] = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    return figure
-
-
-def _origin(stored: dict[str, Any]) -> dict[str, Any]:
-    """Return a provenance with `ends`, the runs by status, and what `machines` trained and drew."""
-    trained = stored["trained_on"]
-    machines = [*(trained.values() if isinstance(trained, dict) else trained), stored["environment"]]
-    # A sweep has counts, other figures have their runs.
-    ends = stored.get("statuses") or Counter(run["status"] for run in stored["runs"].values())
-    return stored | {"ends": ends, "machines": [m for i, m in enumerate(machines) if m not in machines[:i]]}
+        problems.append(f"{results.name}/{name}/{executed.name} is missing")
+    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    parameters = {key: value for key, value in parameters.items() if key not in ("profile", "results")}
+    figure |= {"picture": contents.get(f"{name}.png"), "parameters": parameters, "files": files}
+    return figure | {"origin": origin, "ends": ends}
 
 
 def _page(notebook: nbformat.NotebookNode, name: str, title: str) -> str:
