@@ -1,4 +1,4 @@
-"""Reconstructions without learning, to compare with: total variation and harmonic inpainting."""
+"""Reconstructions without learning, to compare with: total variation with its best weight."""
 
 from __future__ import annotations
 
@@ -95,29 +95,3 @@ def best_tv_weight(config: FacesConfig, f: Tensor, truth: Tensor) -> float:
     """Return the weight of `tv_method` that is best for data and true images."""
     method = tv_method(config, (f.shape[-2], f.shape[-1]))
     return best_weight(method, f, truth, *TV_WEIGHTS.get(config.task, TV_LAMBDAS))
-
-
-def harmonic_inpainting(f: Tensor, mask: Tensor) -> Tensor:
-    """Solve Laplace's equation in the lost pixels, with their known neighbours as boundary values.
-
-    Args:
-        f: data, `(N, 1, H, W)`.
-        mask: `(H, W)`, zero where a pixel is lost.
-    """
-    lost = mask.numpy() == 0
-    height, width = lost.shape
-    number = lost.cumsum().reshape(lost.shape) - 1
-    laplacian = scipy.sparse.lil_matrix((lost.sum(), lost.sum()))
-    values = f.squeeze(1).double().numpy()
-    right = np.zeros((lost.sum(), len(values)))
-    for i, j in zip(*np.nonzero(lost), strict=True):
-        for p, q in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
-            if 0 <= p < height and 0 <= q < width:
-                laplacian[number[i, j], number[i, j]] += 1
-                if lost[p, q]:
-                    laplacian[number[i, j], number[p, q]] -= 1
-                else:
-                    right[number[i, j]] += values[:, p, q]
-    filled = values.copy()
-    filled[:, lost] = scipy.sparse.linalg.spsolve(laplacian.tocsc(), right).reshape(lost.sum(), -1).T
-    return torch.from_numpy(filled).to(f)[:, None]

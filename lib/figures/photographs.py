@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -19,13 +17,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.experiments.build import Weights, image_shape, make_model, solve
-from lib.experiments.config import MODELS, FacesConfig, require_range
+from lib.experiments.config import MODELS, FacesConfig
 from lib.experiments.data import TEST_FACES
 from lib.experiments.processes import cores
 from lib.experiments.profiles import FILTERS, faces_config, our_config, profile_seeds
 from lib.experiments.records import Run
 from lib.experiments.runs import get_runs, learned_start, train_runs
-from lib.experiments.store import REPOSITORY, RESULTS, Results
+from lib.experiments.store import Results
 from lib.figures.baselines import best_tv_weight, chambolle, tuning_data, tv_method
 from lib.figures.comparison import paired_test
 from lib.figures.reconstructions import Reconstructions, image_quality, runs_by_seed, seed_by_seed, test_data
@@ -35,40 +33,18 @@ from lib.regularizer import GRADIENT_NORM
 from lib.training import generator, one_thread, psnr
 
 
-def get_face_runs(
-    profile: str,
-    task: str,
-    results: Results = None,
-    models: Sequence[str] = MODELS,
-    sizes: Sequence[str] = tuple(FILTERS),
-    train: bool = True,
-    **values: Any,
-) -> dict[str, Run]:
-    """Return the runs of some models and kernel sizes by name, such as `DEQ 3x3`; missing ones are trained.
+def face_configs(profile: str, task: str, **values: Any) -> dict[str, FacesConfig]:
+    """Return the configurations of both models with each of `FILTERS` by name, such as `DEQ 3x3`.
 
-    Args:
-        profile, task, values: as in `faces_config`.
-        sizes: keys of `FILTERS`.
-        train: False takes only stored or committed runs.
+    `profile`, `task` and `values` are as in `faces_config`.
     """
-    configs = _face_configs(profile, task, models, sizes, **values)
-    return dict(zip(configs, get_runs(list(configs.values()), results, train), strict=True))
-
-
-def _face_configs(
-    profile: str,
-    task: str,
-    models: Sequence[str] = MODELS,
-    sizes: Sequence[str] = tuple(FILTERS),
-    **values: Any,
-) -> dict[str, FacesConfig]:
-    configs = {}
-    for size in sizes:
-        count, side = FILTERS[size]
-        for model in models:
-            own = {"model": model, "filters": count, "filter_size": side}
-            configs[f"{MODEL_NAMES[model]} {size}"] = faces_config(profile, task, **values | own)
-    return configs
+    return {
+        f"{MODEL_NAMES[model]} {size}": faces_config(
+            profile, task, **values | {"model": model, "filters": count, "filter_size": side}
+        )
+        for size, (count, side) in FILTERS.items()
+        for model in MODELS
+    }
 
 
 def get_our_runs(
@@ -80,8 +56,7 @@ def get_our_runs(
         profile, task, values: as in `faces_config`.
         train: False takes only stored or committed runs.
     """
-    configs = _our_configs(profile, task, seeds, **values)
-    runs = iter(get_runs(configs, results, train))
+    runs = iter(get_runs(_our_configs(profile, task, seeds, **values), results, train))
     return {f"{MODEL_NAMES[model]}, ours": [next(runs) for _ in seeds] for model in MODELS}
 
 
@@ -98,7 +73,7 @@ def get_runs_and_ours(
     train: bool = True,
     **values: Any,
 ) -> tuple[dict[str, Run], dict[str, list[Run]], dict[str, list[Run]]]:
-    """Return the runs of `get_face_runs`, the same for several seeds, and the runs of `get_our_runs`.
+    """Return the runs of `face_configs`, the same for several seeds, and the runs of `get_our_runs`.
 
     All are trained together so that no core waits.
 
@@ -111,7 +86,7 @@ def get_runs_and_ours(
     common = {name: value for name, value in values.items() if name not in ("initial", "seed")}
     start = values["seed"]
     numbers = range(start, start + profile_seeds(profile, seeds))
-    papers = [_face_configs(profile, task, **values | {"seed": number}) for number in numbers]
+    papers = [face_configs(profile, task, **values | {"seed": number}) for number in numbers]
     ours = range(start, start + our_seeds)
     if train:
         # The slow ones first, so that no process waits for one of them in the end.
@@ -259,16 +234,6 @@ def distance(weights: Weights) -> float:
     return float(torch.linalg.vector_norm(A - C) / torch.linalg.vector_norm(A))
 
 
-def require_kernels(indices: Sequence[int] | None, config: FacesConfig) -> None:
-    """Refuse indices of kernels that a configuration does not have.
-
-    Raises:
-        ConfigError: an index is out of range.
-    """
-    for index in indices or ():
-        require_range("shown", index, 0, config.filters - 1)
-
-
 def kernel_figure(run: Run, before: Weights, profile: str, chosen: Sequence[int] | None = None) -> Figure:
     """Draw kernels of `A` and of `C^T` before (first row) and after (second row) training.
 
@@ -341,24 +306,3 @@ def check_kernels(run: Run, table: pd.DataFrame) -> None:
     else:
         assert before == 0, f"before training C differs from A: {before}"
         print("C starts as A: the distance is 0 before")
-
-
-def reconstruction_folder(
-    run: Run, image: str | None, noise: float, clean: bool, results: Results = None
-) -> Path:
-    """Return the folder of a photograph's reconstruction.
-
-    Args:
-        run: whose kernels reconstruct.
-        image: path of the photograph; None is a test image of the faces.
-        noise: standard deviation of the noise that is added.
-        clean: whether the photograph is degraded first, or is the data.
-    """
-    name = "face"
-    if image is not None:
-        path = (REPOSITORY / Path(image).expanduser()).resolve()
-        # Photographs of the same name in two folders are told apart.
-        name = f"{path.stem[:100]}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    added = f"-noise-{noise:g}" if clean else "-as-it-is"
-    method = f"{run.config.task}-{run.config.model}-{len(run.weights['A'])}{added}"
-    return Path(results or RESULTS) / "reconstruct" / name / method

@@ -44,7 +44,6 @@ class Reconstructions:
         truth: `u`.
         observed: `f = K u + noise`.
         outputs: the fixed point `u*` of each model.
-        forwarded: `K u*` of each model.
         table: a row for the input and for each model, means over the test images: `psnr` (dB), `ssim`,
             `mse`, and of the solves `steps`, `residual` and the share `unconverged`.
     """
@@ -53,7 +52,6 @@ class Reconstructions:
     truth: Tensor
     observed: Tensor
     outputs: dict[str, Tensor]
-    forwarded: dict[str, Tensor]
     table: pd.DataFrame
 
 
@@ -67,7 +65,6 @@ def test_data(config: Config) -> tuple[Tensor, Tensor]:
 def reconstruct(runs: Mapping[str, Run]) -> Reconstructions:
     """Reconstruct the runs' common test set from the same data with each model, and measure."""
     first, device = next(iter(runs.values())), default_device()
-    operator = make_operator(first.config)
     truth, observed = test_data(first.config)
     # The batches of the training's evaluation give the same numbers to the bit.
     batches = [f[None].to(device) for f in observed.split(TEST_BATCH)]
@@ -86,13 +83,12 @@ def reconstruct(runs: Mapping[str, Run]) -> Reconstructions:
         return u, _quality(u, truth) | means | {"unconverged": unconverged}
 
     rows = {"input": _quality(observed, truth)}
-    outputs, forwarded = {}, {}
+    outputs = {}
     with ThreadPoolExecutor(workers(device)) as pool:
         for name, (u, row) in zip(runs, pool.map(measured, runs.values()), strict=True):
-            outputs[name], forwarded[name] = u.squeeze(1), operator.forward(u).squeeze(1)
-            rows[name] = row
+            outputs[name], rows[name] = u.squeeze(1), row
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("image")
-    return Reconstructions(runs, truth.squeeze(1), observed.squeeze(1), outputs, forwarded, table)
+    return Reconstructions(runs, truth.squeeze(1), observed.squeeze(1), outputs, table)
 
 
 def image_quality(images: Tensor, truth: Tensor) -> dict[str, Any]:
@@ -105,13 +101,8 @@ def _ssim(images: Tensor, truth: Tensor) -> np.ndarray:
     """SSIM of each image by scikit-image, computed for a column of many images in one call.
 
     Windows that reach into the next image are in the border, which an image's mean leaves out.
-
-    Raises:
-        ValueError: an image is smaller than the window.
     """
     height, width = truth.shape[-2:]
-    if min(height, width) < SSIM_WINDOW:
-        raise ValueError(f"images: got {height}x{width}, allowed: at least {SSIM_WINDOW}x{SSIM_WINDOW}")
     together, border = max(1, SSIM_PIXELS // (height * width)), SSIM_WINDOW // 2
     columns = [tensor.reshape(-1, width).split(together * height) for tensor in (images, truth)]
     maps = [
@@ -131,12 +122,10 @@ def _quality(images: Tensor, truth: Tensor) -> dict[str, float]:
 
 def with_images(result: Reconstructions, name: str, images: Tensor) -> Reconstructions:
     """Return the result together with another method's reconstructions, `(N, 1, H, W)`."""
-    operator = make_operator(next(iter(result.runs.values())).config)
     rows = result.table.to_dict("index") | {name: _quality(images, result.truth[:, None])}
     return replace(
         result,
         outputs=result.outputs | {name: images.squeeze(1)},
-        forwarded=result.forwarded | {name: operator.forward(images).squeeze(1)},
         table=pd.DataFrame.from_dict(rows, orient="index").rename_axis("image"),
     )
 
@@ -275,12 +264,12 @@ def reconstruction_figure(
         fig, axes = plt.subplots(len(rows), len(models), figsize=size, squeeze=False)
         fig.subplots_adjust(wspace=0.03, hspace=0.06, left=0.09, right=0.995)
         fig.subplots_adjust(top=1 - 0.36 / fig.get_figheight(), bottom=0.3 / fig.get_figheight())
-        before = result.table.loc["input"]
+        before, operator = result.table.loc["input"], make_operator(result.runs[models[0]].config)
         for column, model in zip(axes.T, models, strict=True):
             images = {
                 "truth": result.truth,
                 "input": result.observed,
-                "K output": result.forwarded[model],
+                "K output": operator.forward(result.outputs[model][:, None])[:, 0],
                 "output": result.outputs[model],
             }
             for axis, row in zip(column, rows, strict=True):

@@ -1,26 +1,18 @@
-"""Baselines without learning: total variation, the choice of its weight, and harmonic inpainting."""
+"""Baselines without learning: total variation and the choice of its weight."""
 
 from __future__ import annotations
 
 import math
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lib.experiments import data
-from lib.figures.baselines import (
-    DIFFERENCES_NORM,
-    best_weight,
-    chambolle,
-    harmonic_inpainting,
-    tv_model,
-    tv_reconstruction,
-)
+from lib.figures.baselines import DIFFERENCES_NORM, best_weight, chambolle, tv_model, tv_reconstruction
 from lib.kernels import difference_kernels, spectral_norm
 from lib.operators import Identity
 from lib.solvers import Anderson, fixed_point
@@ -101,35 +93,3 @@ def test_best_weight(exponent: float, power: float) -> None:
     # The search ends when its bracket is 0.05 wide; a quartic is flat in single precision before that.
     assert abs(math.log(weight) - exponent) <= (0.06 if power < 4 else 0.2)
     assert weight == float(f"{weight:.3g}")
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """Images and a mask, whose lost pixels may be anywhere, but not everywhere."""
-    height, width = draw(st.integers(1, 8)), draw(st.integers(1, 8))
-    lost = draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width))
-    mask = 1 - torch.tensor(lost, dtype=torch.float32).view(height, width)
-    assume(0 < mask.sum() < mask.numel())
-    return normal(draw(st.integers(1, 3)), 1, height, width, seed=draw(st.integers(0, 99))).double(), mask
-
-
-@given(problem=problems())
-def test_lost_pixels_are_means_of_their_neighbours(problem: tuple[Tensor, Tensor]) -> None:
-    """Known pixels are unchanged and bound the others."""
-    f, mask = problem
-    before = f.clone()
-    filled = harmonic_inpainting(f, mask)
-    assert torch.equal(f, before)
-    assert filled.shape == f.shape
-    assert filled.dtype == f.dtype
-    known = mask == 1
-    assert torch.equal(filled[..., known], f[..., known])
-    for u, data_of_it in zip(filled[:, 0].numpy(), f[:, 0].numpy(), strict=True):
-        padded = np.pad(u, 1)
-        inside = np.pad(np.ones_like(u), 1)
-        total, number = (p[:-2, 1:-1] + p[2:, 1:-1] + p[1:-1, :-2] + p[1:-1, 2:] for p in (padded, inside))
-        lost = ~known.numpy()
-        np.testing.assert_allclose(u[lost] * number[lost], total[lost], rtol=0, atol=1e-9)
-        least, most = data_of_it[~lost].min(), data_of_it[~lost].max()
-        assert least - 1e-9 <= u[lost].min()
-        assert u[lost].max() <= most + 1e-9

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -32,7 +31,6 @@ from lib.figures.photographs import (
     kernel_table,
     photograph_by_photograph,
     photograph_figure,
-    reconstruction_folder,
     seeds_by_size,
     starting_weights,
     total_variation,
@@ -231,14 +229,3 @@ def test_quality_photograph_by_photograph(trained: dict[str, Run]) -> None:
     assert ahead.loc["TV", "ahead"] == 0
     assert ahead.loc["DEQ", "ahead"] == pytest.approx((table["psnr DEQ"] - table["psnr TV"]).median())
     assert ahead.loc["DEQ", "low"] <= ahead.loc["DEQ", "ahead"] <= ahead.loc["DEQ", "high"]
-
-
-def test_each_photograph_has_a_folder(trained: dict[str, Run], tmp_path: Path) -> None:
-    """Photographs of the same name are told apart."""
-    run = trained["bilevel"]
-    face = reconstruction_folder(run, None, 0.1, True, tmp_path)
-    assert face == tmp_path / "reconstruct" / "face" / "denoising-bilevel-3-noise-0.1"
-    one, other = (reconstruction_folder(run, f"/{k}/x.png", 0.1, False, tmp_path) for k in "ab")
-    assert one.parent != other.parent
-    assert re.fullmatch(r"x-[0-9a-f]{8}", one.parent.name)
-    assert one.name == "denoising-bilevel-3-as-it-is"
