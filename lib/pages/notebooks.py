@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import nbformat
-from pydantic import create_model
+from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 from traitlets.config import Config
 
@@ -83,11 +83,8 @@ PAGES = {
     "fig17": Page("fig17_kernels_deblurring_3x3_deq", faces_config),
     "theory": Page("theory_special_case"),
 }
-PAGES |= {
-    name: Page(name)
-    for name in ("first_steps", "your_own", "weight", "hypergradients", "reconstruct", "evaluate")
-}
-PAGES |= {name: Page(name) for name in ("tomography", "explore", "scaling")}
+PAGES |= {name: Page(name) for name in ("first_steps", "your_own", "weight", "hypergradients", "reconstruct")}
+PAGES |= {name: Page(name) for name in ("evaluate", "tomography", "explore", "scaling")}
 
 
 def notebook_path(name: str) -> Path:
@@ -114,19 +111,11 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
     return notebook
 
 
-class Parameter(NamedTuple):
-    """A parameter of a notebook: its default, its type and its comment."""
-
-    default: Any
-    kind: Any
-    help: str
-
-
-def cell_parameters(name: str) -> dict[str, Parameter]:
-    """Return the parameters of a notebook, by name, from its cell with the tag `parameters`."""
+def cell_parameters(name: str) -> dict[str, tuple[Any, FieldInfo]]:
+    """Return types, defaults and comments of the variables in a notebook's cell with the tag `parameters`."""
     cells = read_notebook(notebook_path(name)).cells
     source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ()))
-    parameters: dict[str, Parameter] = {}
+    parameters: dict[str, tuple[Any, FieldInfo]] = {}
     for node in ast.parse(source).body:
         if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
             continue
@@ -134,7 +123,8 @@ def cell_parameters(name: str) -> dict[str, Parameter]:
         default = ast.literal_eval(node.value)
         kind = eval(ast.unparse(node.annotation)) if isinstance(node, ast.AnnAssign) else type(default)
         last = source.splitlines()[(node.end_lineno or 1) - 1][node.end_col_offset :]
-        parameters[ast.unparse(target)] = Parameter(default, kind, last.partition("#")[2].strip())
+        field: FieldInfo = Field(default, description=last.partition("#")[2].strip())
+        parameters[ast.unparse(target)] = (kind, field)
     return parameters
 
 
@@ -158,9 +148,8 @@ def require(name: str, profile: str, values: dict[str, Any], results: Path = RES
         ConfigError: a name is unknown, or a value is refused.
     """
     known, make = cell_parameters(name), PAGES[name].make
-    training = known.pop(TRAINING).default if make else {}
-    own: dict[str, Any] = {key: (parameter.kind, parameter.default) for key, parameter in known.items()}
-    own |= dict.fromkeys(training_fields(name), (Any, None))
+    training = known.pop(TRAINING)[1].default if make else {}
+    own: dict[str, Any] = known | dict.fromkeys(training_fields(name), (Any, None))
     common = {"profile": profile, "results": str(results)}
     values = {key: value for key, value in common.items() if key in known} | values
     create_model(name, __base__=Checked, **own)(**values)
@@ -175,12 +164,8 @@ def require(name: str, profile: str, values: dict[str, Any], results: Path = RES
 
 
 def parsed(name: str, pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Return the parameters of a command line.
-
-    Raises:
-        ConfigError: a list cannot be parsed.
-    """
-    types = {key: parameter.kind for key, parameter in cell_parameters(name).items()}
+    """Return the parameters of a command line."""
+    types = {key: kind for key, (kind, _) in cell_parameters(name).items()}
     training = {key: field.annotation for key, field in training_fields(name).items()}
     return parse_parameters(pairs, (axis_types() if PAGES[name].make is grid else training) | types)
 
@@ -188,18 +173,16 @@ def parsed(name: str, pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
 def print_help(name: str, profile: str) -> None:
     """Print name, type with limits, default and meaning of each parameter of a notebook."""
     known, make = cell_parameters(name), PAGES[name].make
-    training = known.pop(TRAINING).default if make else {}
-    rows = [(key, described(own.kind), own.default, own.help) for key, own in known.items()]
-    made = make(profile, **training) if make else []
-    configs = made if isinstance(made, list) else [made]
-    for key, field in training_fields(name).items():
-        levels = list(dict.fromkeys(getattr(config, key) for config in configs))
-        default = levels[0] if len(levels) == 1 else levels
-        default = training[key] if isinstance(default, FacesConfig) else default
-        rows.append((key, described(field.annotation, field.metadata), default, field.description or ""))
+    training = known.pop(TRAINING)[1].default if make else {}
     print(f'make {name} ARGS="-p NAME VALUE", profile {profile}: name, type, default, meaning')
-    for key, kind, default, meaning in rows:
-        print(f"  {key:<20} {kind:<32} {default!s:<14} {meaning}", flush=True)
+    rows = [(key, described(kind), own.default, own.description) for key, (kind, own) in known.items()]
+    made = make(profile, **training) if make else []
+    for key, field in training_fields(name).items():
+        levels = dict.fromkeys(getattr(config, key) for config in (made if make is grid else [made]))
+        default = training[key] if key in training else ", ".join(map(str, levels))
+        rows.append((key, described(field.annotation, field.metadata), default, field.description))
+    for key, limits, default, meaning in rows:
+        print(f"  {key:<20} {limits:<32} {default!s:<14} {meaning}", flush=True)
 
 
 def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RESULTS) -> Path:

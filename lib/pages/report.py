@@ -13,7 +13,6 @@ import html
 import json
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from lib.experiments.profiles import PROFILES
 from lib.experiments.provenance import PROVENANCE, read_described
 from lib.experiments.records import COMMITTED
 from lib.experiments.store import RESULTS, DamagedFile, write_atomic
-from lib.figures.comparison import Question
 from lib.pages.notebooks import PAGES, notebook_path, read_notebook
 from lib.training import COMPLETED
 
@@ -42,8 +40,14 @@ QUESTIONS = "questions.json"
 
 FIGURES = [name for name in PAGES if name.startswith("fig")]
 
-Answers = dict[tuple[str, str, str], dict[str, Question]]
-"""Answered questions by figure, question and rule, and by profile."""
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader(__name__),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 class _Renderer(IPythonRenderer):
@@ -81,20 +85,10 @@ def build(profile: str, results: Path = RESULTS) -> Path:
     require_name("profile", profile, PROFILES)
     problems: list[str] = []
     figures = [_figure(name, results / profile, problems) for name in FIGURES]
-    committed = {name: results / where for name, where in COMMITTED.items() if name != profile}
-    answers = _answers({profile: results / profile, **committed}, problems)
-    body = _rendered(
-        "report.html.j2",
-        profile=profile,
-        figures=figures,
-        questions=markdown(_table(answers, [profile, *committed])),
-        rules=dict.fromkeys((name, rule) for name, _, rule in answers),
-        problems=dict.fromkeys(problems),
-    )
-    title = f"Deep equilibrium models versus bilevel learning: the {profile} profile"
-    path = results / profile / "index.html"
-    write_atomic(path, _rendered("page.html.j2", title=title, body=body).encode())
-    return path
+    page = TEMPLATES.get_template("report.html.j2")
+    content = page.render(profile=profile, figures=figures, problems=problems, duration=duration)
+    write_atomic(results / profile / "index.html", content.encode())
+    return results / profile / "index.html"
 
 
 def answers_table(results: Path = RESULTS) -> str:
@@ -104,43 +98,25 @@ def answers_table(results: Path = RESULTS) -> str:
         results: folder of the results, with the committed ones in `reference/`.
 
     Raises:
-        DamagedFile: what is committed cannot be read; it names the files.
+        DamagedFile: a file is not what was committed.
     """
-    problems: list[str] = []
-    answers = _answers({name: results / where for name, where in COMMITTED.items()}, problems)
-    if problems:
-        raise DamagedFile("; ".join(problems))
-    return _table(answers, list(COMMITTED))
+    answers: dict[tuple[int, str], dict[str, str]] = {}
+    for name, (profile, where) in product(FIGURES, COMMITTED.items()):
+        path = results / where / name / QUESTIONS
+        if path.exists():
+            origin = json.loads((path.parent / PROVENANCE).read_bytes())
+            for question in json.loads(read_described(path, origin)):
+                answer = f"{question['answer']}: {question['numbers'].partition(';')[0]}".replace("-", "−")
+                answers.setdefault((int(name[3:]), question["question"]), {})[profile] = answer
+    lines = [f"| figure | question | {' | '.join(COMMITTED)} |", "| --- " * (2 + len(COMMITTED)) + "|"]
+    for (number, text), own in answers.items():
+        numbers = " | ".join(own.get(profile, "–") for profile in COMMITTED)
+        lines.append(f"| {number} | {text} | {numbers} |")
+    return "\n".join(lines)
 
 
-def _answers(folders: Mapping[str, Path], problems: list[str]) -> Answers:
-    """Return the answers in the folders of some profiles."""
-    answers: Answers = {}
-    for name, (profile, folder) in product(FIGURES, folders.items()):
-        if (folder / name / QUESTIONS).exists():
-            content = _contents(folder / name, problems, [QUESTIONS])[1].get(QUESTIONS, b"[]")
-            for question in [Question(**stored) for stored in json.loads(content)]:
-                answers.setdefault((name, question.question, question.rule), {})[profile] = question
-    return answers
-
-
-def _table(answers: Answers, profiles: list[str]) -> str:
-    """Return a row per question, with the numbers that decide it."""
-    lines = [["figure", "question", *profiles], ["---"] * (2 + len(profiles))]
-    for (name, text, _), by_profile in answers.items():
-        line = [str(int(name.removeprefix("fig"))), text]
-        for profile in profiles:
-            answer = by_profile.get(profile)
-            numbers = f"{answer.answer}: {answer.numbers.partition(';')[0]}" if answer else "–"
-            line.append(numbers.replace("-", "−"))
-        lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _contents(
-    folder: Path, problems: list[str], names: Collection[str] = ()
-) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return a figure's provenance and its files, all if none is named; add what is damaged to `problems`."""
+def _contents(folder: Path, problems: list[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return a figure's provenance and the files that it describes; add what is damaged to `problems`."""
     place = f"{folder.parent.name}/{folder.name}"
     try:
         origin: dict[str, Any] = json.loads((folder / PROVENANCE).read_bytes())
@@ -148,7 +124,7 @@ def _contents(
         problems.append(f"{place}/{PROVENANCE} is missing or damaged")
         return {}, {}
     contents = {}
-    for name in names or origin["sha256"]:
+    for name in origin["sha256"]:
         try:
             contents[name] = read_described(folder / name, origin)
         except (FileNotFoundError, DamagedFile):
@@ -162,30 +138,26 @@ def _figure(name: str, results: Path, problems: list[str]) -> dict[str, Any]:
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     title, _, text = cells[0].partition("\n")
     reading = next((cell.removeprefix(READING) for cell in cells if cell.startswith(READING)), "")
-    folder = results / name
-    figure: dict[str, Any] = {"name": name, "title": title.lstrip("# "), "picture": None}
+    folder, executed = results / name, results / name / f"{name}.ipynb"
+    figure: dict[str, Any] = {"name": name, "title": title.lstrip("# "), "made": folder.is_dir()}
     figure |= {"caption": markdown(text.strip().partition("\n\n")[0]), "reading": markdown(reading.strip())}
     if (results / f"{name}.failed.ipynb").exists():
         problems.append(f"the last run of {name} failed: {results.name}/{name}.failed.ipynb has the error")
-    if not folder.is_dir():
+    if not figure["made"]:
         problems.append(f"{name} has not been made: make {name} PROFILE={results.name} makes it")
         return figure
     origin, contents = _contents(folder, problems)
     # A sweep has counts, other figures have their runs.
     ends = origin.get("statuses") or Counter(run["status"] for run in origin.get("runs", {}).values())
     problems += [f"{name}: {n:,} runs with status {end!r}" for end, n in ends.items() if end != COMPLETED]
-    executed = folder / f"{name}.ipynb"
-    parameters: dict[str, Any] = {}
     if executed.exists():
-        notebook = read_notebook(executed)
-        parameters = notebook.metadata.get("papermill", {}).get("parameters", {})
-        write_atomic(folder / f"{name}.html", _page(notebook, name, figure["title"]).encode())
+        page = _page(read_notebook(executed), name, figure["title"])
+        write_atomic(folder / f"{name}.html", page.encode())
     else:
         problems.append(f"{results.name}/{name}/{executed.name} is missing")
-    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    parameters = {key: value for key, value in parameters.items() if key not in ("profile", "results")}
-    figure |= {"picture": contents.get(f"{name}.png"), "parameters": parameters, "files": files}
-    return figure | {"origin": origin, "ends": ends}
+    figure["picture"] = base64.b64encode(contents.get(f"{name}.png", b"")).decode()
+    figure |= {"origin": origin, "ends": ends, "questions": json.loads(contents.get(QUESTIONS, b"[]"))}
+    return figure | {"files": sorted(path.name for path in folder.iterdir() if path.name[0] != ".")}
 
 
 def _page(notebook: nbformat.NotebookNode, name: str, title: str) -> str:
@@ -194,22 +166,8 @@ def _page(notebook: nbformat.NotebookNode, name: str, title: str) -> str:
         # The alternative text of the pictures.
         cell.metadata["alt"] = title
     exporter = HTMLExporter(template_name="basic", filters={"markdown2html": markdown})
-    main = Markup("<main>{}</main>").format(Markup(exporter.from_notebook_node(notebook)[0]))
-    back = Markup('<nav><a href="../index.html#{}">All figures</a></nav>').format(name)
-    return _rendered("page.html.j2", title=title, body=back + main)
-
-
-def _rendered(template: str, **variables: Any) -> Markup:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"markdown": markdown, "duration": duration}
-    environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
-    return Markup(environment.get_template(template).render(variables))
+    cells = Markup(exporter.from_notebook_node(notebook)[0])
+    return TEMPLATES.get_template("page.html.j2").render(title=title, name=name, cells=cells)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -88,21 +88,6 @@ def test_a_damaged_or_missing_file_is_named(name: str, store: Path) -> None:
         load_table("smoke", store)
 
 
-def test_weights_of_another_loss_are_not_collected(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The collection ends, and nothing is written."""
-
-    def altered(*args: Any) -> sweeps.Sweep:
-        sweep = load_sweep(*args)
-        sweep.runs["test_loss"] *= 1.5
-        return sweep
-
-    shutil.rmtree(table_folder("smoke"))
-    monkeypatch.setattr(explore, "load_sweep", altered)
-    with pytest.raises(RuntimeError, match="its weights give the test loss"):
-        collect("smoke", **TINY)
-    assert not table_folder("smoke").exists()
-
-
 def test_the_command_makes_the_table(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [text for name, value in TINY.items() for text in ("-p", name, str(value))]
     assert main(["collect", "--profile", "smoke", *arguments]) == 0

@@ -55,9 +55,8 @@ def test_the_parameters_of_each_page_are_valid_and_explained(
 ) -> None:
     for name in notebooks.PAGES:
         notebooks.require(name, profile, {})
-        assert all(
-            parameter.help for key, parameter in notebooks.cell_parameters(name).items() if key == "train"
-        )
+        known = notebooks.cell_parameters(name)
+        assert all(field.description for key, (_, field) in known.items() if key == "train")
     assert notebooks.main(["run", "fig03", "--profile", profile, "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("noise", "float <= 10, >= 0", "standard deviation", "digits"))
