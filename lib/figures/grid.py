@@ -1,15 +1,12 @@
-"""Figures of the grid: losses as boxes and in pairs, the best runs, epochs and solver steps."""
+"""Figures of the grid: losses as boxes and in pairs, histories and solver steps of runs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -30,7 +27,8 @@ CROWDED = 1e4
 MODEL_OFFSETS = {"bilevel": -0.175, "deq": 0.175}
 
 
-def _model_patches() -> list[Patch]:
+def model_patches() -> list[Patch]:
+    """Return the entries of a legend that names both models by their colours."""
     return [Patch(facecolor=MODEL_COLORS[model], edgecolor="k", label=MODEL_NAMES[model]) for model in MODELS]
 
 
@@ -46,7 +44,7 @@ def loss_figure(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> Figure:
             box |= {"medianprops": {"color": "k"}, "flierprops": {"markersize": 2}}
             left.boxplot(losses, positions=[i + offset for i in range(len(TASKS))], **box)
         # Above what may be drawn.
-        left.legend(handles=_model_patches(), frameon=False, loc="upper left", ncols=2)
+        left.legend(handles=model_patches(), frameon=False, loc="upper left", ncols=2)
         left.set_xticks(range(len(TASKS)), TASKS)
         left.set(ylabel="final test loss", ylim=(-0.02 * threshold, 1.15 * threshold))
         left.set_title(f"runs with a final test loss up to {threshold:g}")
@@ -121,39 +119,6 @@ def draw_histories(axes: Axes, runs: pd.DataFrame, epochs: pd.DataFrame) -> None
             spread: Any = {"color": MODEL_COLORS[str(model)], "alpha": 0.2, "linewidth": 0}
             axes.fill_between(median.index, histories.min(), histories.max(), **spread)
         axes.plot(median.index, median, label=MODEL_NAMES[str(model)], **model_line(str(model)))
-
-
-def epochs_figure(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOLD) -> Figure:
-    """Draw histograms of the epochs that kept runs finished within some seconds, and their solver steps."""
-    runs = comparison.epochs_within(sweep, seconds, threshold)
-    epochs = sweep.epochs[sweep.epochs["epoch"] > 0].merge(runs[["key", "task", "model"]], on="key")
-    most = int(sweep.runs["epochs"].max())
-    width = math.ceil((most + 1) / 20)
-    edges = np.arange(0, most + width + 1, width) - 0.5
-    with plt.rc_context(STYLE):
-        fig, (top, bottom) = plt.subplots(2, len(TASKS), figsize=(TEXT_WIDTH, 4.2), sharey="row")
-        fig.subplots_adjust(left=0.085, right=0.99, top=0.94, bottom=0.17, wspace=0.08, hspace=0.38)
-        for upper, lower, task in zip(top, bottom, TASKS, strict=True):
-            here = runs[runs["task"] == task]
-            if not here.empty:
-                bars: Any = {"multiple": "dodge", "shrink": 0.85, "alpha": 1, "linewidth": 0, "legend": False}
-                bars |= {"hue": "model", "hue_order": MODELS, "palette": MODEL_COLORS}
-                sns.histplot(here, x="epochs_within", bins=edges.tolist(), ax=upper, **bars)
-            upper.xaxis.set_major_locator(MaxNLocator(integer=True))
-            upper.set(title=task, xlabel=f"epochs finished in {seconds:.3g} s", ylabel="runs")
-            draw_solver_steps(lower, epochs[epochs["task"] == task])
-        top[0].legend(handles=_model_patches(), frameon=False, loc="upper left")
-        bottom[0].set(ylabel="solver steps per solve", ylim=(0, None))
-        bottom[0].legend(frameon=False, loc="upper left", handlelength=2.6)
-        note(fig, sweep_budget(sweep.profile, sweep.provenance) + _timed_on(sweep.provenance))
-    return fig
-
-
-def _timed_on(provenance: Mapping[str, Any]) -> str:
-    """Return the processors on which a sweep was timed: `CPU` or the accelerators' names."""
-    names = {machine["accelerator"] for machine in provenance["trained_on"]}
-    processors = " and ".join(sorted("CPU" if name == "none" else name for name in names))
-    return f"; timed on {processors}" if processors else ""
 
 
 def draw_solver_steps(axes: Axes, epochs: pd.DataFrame) -> None:

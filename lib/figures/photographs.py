@@ -10,9 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import skimage
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -27,10 +25,10 @@ from lib.experiments.store import Results
 from lib.figures.baselines import best_tv_weight, chambolle, tuning_data, tv_method
 from lib.figures.comparison import paired_test
 from lib.figures.reconstructions import Reconstructions, image_quality, runs_by_seed, seed_by_seed, test_data
-from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
+from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, image_grid, note
 from lib.kernels import spectral_norm
 from lib.regularizer import GRADIENT_NORM
-from lib.training import generator, one_thread, psnr
+from lib.training import generator, one_thread
 
 
 def face_configs(profile: str, task: str, **values: Any) -> dict[str, FacesConfig]:
@@ -194,38 +192,29 @@ def photograph_figure(
         image: index of the test image.
     """
     images = {"truth": result.truth, "input": result.observed} | result.outputs
-    truth = result.truth[image]
-    aspect = truth.shape[0] / truth.shape[1]
-    columns = max(len(row) for row in rows)
-    side = min(1.6, TEXT_WIDTH / columns)
-    with plt.rc_context(STYLE):
-        size = (max(columns * side, 4.6), len(rows) * (side * aspect + 0.36) + 0.47)
-        fig, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
-        fig.subplots_adjust(left=0.01, right=0.99, wspace=0.04, hspace=0.36 / (side * aspect))
-        fig.subplots_adjust(top=1 - 0.2 / fig.get_figheight(), bottom=0.62 / fig.get_figheight())
-        for axis in axes.flat:
-            axis.set_axis_off()
-        for line, row in zip(axes, rows, strict=True):
-            for axis, (name, title) in zip(line, row.items(), strict=False):
-                draw_photograph(axis, images[name][image], title, None if name == "truth" else truth)
-        experts = [f"{count} kernels {size}" for size, (count, _) in FILTERS.items()]
-        configs: list[Any] = [run.config for run in result.runs.values()]
-        learned = [c for c in configs if c.learn_weight]
-        own = {f"ours {c.filters} of {c.filter_size}x{c.filter_size}, {c.epochs} iterations" for c in learned}
-        note(fig, budget(next(iter(result.runs.values())), profile, ", ".join([*experts, *sorted(own)])))
-    return fig
+    panels = [
+        [
+            (
+                title,
+                images[name][image],
+                "" if name == "truth" else quality(images[name][image], result.truth[image]),
+            )
+            for name, title in row.items()
+        ]
+        for row in rows
+    ]
+    experts = [f"{count} kernels {size}" for size, (count, _) in FILTERS.items()]
+    configs: list[Any] = [run.config for run in result.runs.values()]
+    learned = [c for c in configs if c.learn_weight]
+    own = {f"ours {c.filters} of {c.filter_size}x{c.filter_size}, {c.epochs} iterations" for c in learned}
+    first = next(iter(result.runs.values()))
+    return image_grid(panels, budget(first, profile, ", ".join([*experts, *sorted(own)])))
 
 
-def draw_photograph(axis: Axes, picture: Tensor, title: str, truth: Tensor | None) -> None:
-    """Draw an image `(H, W)` with its quality below it where the truth is given."""
-    axis.imshow(picture, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-    axis.set_axis_off()
-    axis.set_title(title, pad=3)
-    if truth is not None:
-        decibels = psnr((picture - truth).square().mean()).item()
-        ssim = skimage.metrics.structural_similarity(picture.numpy(), truth.numpy(), data_range=2)
-        text = f"{decibels:.1f} dB, SSIM {ssim:.2f}"
-        axis.text(0.5, -0.02, text, size=7.5, ha="center", va="top", transform=axis.transAxes)
+def quality(image: Tensor, truth: Tensor) -> str:
+    """Return PSNR and SSIM of an image `(H, W)` in words."""
+    measured = image_quality(image[None, None], truth[None, None])
+    return f"{measured['psnr'].item():.1f} dB, SSIM {measured['ssim'].item():.2f}"
 
 
 def distance(weights: Weights) -> float:

@@ -28,12 +28,6 @@ from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.solvers import Status
 from lib.training import COMPLETED, TEST_BATCH, observe, one_thread, psnr
 
-SSIM_WINDOW = 7
-"""Side of the windows of SSIM in pixels, as scikit-image has it by default."""
-
-SSIM_PIXELS = 2**14
-"""Pixels in one call of SSIM: more of them leave the cache."""
-
 
 @dataclass(frozen=True)
 class Reconstructions:
@@ -94,26 +88,9 @@ def reconstruct(runs: Mapping[str, Run]) -> Reconstructions:
 def image_quality(images: Tensor, truth: Tensor) -> dict[str, Any]:
     """PSNR (dB), SSIM and mean squared error, `(N,)` each, of images `(N, 1, H, W)`."""
     mse = (images - truth).square().mean((-3, -2, -1))
-    return {"psnr": psnr(mse), "ssim": _ssim(images, truth), "mse": mse}
-
-
-def _ssim(images: Tensor, truth: Tensor) -> np.ndarray:
-    """SSIM of each image by scikit-image, computed for a column of many images in one call.
-
-    Windows that reach into the next image are in the border, which an image's mean leaves out.
-    """
-    height, width = truth.shape[-2:]
-    together, border = max(1, SSIM_PIXELS // (height * width)), SSIM_WINDOW // 2
-    columns = [tensor.reshape(-1, width).split(together * height) for tensor in (images, truth)]
-    maps = [
-        skimage.metrics.structural_similarity(
-            u.numpy(), v.numpy(), win_size=SSIM_WINDOW, data_range=2, full=True
-        )[1]
-        for u, v in zip(*columns, strict=True)
-    ]
-    inner = np.concatenate(maps).reshape(-1, height, width)[:, border:-border, border:-border]
-    means: np.ndarray = inner.mean((-2, -1), dtype=np.float64)
-    return means
+    pairs = zip(images[:, 0].numpy(), truth[:, 0].numpy(), strict=True)
+    ssim = [skimage.metrics.structural_similarity(u, v, data_range=2) for u, v in pairs]
+    return {"psnr": psnr(mse), "ssim": np.array(ssim), "mse": mse}
 
 
 def _quality(images: Tensor, truth: Tensor) -> dict[str, float]:

@@ -12,19 +12,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from lib.experiments.build import make_operator
 from lib.experiments.config import MODELS, RunConfig
 from lib.experiments.records import Run
-from lib.figures import reconstructions
 from lib.figures.reconstructions import (
     SPREAD,
-    SSIM_WINDOW,
     Reconstructions,
     check_reconstructions,
     get_runs_of_seeds,
-    image_quality,
     keeps_loss,
     later_seeds,
     reconstruct,
@@ -34,25 +30,6 @@ from lib.figures.reconstructions import (
 )
 
 SMALL = {"size": 7, "train_images": 50, "test_images": 20, "batch_size": 25, "seed": 3}
-
-
-@given(
-    st.integers(SSIM_WINDOW, 20),
-    st.integers(SSIM_WINDOW, 20),
-    st.integers(1, 5),
-    st.sampled_from([1, 500, 2000]),
-)
-def test_quality_is_scikit_images(height: int, width: int, count: int, pixels: int) -> None:
-    """However many images are measured in one call."""
-    generator = torch.Generator().manual_seed(height + 100 * width)
-    images, truth = torch.rand(2, count, 1, height, width, generator=generator) * 2 - 1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reconstructions, "SSIM_PIXELS", pixels)
-        measured = image_quality(images, truth)
-    for k, (u, v) in enumerate(zip(images[:, 0].numpy(), truth[:, 0].numpy(), strict=True)):
-        assert measured["ssim"][k] == pytest.approx(structural_similarity(u, v, data_range=2), abs=1e-5)
-        psnr = peak_signal_noise_ratio(v, u, data_range=2)
-        assert measured["psnr"][k].item() == pytest.approx(psnr, abs=1e-3)
 
 
 @given(
