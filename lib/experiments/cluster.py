@@ -5,10 +5,9 @@ Jobs store what they train in the same `results/runs/` as any other training, an
 
 from __future__ import annotations
 
-import json
+import hashlib
 import signal
 import subprocess
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ from typing import Annotated, Any, ClassVar
 import psutil
 import submitit
 import torch
-from filelock import FileLock
 from pydantic import ConfigDict, Field
 from submitit.helpers import Checkpointable, clean_env
 from tqdm import tqdm
@@ -30,16 +28,7 @@ from lib.experiments.plan import stacks
 from lib.experiments.processes import default_device, interrupts_blocked, workers
 from lib.experiments.records import is_stored, read_record, run_key
 from lib.experiments.runs import outcome, train_stack
-from lib.experiments.store import RESULTS, Results, write_atomic
-
-
-@dataclass(frozen=True)
-class Submission:
-    """Jobs that were submitted together: their folder, their ids, and the keys of their runs."""
-
-    folder: Path
-    ids: list[str]
-    keys: list[str]
+from lib.experiments.store import RESULTS, Results
 
 
 class LocalJobs(Checked):
@@ -52,7 +41,6 @@ class LocalJobs(Checked):
     # The values come from a command line.
     model_config = ConfigDict(strict=False)
     cluster: ClassVar[str] = "local"
-    cancel: ClassVar[str] = "kill"
     look_seconds: ClassVar[float] = 1.0
 
     jobs: Annotated[int, Field(ge=1, le=1000)] = Field(default_factory=lambda: workers(default_device()))
@@ -61,11 +49,15 @@ class LocalJobs(Checked):
         """Return the parameters of submitit; local jobs have a year."""
         return {"timeout_min": 365 * 24 * 60, "gpus_per_node": int(default_device().type == "cuda")}
 
-    def unfinished(self, jobs: Submission) -> list[str]:
-        """Return the ids of those jobs that run or will run."""
-        # The number of a process that has ended may be given to another one.
-        commands = {str(process.pid): process.info["cmdline"] for process in psutil.process_iter(["cmdline"])}
-        return [id for id in jobs.ids if str(jobs.folder) in (commands.get(id) or ())]
+    def unfinished(self, folder: Path) -> list[str]:
+        """Return the ids of those jobs of a folder that run or will run."""
+        command = ["submitit.local._local", str(folder)]
+        lines = {process.pid: process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])}
+        return [str(pid) for pid, line in lines.items() if line[-2:] == command]
+
+    def cancel(self, folder: Path) -> str:
+        """Return the command that cancels the jobs of a folder."""
+        return " ".join(["kill", *self.unfinished(folder)])
 
 
 class SlurmJobs(LocalJobs):
@@ -78,7 +70,6 @@ class SlurmJobs(LocalJobs):
     """
 
     cluster: ClassVar[str] = "slurm"
-    cancel: ClassVar[str] = "scancel"
     look_seconds: ClassVar[float] = 30.0
 
     jobs: Annotated[int, Field(ge=1, le=1000)] = 256
@@ -93,7 +84,6 @@ class SlurmJobs(LocalJobs):
     def parameters(self) -> dict[str, Any]:
         return {
             **self.model_dump(by_alias=True, exclude={"jobs"}),
-            "name": "sweep",
             "cpus_per_task": 1,
             "gpus_per_node": self.gpus or None,
             "slurm_array_parallelism": self.jobs,
@@ -102,11 +92,14 @@ class SlurmJobs(LocalJobs):
             "slurm_setup": None if self.gpus else ["export CUDA_VISIBLE_DEVICES="],
         }
 
-    def unfinished(self, jobs: Submission) -> list[str]:
+    def unfinished(self, folder: Path) -> list[str]:
         # submitit would ask Slurm's accounting, which not every cluster has.
-        command = ["squeue", "--me", "--all", "--array", "--noheader", "--format=%i"]
+        command = ["squeue", "--me", "--all", "--array", "--noheader", "--format=%i", f"--name={folder.name}"]
         queue = subprocess.run(command, capture_output=True, text=True)
-        return [id for id in jobs.ids if queue.returncode or id in queue.stdout.split()]
+        return ["unknown"] if queue.returncode else queue.stdout.split()
+
+    def cancel(self, folder: Path) -> str:
+        return f"scancel --name={folder.name}"
 
 
 def job_options(cluster: str, pairs: Sequence[tuple[str, str]]) -> LocalJobs | None:
@@ -137,62 +130,50 @@ class Share(Checkpointable):
 def train_on_cluster(configs: Sequence[RunConfig], options: LocalJobs, results: Results = None) -> None:
     """Train all configurations that are not stored yet as jobs, and wait for them.
 
-    Runs of unfinished jobs of an earlier submission are not submitted again.
+    Unfinished jobs of the same configurations are followed, and no others are submitted.
 
     Raises:
         RuntimeError: the jobs were refused, or ended before their runs.
     """
     results = Path(results or RESULTS).absolute()
-    waiting = {run_key(config): config for config in configs if not is_stored(config, results)}
+    waiting = [config for config in configs if not is_stored(config, results)]
     if not waiting:
         return
     # The machines of the jobs may have no network.
-    load_images(next(iter(waiting.values())))
-    folder = results / "jobs"
+    load_images(waiting[0])
+    digest = hashlib.sha256("".join(sorted(map(run_key, configs))).encode()).hexdigest()[:20]
+    folder = results / "jobs" / f"{options.cluster}-{digest}"
     # For this user alone, since a job executes the pickles in here.
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        paths = sorted(folder.glob(f"{options.cluster}-*/jobs.json"))
-        earlier = [Submission(path.parent, **json.loads(path.read_bytes())) for path in paths]
-        submissions = [jobs for jobs in earlier if options.unfinished(jobs)]
-        taken = {key for jobs in submissions for key in jobs.keys}
-        left = [config for key, config in waiting.items() if key not in taken]
-        submissions = [jobs for jobs in submissions if not waiting.keys().isdisjoint(jobs.keys)]
-        submissions += [_submit(left, options, results, folder)] if left else []
+    if not options.unfinished(folder):
+        _submit(waiting, options, results, folder)
     try:
-        _follow(configs, submissions, options, results)
+        _follow(configs, options, results, folder)
     except KeyboardInterrupt:
-        ids = [id.partition("_")[0] for jobs in submissions for id in options.unfinished(jobs)]
         raise KeyboardInterrupt(
             "the jobs go on: the same command follows them, make sweep-status counts their runs, and "
-            f"`{' '.join([options.cancel, *dict.fromkeys(ids)])}` cancels them"
+            f"`{options.cancel(folder)}` cancels them"
         ) from None
 
 
-def _submit(configs: Sequence[Config], options: LocalJobs, results: Path, folder: Path) -> Submission:
+def _submit(configs: Sequence[Config], options: LocalJobs, results: Path, folder: Path) -> None:
     groups = stacks(configs, torch.device("cpu"))
     count = min(options.jobs, len(groups))
     shares = [[config for group in groups[k::count] for config in group] for k in range(count)]
-    own = Path(tempfile.mkdtemp(prefix=f"{options.cluster}-", dir=folder))
     # A job that was preempted is queued again however often, and one that reached its time limit 20 times.
-    executor = submitit.AutoExecutor(own, cluster=options.cluster, slurm_max_num_timeout=20)
-    executor.update_parameters(**options.parameters())
+    executor = submitit.AutoExecutor(folder, cluster=options.cluster, slurm_max_num_timeout=20)
+    executor.update_parameters(name=folder.name, **options.parameters())
     # Ctrl-C ends the command that waits, not jobs of this machine.
     with interrupts_blocked(), clean_env():
-        jobs = executor.submit_array([Share(share, results) for share in shares])
-    content = {"ids": [job.job_id for job in jobs], "keys": [run_key(config) for config in configs]}
-    write_atomic(own / "jobs.json", json.dumps(content).encode())
-    return Submission(own, **content)
+        executor.submit_array([Share(share, results) for share in shares])
 
 
-def _follow(
-    configs: Sequence[RunConfig], submissions: Sequence[Submission], options: LocalJobs, results: Path
-) -> None:
+def _follow(configs: Sequence[RunConfig], options: LocalJobs, results: Path, folder: Path) -> None:
     """Wait until all runs are stored, or all jobs have ended."""
     idle = 0
     with tqdm(desc="sweep", total=len(configs), unit="run", leave=False) as bar:
         while True:
-            busy = sum(len(options.unfinished(jobs)) for jobs in submissions)
+            busy = len(options.unfinished(folder))
             records = [record for config in configs if (record := read_record(config, results))]
             ended, left = Counter(record["status"] for record in records), len(configs) - len(records)
             bar.set_postfix_str(f"{outcome(ended, len(configs))}, jobs {busy}", refresh=False)
@@ -202,6 +183,5 @@ def _follow(
             idle = 0 if busy else idle + 1
             # A shared file system shows a new file late.
             if idle == 2:
-                logs = ", ".join(str(jobs.folder) for jobs in submissions)
-                raise RuntimeError(f"{left} runs are left by jobs that ended (logs: {logs}); run again")
+                raise RuntimeError(f"{left} runs are left by jobs that ended (logs: {folder}); run again")
             time.sleep(options.look_seconds)

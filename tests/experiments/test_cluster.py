@@ -21,7 +21,7 @@ from lib.experiments.__main__ import main
 from lib.experiments.cluster import LocalJobs, Share, SlurmJobs, job_options, train_on_cluster
 from lib.experiments.config import ConfigError
 from lib.experiments.profiles import grid
-from lib.experiments.records import is_stored, run_folder, run_key
+from lib.experiments.records import is_stored, run_folder
 from lib.experiments.store import REPOSITORY
 
 # Local jobs outlive the objects that started them.
@@ -125,7 +125,7 @@ def test_jobs_are_followed_cancelled_and_resumed(
     assert last.startswith("the jobs go on: ")
     assert str(left) in last.partition("`kill ")[2].partition("` cancels them")[0].split()
     assert list((results / "jobs").glob("local-*")) == [folder]
-    assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777 == 0o700
+    assert folder.stat().st_mode & 0o777 == 0o700
     last = capsys.readouterr().err.splitlines()[-1].strip()
     assert last == f"sweep: 2 runs are left by jobs that ended (logs: {folder}); run again"
     stored = [run_folder(config, results) / "run.json" for config in CONFIGS if is_stored(config, results)]
@@ -172,8 +172,10 @@ def test_the_script_for_slurm(slurm: Path, results: Path, capsys: pytest.Capture
     assert main([*RUN, "--cluster", "slurm", *pairs]) == 1
     assert capsys.readouterr().err.splitlines()[-1].strip().startswith("sweep: 4 runs are left by jobs ")
     script = (results / "script").read_text().splitlines()
+    (folder,) = (results / "jobs").iterdir()
     flags = "partition=long time=30 mem=2560MB account=17 array=0-1%2 cpus-per-task=1 requeue"
-    assert {f"#SBATCH --{flag}" for flag in flags.split()} <= set(script)
+    expected = {f"#SBATCH --{flag}" for flag in [f"job-name={folder.name}", *flags.split()]}
+    assert expected <= set(script)
     assert not any("gpus" in line or "qos" in line for line in script)
     assert "export CUDA_VISIBLE_DEVICES=" in script
 
@@ -181,19 +183,16 @@ def test_the_script_for_slurm(slurm: Path, results: Path, capsys: pytest.Capture
 def test_queued_jobs_are_not_submitted_again(
     slurm: Path, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are followed, and the other runs are submitted; without an answer they count as queued."""
-    followed = []
-    monkeypatch.setattr(cluster, "_follow", lambda configs, jobs, *rest: followed.append(jobs))
-    train_on_cluster(CONFIGS[:2], SlurmJobs(), results)
-    program(slurm / "squeue", "echo 7; echo 8_1")
-    program(slurm / "sbatch", "echo Submitted batch job 9")
+    """Those of the same sweep are followed; without an answer of Slurm they count as queued."""
+    monkeypatch.setattr(cluster, "_follow", lambda *arguments: None)
+    program(slurm / "squeue", f'echo "$@" > {results}/asked; echo 7_0 7_1')
     train_on_cluster(CONFIGS, SlurmJobs(), results)
-    first, both = followed
-    assert [jobs.ids for jobs in both] == [["7"], ["9"]]
-    assert first == both[:1]
-    assert both[1].keys == [run_key(config) for config in CONFIGS[2:]]
     program(slurm / "squeue", "exit 1")
-    assert SlurmJobs().unfinished(both[1]) == ["9"]
+    train_on_cluster(CONFIGS, SlurmJobs(), results)
+    assert not (results / "script").exists()
+    (folder,) = (results / "jobs").iterdir()
+    assert f"--name={folder.name}" in (results / "asked").read_text()
+    assert SlurmJobs().cancel(folder) == f"scancel --name={folder.name}"
 
 
 def test_jobs_that_slurm_refuses(slurm: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:

