@@ -30,12 +30,10 @@ def print_plan(configs: Sequence[RunConfig]) -> None:
         print(f"all {len(configs)} runs are done")
         return
     table = plan(left)
-    print(
-        table.assign(seconds=table["seconds"].map(duration)).rename(columns={"seconds": "time"}).to_string()
-    )
+    print(table.assign(time=table["time"].map(duration)).to_string())
     print(
         f"{len(left)} of {len(configs)} runs are left, on {workers(device)} processes ({device.type}) "
-        f"about {duration(table['seconds'].sum())}"
+        f"about {duration(table['time'].sum())}"
     )
 
 
@@ -69,8 +67,6 @@ def one_config(profile: str, pairs: Sequence[tuple[str, str]]) -> Config:
     types = {name: field.annotation for name, field in kind.model_fields.items()}
     values = {"task": "denoising"} | parse_parameters(pairs, types)
     task = values.pop("task")
-    if "profile" in values:
-        raise ConfigError("profile: got it among the parameters, allowed: --profile, or make's PROFILE")
     config = make(profile, task, **values)
     # None is the profile's own value in `make`; here it was asked for, such as no `patience`.
     nothing = {name: None for name, value in values.items() if value is None}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -51,20 +50,14 @@ Config = RunConfig | FacesConfig
 
 Weights = dict[str, Tensor]
 
-ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
-
 
 def require_device(config: TrainingConfig, device: torch.device) -> None:
-    """Refuse a configuration that a device cannot train.
-
-    Raises:
-        ConfigError: names the parameter.
-    """
+    """Raise `ConfigError` for a configuration that a device cannot train."""
     if config.precision == "tf32" and device.type != "cuda":
         raise ConfigError("precision: got 'tf32', allowed: float32 where there is no GPU")
 
 
-def shared(config: ConfigT) -> ConfigT:
+def shared(config: Config) -> Config:
     """Return what a configuration has in common with every member of its stack."""
     return config.model_copy(update={name: type(config).model_fields[name].default for name in STACKED})
 
@@ -191,12 +184,7 @@ def initial_kernels(config: FacesConfig) -> Tensor:
 
 
 def make_model(configs: Sequence[Config], start: Weights | None = None) -> FixedPointModel:
-    """Return the untrained models of a stack, with one leading dimension of `len(configs)`.
-
-    Args:
-        configs: of the members, which differ at most in `STACKED`.
-        start: weights to start from when `initial` is the configuration of another run.
-    """
+    """Return the untrained models of a stack, with one leading dimension; arguments as in `make_training`."""
     first = configs[0]
     shape = image_shape(first)
 
@@ -256,13 +244,7 @@ def first_iterate(config: TrainingConfig) -> Callable[[Tensor], Tensor]:
 
 
 def solve(model: FixedPointModel, f: Tensor, config: TrainingConfig) -> Solution:
-    """Reconstruct the data `f`, `(*stack, N, C, H, W)`, with a model and its configuration's solver.
-
-    Args:
-        model: as trained with `config`.
-        f: data.
-        config: of the training.
-    """
+    """Reconstruct the data `f`, `(*stack, N, C, H, W)`, with a trained model and its training's solver."""
     P = model.preconditioner(f.shape[-3:]) if is_preconditioned(config) else None
     return fixed_point(model.problem(f, P), first_iterate(config)(f), make_solver(config))
 

@@ -32,11 +32,7 @@ from lib.experiments.store import RESULTS, Results
 
 
 class LocalJobs(Checked):
-    """Jobs that are processes of this machine, and go on without the one that started them.
-
-    Attributes:
-        jobs: how many share the runs at most.
-    """
+    """Processes of this machine, at most `jobs`, which go on without the one that started them."""
 
     # The values come from a command line.
     model_config = ConfigDict(strict=False)

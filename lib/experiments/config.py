@@ -7,17 +7,18 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import asdict
-from functools import partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticUndefined
 
 MNIST_SIDE, MNIST_TRAIN, MNIST_TEST, BLUR_SIDE = 28, 60_000, 10_000, 5
 
-TASKS = ("denoising", "inpainting", "deblurring")
-MODELS = ("bilevel", "deq")
+Task = Literal["denoising", "inpainting", "deblurring"]
+Model = Literal["bilevel", "deq"]
+
+TASKS: tuple[str, ...] = get_args(Task)
+MODELS: tuple[str, ...] = get_args(Model)
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -48,64 +49,61 @@ class Checked(BaseModel):
             raise ConfigError(_one_line(error, type(self))) from None
 
 
-def _as_declared(parent: type[Checked], name: str, default: Any = ..., factory: Any = None) -> Any:
-    """Return a field with the limits and the line of help that a parent declares, and another default."""
-    field = copy(parent.model_fields[name])
-    field.default, field.default_factory = (PydanticUndefined, factory) if factory else (default, None)
-    return field
+def _start(values: dict[str, Any]) -> Literal["zero", "data"]:
+    """The data in denoising; the paper's zero where `K` loses something and a DEQ need not converge."""
+    return "data" if values["task"] == "denoising" else "zero"
+
+
+def _adjoint(values: dict[str, Any]) -> Literal["solved", "neumann"]:
+    """A series where `K` loses something and the equation is ill-conditioned."""
+    return "solved" if values["task"] == "denoising" else "neumann"
 
 
 class TrainingConfig(Checked):
-    """The parameters of every training: model, task, step map, optimizer and solver.
+    """The parameters of every training: model, task, step map, optimizer and solver, with defaults for MNIST.
 
     The largest values are those that make sense: with more noise the data alone would count as a divergence,
     a step of Adam is about as long as the learning rate, and larger factors overflow in single precision.
     """
 
-    model: Literal["bilevel", "deq"] = Field(default="bilevel", description="C = A (bilevel) or C free (deq)")
-    task: Literal["denoising", "inpainting", "deblurring"] = Field(
-        default="denoising", description="the operator K"
-    )
-    noise: NonNegative = Field(
-        default=0.1, le=10, description="standard deviation after K, images in [-1, 1]"
-    )
-    tau: Positive = Field(..., le=1e3, description="step size; also the threshold of softshrink")
-    gamma: NonNegative = Field(..., le=1e6, description="weight of the regularizer")
-    lam: Positive = Field(..., le=1e6, description="weight lambda of the data term")
-    epochs: Count = Field(..., description="passes over the training images")
-    learning_rate: Positive = Field(..., le=10, description="of Adam, at the first step")
-    final_learning_rate: NonNegative = Field(..., description="of Adam, after the last step")
-    schedule: Literal["cosine", "linear"] = Field(..., description="decay of the learning rate")
-    test_every: Count = Field(default=1, description="epochs from one evaluation to the next")
-    solver: Literal["anderson", "plain"] = Field(default="anderson", description="of both equations")
+    model: Model = Field("bilevel", description="C = A (bilevel) or C free (deq)")
+    task: Task = Field("denoising", description="the operator K")
+    noise: NonNegative = Field(0.1, le=10, description="standard deviation after K, images in [-1, 1]")
+    tau: Positive = Field(0.5, le=1e3, description="step size; also the threshold of softshrink")
+    gamma: NonNegative = Field(0.1, le=1e6, description="weight of the regularizer")
+    lam: Positive = Field(1.0, le=1e6, description="weight lambda of the data term")
+    epochs: Count = Field(100, description="passes over the training images")
+    learning_rate: Positive = Field(1e-3, le=10, description="of Adam, at the first step")
+    final_learning_rate: NonNegative = Field(1e-6, description="of Adam, after the last step")
+    schedule: Literal["cosine", "linear"] = Field("cosine", description="decay of the learning rate")
+    test_every: Count = Field(1, description="epochs from one evaluation to the next")
+    solver: Literal["anderson", "plain"] = Field("anderson", description="of both equations")
     adjoint: Literal["solved", "neumann"] = Field(
-        default="solved", description="solve the adjoint equation, or sum a Neumann series"
+        default_factory=_adjoint, description="solve the adjoint equation, or sum a Neumann series"
     )
     neumann_steps: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
-        default=20, description="highest power of the Jacobian in that series; 0 is Jacobian-free"
+        20, description="highest power of the Jacobian in that series; 0 is Jacobian-free"
     )
     adjoint_tol: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="tol of the adjoint equation; None: the same"
+        None, description="tol of the adjoint equation; None: the same"
     )
-    precondition: bool = Field(default=False, description="precondition all solves with the mean curvature")
-    start: Literal["zero", "data"] = Field(..., description="first iterate of the fixed point")
-    tol: Positive = Field(..., le=1, description="relative residual at which a sample has converged")
-    max_steps: Count = Field(..., description="evaluations of the step map in a solve, at most")
-    memory: Count = Field(default=5, le=1_000, description="iterates that Anderson acceleration combines")
-    regularization: Positive = Field(
-        default=1e-4, le=1e6, description="ridge of Anderson acceleration, relative"
+    precondition: bool = Field(False, description="precondition all solves with the mean curvature")
+    start: Literal["zero", "data"] = Field(
+        default_factory=_start, description="first iterate of the fixed point"
     )
-    beta: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0, description="mixing of Anderson acceleration"
-    )
+    tol: Positive = Field(1e-3, le=1, description="relative residual at which a sample has converged")
+    max_steps: Count = Field(50, description="evaluations of the step map in a solve, at most")
+    memory: Count = Field(5, le=1_000, description="iterates that Anderson acceleration combines")
+    regularization: Positive = Field(1e-4, le=1e6, description="ridge of Anderson acceleration, relative")
+    beta: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="mixing of Anderson acceleration")
     patience: Count | None = Field(
-        default=None, description="evaluations without progress after which a sample is given up; None: never"
+        10, description="evaluations without progress after which a sample is given up; None: never"
     )
     precision: Literal["float32", "tf32"] = Field(
-        default="float32", description="of products; tf32 rounds the factors, on a GPU only"
+        "float32", description="of products; tf32 rounds the factors, on a GPU only"
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="of all random numbers")
-    time_budget: Positive = Field(..., le=1e9, description="seconds after which a training is stopped")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of all random numbers")
+    time_budget: Positive = Field(3600.0, le=1e9, description="seconds after which a training is stopped")
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
@@ -117,17 +115,11 @@ class TrainingConfig(Checked):
         return self
 
 
-def _start(values: dict[str, Any]) -> Literal["zero", "data"]:
-    """The data in denoising; the paper's zero where `K` loses something and a DEQ need not converge."""
-    return "data" if values["task"] == "denoising" else "zero"
-
-
-def _adjoint(values: dict[str, Any]) -> Literal["solved", "neumann"]:
-    """A series where `K` loses something and the equation is ill-conditioned."""
-    return "solved" if values["task"] == "denoising" else "neumann"
-
-
-_default = partial(_as_declared, TrainingConfig)
+def _default(name: str, default: Any) -> Any:
+    """Return a field as `TrainingConfig` declares it, with another default."""
+    field = copy(TrainingConfig.model_fields[name])
+    field.default, field.default_factory = default, None
+    return field
 
 
 class RunConfig(TrainingConfig):
@@ -142,46 +134,24 @@ class RunConfig(TrainingConfig):
     series, which costs less (`results/bench/adjoints.csv`).
     """
 
-    dataset: Literal["mnist"] = Field(default="mnist", description="where the images come from")
-    sigma: Literal["relu", "softshrink", "identity"] = Field(
-        default="relu", description="activation of the experts"
-    )
+    dataset: Literal["mnist"] = Field("mnist", description="where the images come from")
+    sigma: Literal["relu", "softshrink", "identity"] = Field("relu", description="activation of the experts")
     size: Annotated[int, Field(ge=1, le=MNIST_SIDE)] = Field(
-        default=MNIST_SIDE, description="side in pixels; below 28 MNIST is averaged over blocks"
+        MNIST_SIDE, description="side in pixels; below 28 MNIST is averaged over blocks"
     )
-    train_images: Annotated[int, Field(ge=1, le=MNIST_TRAIN)] = Field(
-        default=MNIST_TRAIN, description="how many"
-    )
-    test_images: Annotated[int, Field(ge=1, le=MNIST_TEST)] = Field(
-        default=MNIST_TEST, description="how many"
-    )
-    batch_size: Count = Field(default=100, description="images in an optimizer step")
+    train_images: Annotated[int, Field(ge=1, le=MNIST_TRAIN)] = Field(MNIST_TRAIN, description="how many")
+    test_images: Annotated[int, Field(ge=1, le=MNIST_TEST)] = Field(MNIST_TEST, description="how many")
+    batch_size: Count = Field(100, description="images in an optimizer step")
     initial: Literal["independent", "tied"] | RunConfig = Field(
-        default="independent", description="C to start from: random numbers of its own, A, or a run's weights"
+        "independent", description="C to start from: random numbers of its own, A, or a run's weights"
     )
-    tau: Positive = _default("tau", 0.5)
-    gamma: NonNegative = _default("gamma", 0.1)
-    lam: Positive = _default("lam", 1.0)
-    epochs: Count = _default("epochs", 100)
-    learning_rate: Positive = _default("learning_rate", 1e-3)
-    final_learning_rate: NonNegative = _default("final_learning_rate", 1e-6)
-    schedule: Literal["cosine", "linear"] = _default("schedule", "cosine")
-    adjoint: Literal["solved", "neumann"] = _default("adjoint", factory=_adjoint)
-    start: Literal["zero", "data"] = _default("start", factory=_start)
-    tol: Positive = _default("tol", 1e-3)
-    max_steps: Count = _default("max_steps", 50)
-    patience: Count | None = _default("patience", 10)
-    time_budget: Positive = _default("time_budget", 3600.0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if MNIST_SIDE % self.size:
             raise ValueError(f"size: got {self.size}, allowed: a divisor of {MNIST_SIDE}")
         if self.task == "deblurring" and self.size < BLUR_SIDE:
-            raise ValueError(
-                f"task: got 'deblurring' of {self.size}x{self.size} images, allowed: images of at "
-                f"least the blur's {BLUR_SIDE}x{BLUR_SIDE}"
-            )
+            raise ValueError(f"size: got {self.size}, allowed: at least the {BLUR_SIDE} pixels of the blur")
         if self.batch_size > self.train_images:
             raise ValueError(
                 f"batch_size: got {shown(self.batch_size)}, allowed: at most train_images = "
@@ -201,34 +171,26 @@ class FacesConfig(TrainingConfig):
     1e-10 (`results/bench/tolerances.csv`). Denoising needs 1e-4, deblurring 1e-5.
     """
 
-    dataset: str = Field(
-        default="faces", description="faces (AT&T), celeba or the path of a folder of images"
-    )
+    dataset: str = Field("faces", description="faces (AT&T), celeba or the path of a folder of images")
     reduction: Annotated[int, Field(ge=1, le=64)] = Field(
-        default=1, description="side of the blocks of pixels over which the images are averaged"
+        1, description="side of the blocks of pixels over which the images are averaged"
     )
-    train_images: Count = Field(default=10, description="how many")
-    test_images: Count = Field(default=10, description="how many")
+    train_images: Count = Field(10, description="how many")
+    test_images: Count = Field(10, description="how many")
     blur: Annotated[int, Field(ge=1, le=99)] = Field(
-        default=11, description="side of the motion kernel in deblurring"
+        11, description="side of the motion kernel in deblurring"
     )
-    filters: Annotated[int, Field(ge=1, le=1_000)] = Field(default=2, description="number of kernels")
-    filter_size: Annotated[int, Field(ge=3, le=31)] = Field(
-        default=11, description="their side in pixels, odd"
-    )
+    filters: Annotated[int, Field(ge=1, le=1_000)] = Field(2, description="number of kernels")
+    filter_size: Annotated[int, Field(ge=3, le=31)] = Field(11, description="their side in pixels, odd")
     initial: Literal["first", "second", "cosine", "random"] | FacesConfig = Field(
-        default="random", description="kernels to start from: differences, cosines, random ones or a run's"
+        "random", description="kernels to start from: differences, cosines, random ones or a run's"
     )
-    sharpness: Positive = Field(default=100.0, le=1e6, description="s of sigma(z) = tanh(s z)")
-    learn_weight: bool = Field(default=False, description="learn lambda too; the step then follows it")
-    differentiate_norm: bool = Field(
-        default=False, description="differentiate through the norm of the kernels"
-    )
-    optimizer: Literal["adam", "lbfgs"] = Field(
-        default="adam", description="lbfgs takes an iteration per epoch"
-    )
+    sharpness: Positive = Field(100.0, le=1e6, description="s of sigma(z) = tanh(s z)")
+    learn_weight: bool = Field(False, description="learn lambda too; the step then follows it")
+    differentiate_norm: bool = Field(False, description="differentiate through the norm of the kernels")
+    optimizer: Literal["adam", "lbfgs"] = Field("adam", description="lbfgs takes an iteration per epoch")
     warm_start: bool = Field(
-        default=True, description="images keep their noise, and solves start from the last epoch's solutions"
+        True, description="images keep their noise, and solves start from the last epoch's solutions"
     )
     tau: Positive = _default("tau", 1 / 800)
     gamma: NonNegative = _default("gamma", 1.0)
@@ -237,11 +199,13 @@ class FacesConfig(TrainingConfig):
     learning_rate: Positive = _default("learning_rate", 1e-2)
     final_learning_rate: NonNegative = _default("final_learning_rate", 1e-4)
     schedule: Literal["cosine", "linear"] = _default("schedule", "linear")
+    adjoint: Literal["solved", "neumann"] = _default("adjoint", "solved")
     test_every: Count = _default("test_every", 10)
     start: Literal["zero", "data"] = _default("start", "data")
     tol: Positive = _default("tol", 1e-5)
     max_steps: Count = _default("max_steps", 500)
     memory: Count = _default("memory", 10)
+    patience: Count | None = _default("patience", None)
     time_budget: Positive = _default("time_budget", 36_000.0)
 
     @property
@@ -258,9 +222,7 @@ class FacesConfig(TrainingConfig):
         if self.filter_size % 2 == 0:
             raise ValueError(f"filter_size: got {self.filter_size}, allowed: an odd number")
         if self.dataset == "mnist" or not self.dataset or "\0" in self.dataset:
-            raise ValueError(
-                f"dataset: got {shown(self.dataset)}, allowed: faces, celeba or a folder of images"
-            )
+            raise ValueError(f"dataset: got {self.dataset!r}, allowed: faces, celeba or a folder of images")
         if isinstance(self.initial, str) and self.initial != "random":
             # Imported here because a value should be refused at once, and torch takes seconds to come.
             from lib.kernels import count_differences
@@ -268,10 +230,7 @@ class FacesConfig(TrainingConfig):
             side, order = self.filter_size, 1 if self.initial == "first" else 2
             most = side**2 - 1 if self.initial == "cosine" else count_differences(order, side)
             if self.filters > most:
-                raise ValueError(
-                    f"filters: got {self.filters}, allowed: at most the {most} that start as {self.initial} "
-                    f"in {self.filter_size}x{self.filter_size}"
-                )
+                raise ValueError(f"filters: got {self.filters}, allowed: at most the {most} of that size")
         if isinstance(self.initial, FacesConfig):
             for name in ("model", "filters", "filter_size"):
                 ours, theirs = getattr(self, name), getattr(self.initial, name)
@@ -329,21 +288,13 @@ def described(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 
 def require_name(name: str, value: object, known: Collection[str]) -> None:
-    """Refuse what is none of the names that exist.
-
-    Raises:
-        ConfigError: names the parameter.
-    """
+    """Raise `ConfigError` for a value that is none of the known names."""
     if not isinstance(value, str) or value not in known:
         raise ConfigError(f"{name}: got {shown(value)}, allowed: {', '.join(known)}")
 
 
 def require_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Refuse a number outside `[low, high]`.
-
-    Raises:
-        ConfigError: names the parameter.
-    """
+    """Raise `ConfigError` for a number outside `[low, high]`."""
     if not low <= value <= high:
         limits = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
         raise ConfigError(f"{name}: got {shown(value)}, allowed: {limits}")

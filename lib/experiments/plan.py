@@ -61,7 +61,7 @@ def plan(configs: Sequence[RunConfig]) -> pd.DataFrame:
     The weights of these steps are untrained; later solves may need fewer or more steps.
 
     Returns:
-        `runs` and `seconds`, those of all runs on all processes, for each `task` and `model`.
+        `runs` and `time`, the seconds of all runs on all processes, for each `task` and `model`.
     """
     device, rows = default_device(), []
     kinds: dict[Config, list[list[Config]]] = {}
@@ -71,7 +71,7 @@ def plan(configs: Sequence[RunConfig]) -> pd.DataFrame:
         runs, seconds = sum(map(len, group)), _seconds_per_run(group[len(group) // 2], device)
         wall = runs * min(seconds, config.time_budget) / workers(device)
         rows.append((config.task, config.model, runs, wall))
-    table = pd.DataFrame(rows, columns=["task", "model", "runs", "seconds"])
+    table = pd.DataFrame(rows, columns=["task", "model", "runs", "time"])
     return table.groupby(["task", "model"], sort=False).sum()
 
 

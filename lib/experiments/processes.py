@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from queue import SimpleQueue
 
 import torch
 
@@ -28,23 +27,10 @@ def workers(device: torch.device) -> int:
 
 
 def threads_with_cores(count: int) -> ThreadPoolExecutor:
-    """Return threads that divide the cores among them; a process that a thread starts keeps to its share.
-
-    Args:
-        count: number of threads, at most one per core.
-    """
+    """Return threads, at most one per core; processes that they start compute on their share of the cores."""
     count = min(count, cores())
-    shares: SimpleQueue[list[int]] = SimpleQueue()
-    if hasattr(os, "sched_setaffinity"):
-        mine = sorted(os.sched_getaffinity(0))
-        for k in range(count):
-            shares.put(mine[k::count])
-
-    def bind() -> None:
-        if not shares.empty():
-            os.sched_setaffinity(0, shares.get())
-
-    return ThreadPoolExecutor(count, initializer=bind)
+    os.environ["OMP_NUM_THREADS"] = str(cores() // count)
+    return ThreadPoolExecutor(count)
 
 
 @contextmanager

@@ -25,24 +25,18 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
 }
 """What each profile changes in the defaults: for all tasks, then for one task."""
 
-
 SEEDS = {"overnight": 3}
 """For how many seeds figures 2 to 4, 8 and 13 train where it is not one."""
 
 
-def _of_task(table: dict[str, dict[str, Any]], task: object) -> dict[str, Any]:
-    """A task's changes; none for what is no task, which the configuration refuses."""
-    return table.get(task, {}) if isinstance(task, str) else {}
-
-
-def profile_config(profile: str, task: str, **values: Any) -> RunConfig:
+def profile_config(profile: str, /, task: str, **values: Any) -> RunConfig:
     """The configuration of a profile for a task, with the given values on top (None: the profile's).
 
     Raises:
         ConfigError: the profile is unknown, or a value is refused by `RunConfig`.
     """
     require_name("profile", profile, PROFILES)
-    chosen = PROFILES[profile]["all"] | _of_task(PROFILES[profile], task)
+    chosen = PROFILES[profile]["all"] | PROFILES[profile].get(task, {})
     given = {name: value for name, value in values.items() if value is not None}
     return RunConfig(**chosen | {"task": task} | given)
 
@@ -94,27 +88,19 @@ are ours."""
 FILTERS = {"11x11": (2, 11), "3x3": (30, 3)}
 """How many kernels of which side the paper's figures have."""
 
-FILLING: dict[str, Any] = {"sharpness": 20.0, "tau": 1 / 167, "warm_start": True}
-FILLING |= {"solver": "anderson", "tol": 1e-5, "max_steps": 500, "regularization": 1e-6}
-"""Ours for inpainting, with which the lost area is filled: a less saturated `sigma`, whose step may be longer
-(`1 / (lambda + s ||A||^2)`), and both solves until the lost area has converged."""
 
-
-def faces_config(profile: str, task: str, **values: Any) -> FacesConfig:
+def faces_config(profile: str, /, task: str, **values: Any) -> FacesConfig:
     """The configuration of a profile for a task on photographs, with the given values on top.
 
-    Args:
-        profile: name of the profile.
-        task: the operator `K`.
-        values: of any parameter of `FacesConfig` (None: the profile's). An `initial` of `denoising` stands
-            for the kernels that the same profile and parameters learn on denoising.
+    A value of None is the profile's. An `initial` of `denoising` stands for the kernels that the same profile
+    and parameters learn on denoising.
 
     Raises:
         ConfigError: the profile is unknown, or a value is refused by `FacesConfig`.
     """
     require_name("profile", profile, FACES_PROFILES)
-    of_task = _of_task(FACES_TASKS, task) | _of_task(FACES_PROFILES[profile], task)
-    chosen = FACES_PROFILES[profile]["all"] | of_task
+    of_profile = FACES_PROFILES[profile]
+    chosen = of_profile["all"] | FACES_TASKS.get(task, {}) | of_profile.get(task, {})
     given = {name: value for name, value in values.items() if value is not None}
     if given.get("initial") == "denoising":
         common = {name: given[name] for name in DENOISING_SHARES if name in given}
@@ -162,10 +148,8 @@ SWEEPS: dict[str, dict[str, Any]] = {
 def grid(profile: str, /, **values: Any) -> list[RunConfig]:
     """The configurations of a sweep: all combinations of the values of all axes.
 
-    Args:
-        profile: name of the profile, whose sweep is the start.
-        values: for any parameter of `RunConfig` a value, or a list or tuple of values to make it an axis;
-            None leaves the profile's.
+    For any parameter of `RunConfig` there may be a value in the place of the profile's, or a list or tuple of
+    values to make it an axis; None leaves the profile's.
 
     Raises:
         ConfigError: the profile is unknown, an axis is empty, or a value is refused by `RunConfig`.

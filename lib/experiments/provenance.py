@@ -40,14 +40,9 @@ def write_with_provenance(
     name: str = PROVENANCE,
     device: torch.device | str | None = None,
 ) -> list[Path]:
-    """Write files and, last, their provenance, and return all paths.
+    """Write files by name and, last, their provenance, and return all paths.
 
-    Args:
-        folder: of the files.
-        files: contents by name.
-        provenance: entries beyond method, environment of the device, time and checksums.
-        name: of the provenance file.
-        device: where the contents were computed; the default one when None.
+    To `provenance` come method, environment of the device that computed the files, time and checksums.
     """
     record = {
         **provenance,

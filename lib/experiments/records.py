@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import math
-import tempfile
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -26,15 +25,7 @@ from lib.experiments.config import ConfigError, FacesConfig, RunConfig, shown
 from lib.experiments.data import FACES_FILES, MNIST_FILES, photograph_files
 from lib.experiments.method import METHOD_VERSION
 from lib.experiments.provenance import environment
-from lib.experiments.store import (
-    RESULTS,
-    DamagedFile,
-    Results,
-    read_sealed,
-    set_aside,
-    write_atomic,
-    write_sealed,
-)
+from lib.experiments.store import RESULTS, DamagedFile, Results, sealed, set_aside, unsealed, write_atomic
 from lib.models import FixedPointModel
 from lib.training import History
 
@@ -130,7 +121,7 @@ def load_run(config: Config, results: Results = None) -> Run | None:
     if record is None:
         return None
     try:
-        return _run(folder.name, record, _read_weights(folder / "weights.pt", record))
+        return _run(folder.name, record, _read_weights(folder, record))
     except (OSError, DamagedFile) as error:
         set_aside(folder / "run.json", f"its weights cannot be used ({error})")
         return None
@@ -152,27 +143,26 @@ def store_run(config: Config, member: History, results: Results = None) -> None:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     }
-    _write_run(folder, record, member.weights)
+    for name, content in _files(record, member.weights).items():
+        write_atomic(folder / name, content)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def write_checkpoint(config: Config, state: dict[str, Any], results: Results = None) -> None:
     """Write the state to resume a run from."""
-    write_sealed(run_folder(config, results) / "checkpoint.pt", _packed(state))
+    write_atomic(run_folder(config, results) / "checkpoint.pt", _packed(state))
 
 
 def read_checkpoint(config: Config, results: Results = None) -> dict[str, Any] | None:
     """Return the state to resume a run from, or None; a damaged checkpoint is set aside."""
     path = run_folder(config, results) / "checkpoint.pt"
-    if not path.exists():
-        return None
     try:
-        content = io.BytesIO(read_sealed(path))
+        return _unpacked(path.read_bytes(), path)
+    except FileNotFoundError:
+        return None
     except DamagedFile as error:
         set_aside(path, str(error))
         return None
-    state: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
-    return state
 
 
 def stored_kernels(key: str, results: Results = None) -> Run:
@@ -188,28 +178,27 @@ def stored_kernels(key: str, results: Results = None) -> Run:
     record = _read_json(store / key / "run.json", "run")
     if not isinstance(record_config(record), FacesConfig):
         raise ConfigError(
-            f"run: got {key}, of digits, allowed: a run on photographs, whose kernels fit any image"
+            f"run: got {key}, of digits, allowed: one on photographs: its kernels fit any image"
         )
-    return _run(key, record, _read_weights(store / key / "weights.pt", record))
+    return _run(key, record, _read_weights(store / key, record))
 
 
 def take_runs(path: Path, results: Results = None) -> str:
-    """Unpack a file of runs that another machine trained into the store, and return how many are new there.
+    """Unpack a zip file of runs that another machine trained into the store, and say how many are new there.
 
-    It is a zip file with the folders of runs. A run is verified when it is loaded, as any other one.
+    A run is verified when it is loaded, as any other one.
 
     Raises:
-        ConfigError: it is no such file.
+        ConfigError: it is no zip file.
     """
     store = Path(results or RESULTS) / "runs"
     try:
         with ZipFile(path) as archive:
-            keys = {name.partition("/")[0] for name in archive.namelist()}
-            new = {key for key in keys if not (store / key / "run.json").exists()}
-            archive.extractall(store, [name for name in archive.namelist() if name.partition("/")[0] in new])
+            new = [name for name in archive.namelist() if not (store / name).exists()]
+            archive.extractall(store, new)
     except (BadZipFile, OSError):
         raise ConfigError(f"take: got {path}, allowed: a file that make gpu wrote") from None
-    return f"{len(new)} of the {len(keys)} runs of {path} are new in the store"
+    return f"{sum(name.endswith('run.json') for name in new)} runs of {path} are new in the store"
 
 
 def save_kernels(run: Run, folder: Path, name: str = KERNELS) -> None:
@@ -221,7 +210,7 @@ def save_kernels(run: Run, folder: Path, name: str = KERNELS) -> None:
         "weights": {name: weight.tolist() for name, weight in run.weights.items()},
         "provenance": run.provenance | {"run": run.key},
     }
-    _write_json(folder / name, "kernels", record)
+    write_atomic(folder / name, _json("kernels", record))
 
 
 def load_kernels(path: Path) -> Run:
@@ -249,31 +238,30 @@ def keep_run(key: str, folder: Path, results: Results = None) -> None:
     """Write a stored run to the folder of committed runs: one file, dense weights to `COMMITTED_BITS`."""
     stored = Path(results or RESULTS) / "runs" / key
     record = _read_json(stored / "run.json", "run")
-    weights = _read_weights(stored / "weights.pt", record)
+    weights = _read_weights(stored, record)
     if isinstance(record_config(record), RunConfig):
         weights = {name: _rounded(weight).half() for name, weight in weights.items()}
     packed = io.BytesIO()
-    with tempfile.TemporaryDirectory() as place, ZipFile(packed, "w") as archive:
-        _write_run(Path(place), record, weights)
-        for path in sorted(Path(place).iterdir()):
+    with ZipFile(packed, "w") as archive:
+        for name, content in sorted(_files(record, weights).items()):
             # Without the time, so that it is the same file whenever it is made.
-            archive.writestr(ZipInfo(path.name), path.read_bytes(), ZIP_DEFLATED)
-    write_sealed(folder / f"{key}.zip", packed.getvalue())
+            archive.writestr(ZipInfo(name), content, ZIP_DEFLATED)
+    write_atomic(folder / f"{key}.zip", sealed(packed.getvalue()))
 
 
 def keep_history(key: str, folder: Path, results: Results = None) -> None:
     """Write the record of a stored run without its weights, for a figure that needs none: `key.json`."""
     record = _read_json(Path(results or RESULTS) / "runs" / key / "run.json", "run")
-    _write_json(folder / f"{key}.json", "run", record)
+    write_atomic(folder / f"{key}.json", _json("run", record))
 
 
 def load_kept_run(path: Path, configs: Collection[Config]) -> Run | None:
     """Return the run in a file of `keep_run` if its configuration is one of `configs`."""
-    with ZipFile(io.BytesIO(read_sealed(path))) as archive, tempfile.TemporaryDirectory() as place:
-        record = _read_json(Path(archive.extract("run.json", place)), "run")
+    with ZipFile(io.BytesIO(unsealed(path.read_bytes(), path))) as archive:
+        record: dict[str, Any] = json.loads(archive.read("run.json"))["run"]
         if record_config(record) not in configs:
             return None
-        return _run(path.stem, record, _read_weights(Path(archive.extract("weights.pt", place)), record))
+        return _run(path.stem, record, _unpacked(archive.read("weights.pt"), path))
 
 
 def load_kept_history(path: Path) -> Run:
@@ -294,7 +282,7 @@ def _run(key: str, record: dict[str, Any], weights: Weights) -> Run:
         status=record["status"],
         reason=record["reason"],
         history=pd.DataFrame(record["history"]),
-        weights=weights,
+        weights={name: weight.float() for name, weight in weights.items()},
         provenance=record["provenance"],
     )
 
@@ -305,29 +293,35 @@ def _rounded(weight: Tensor) -> Tensor:
     return torch.ldexp((mantissa * 2**COMMITTED_BITS).round() / 2**COMMITTED_BITS, exponent)
 
 
-def _packed(content: dict[str, Any]) -> bytes:
+def _packed(tensors: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
+    torch.save(tensors, buffer)
+    return sealed(buffer.getvalue())
 
 
-def _write_run(folder: Path, record: dict[str, Any], weights: Weights) -> None:
-    """Write weights and record; a folder with a record holds a complete run."""
-    content = _packed(weights)
-    write_sealed(folder / "weights.pt", content)
-    _write_json(folder / "run.json", "run", record | {"weights": hashlib.sha256(content).hexdigest()})
+def _unpacked(file: bytes, path: Path) -> dict[str, Any]:
+    content = io.BytesIO(unsealed(file, path))
+    tensors: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
+    return tensors
 
 
-def _read_weights(path: Path, record: dict[str, Any]) -> Weights:
-    content = read_sealed(path)
-    if record["weights"] != hashlib.sha256(content).hexdigest():
+def _files(record: dict[str, Any], weights: Weights) -> dict[str, bytes]:
+    """Return the files of a run by name; the record comes last, so that with it a folder is complete."""
+    packed = _packed(weights)
+    seal = packed.partition(b"\n")[0].decode()
+    return {"weights.pt": packed, "run.json": _json("run", record | {"weights": seal})}
+
+
+def _read_weights(folder: Path, record: dict[str, Any]) -> Weights:
+    path = folder / "weights.pt"
+    file = path.read_bytes()
+    if not file.startswith(record["weights"].encode()):
         raise DamagedFile(f"{path}: it belongs to another run")
-    weights = torch.load(io.BytesIO(content), weights_only=True)
-    return {name: weight.float() for name, weight in weights.items()}
+    return _unpacked(file, path)
 
 
-def _write_json(path: Path, name: str, record: dict[str, Any]) -> None:
-    write_atomic(path, json.dumps({"sha256": _digest(record), name: record}, indent=1).encode())
+def _json(name: str, record: dict[str, Any]) -> bytes:
+    return json.dumps({"sha256": _digest(record), name: record}, indent=1).encode()
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -11,9 +10,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import active_children, get_context
 from multiprocessing.queues import SimpleQueue
-from threading import Thread
 from typing import Any
 
 import torch
@@ -52,9 +50,8 @@ from lib.training import DIVERGED, OUT_OF_TIME, Training
 CHECKPOINT_SECONDS = 60.0
 """Time between two checkpoints of a stack: a training that is stopped loses this or an epoch at most."""
 
-POLL_SECONDS, REPORT_SECONDS = 1.0, 0.2
-"""Time between two looks at the runs of other processes, and between two updates of the progress bar."""
-
+REPORT_SECONDS = 0.2
+"""Time between two looks at what the training processes report."""
 
 Report = Callable[[int, tuple[str, ...]], object]
 """Called with optimizer steps, of all members, that are done or not needed any more, and the statuses of runs
@@ -67,8 +64,6 @@ def get_runs(configs: Sequence[Config], results: Results = None, train: bool = T
     A run that diverged or ran out of time is returned with that status and its reason.
 
     Args:
-        configs: of the runs.
-        results: where they are stored.
         train: False takes what is not stored from the committed runs, and trains nothing.
 
     Raises:
@@ -150,11 +145,9 @@ def train_runs(configs: Sequence[Config], results: Results = None) -> None:
         require_device(config, default_device())
         if isinstance(config, FacesConfig):
             make_operator(config)
-    names = {f"{config.model} {config.task}" for config in waiting}
-    what = " and ".join(sorted(names)) if len(names) <= 2 else "sweep"
     steps = sum(total_steps(config) for config in waiting)
     interval = 0.2 if sys.stderr.isatty() else 5.0
-    with tqdm(desc=what, total=steps, mininterval=interval, smoothing=0, leave=False) as bar:
+    with tqdm(desc="training", total=steps, mininterval=interval, smoothing=0, leave=False) as bar:
 
         def report(steps: int, statuses: tuple[str, ...]) -> None:
             ended.update(statuses)
@@ -167,8 +160,8 @@ def train_runs(configs: Sequence[Config], results: Results = None) -> None:
             waiting = [config for config in waiting if not is_stored(config, results)]
             if len(waiting) == before:
                 bar.set_postfix_str(f"{before} runs are being trained by another process")
-                while all(is_locked(config, results) for config in waiting):
-                    time.sleep(POLL_SECONDS)
+                with FileLock(run_folder(waiting[0], results) / "lock"):
+                    continue
     if "ipykernel" in sys.modules:
         clear_output()
 
@@ -203,18 +196,10 @@ _reports: SimpleQueue[tuple[int, tuple[str, ...]]]
 
 
 def _start_worker(reports: SimpleQueue[tuple[int, tuple[str, ...]]]) -> None:
-    """Prepare a training process: it computes on one thread, and ends with the process that started it."""
+    """Prepare a training process, which computes on one thread."""
     global _reports
     _reports = reports
     torch.set_num_threads(1)
-
-    def watch() -> None:
-        parent = parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
 
 
 def _train_in_worker(stack: list[Config], results: Results) -> None:
@@ -223,15 +208,6 @@ def _train_in_worker(stack: list[Config], results: Results) -> None:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise RuntimeError(f"{stack[0].model} {stack[0].task}: {type(error).__name__}: {reason}") from None
-
-
-def is_locked(config: Config, results: Results) -> bool:
-    """Return whether another process is training a run."""
-    try:
-        with FileLock(run_folder(config, results) / "lock", timeout=0):
-            return False
-    except Timeout:
-        return True
 
 
 def train_stack(configs: Sequence[Config], results: Results, report: Report) -> None:
@@ -267,15 +243,13 @@ def _train(configs: Sequence[Config], results: Results, report: Report) -> None:
 def _run(training: Training, configs: Sequence[Config], results: Results, report: Report) -> None:
     """Run a training; store members that end, and write checkpoints of the others now and then."""
     stored: set[int] = set()
-    written = reported = -math.inf
-    counted = 0
+    written, counted = -math.inf, 0
 
     def tell(*ended: str) -> None:
-        nonlocal counted, reported
-        if ended or time.monotonic() - reported >= REPORT_SECONDS:
-            done = sum(training.steps if member.status else training.step for member in training.members)
-            report(done - counted, ended)
-            counted, reported = done, time.monotonic()
+        nonlocal counted
+        done = sum(training.steps if member.status else training.step for member in training.members)
+        report(done - counted, ended)
+        counted = done
 
     def keep(training: Training) -> None:
         nonlocal written

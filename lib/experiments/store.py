@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import sys
 import uuid
@@ -36,27 +35,24 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def set_aside(path: Path, reason: str) -> Path:
-    """Rename a file that cannot be used to `*.damaged-N`, report it, and return its new path."""
-    names = (path.with_name(f"{path.name}.damaged-{number}") for number in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
-    path.replace(aside)
+    """Rename a file that cannot be used to `*.damaged`, report it, and return its new path."""
+    aside = path.replace(path.with_name(f"{path.name}.damaged"))
     print(f"set aside {path} as {aside.name}: {reason}", file=sys.stderr)
     return aside
 
 
-def write_sealed(path: Path, content: bytes) -> None:
-    """Write a line with the SHA-256 of `content` and then `content`, atomically."""
-    seal = hashlib.sha256(content).hexdigest().encode()
-    write_atomic(path, seal + b"\n" + content)
+def sealed(content: bytes) -> bytes:
+    """Return a line with the SHA-256 of `content`, and then `content`."""
+    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
 
 
-def read_sealed(path: Path) -> bytes:
-    """Return the content of a file of `write_sealed`.
+def unsealed(file: bytes, path: Path) -> bytes:
+    """Return the content of a file of `sealed`.
 
     Raises:
-        DamagedFile: the content does not match its checksum.
+        DamagedFile: the content does not match its checksum; it names the path.
     """
-    seal, _, content = path.read_bytes().partition(b"\n")
-    if hashlib.sha256(content).hexdigest().encode() != seal:
+    content = file.partition(b"\n")[2]
+    if file != sealed(content):
         raise DamagedFile(f"{path}: its content does not match its checksum")
     return content

@@ -48,8 +48,6 @@ def get_sweep(profile: str, /, results: Results = None, train: bool = True, **va
     """Train what is not stored of a profile's sweep, write its tables and return it.
 
     Args:
-        profile: name of the profile.
-        results: where runs and tables are stored.
         train: False takes what is stored or in the committed table, and marks the rest as not run.
         values: parameters and axes that replace the profile's (see `grid`).
 
@@ -62,9 +60,7 @@ def get_sweep(profile: str, /, results: Results = None, train: bool = True, **va
         train_runs(configs, results)
     sweep = load_sweep(profile, configs, results, committed=not train)
     if (sweep.runs["status"] == NOT_RUN).all():
-        raise DataError(
-            f"no {profile} run is stored or committed; `make sweep PROFILE={profile}` trains them"
-        )
+        raise DataError(f"no {profile} run is stored or committed; run `make sweep PROFILE={profile}`")
     write_tables(sweep, results)
     return sweep
 
@@ -72,12 +68,9 @@ def get_sweep(profile: str, /, results: Results = None, train: bool = True, **va
 def load_sweep(
     profile: str, configs: Sequence[RunConfig], results: Results = None, committed: bool = False
 ) -> Sweep:
-    """Return the tables of the stored runs among some configurations.
+    """Return the tables of some configurations of a profile from their stored runs.
 
     Args:
-        profile: name of the profile.
-        configs: of the rows.
-        results: where runs are stored.
         committed: take what is not stored from the profile's committed table, if there is one.
     """
     rows, epochs, environments, methods = [], [], list[Any](), set[int]()
@@ -193,7 +186,5 @@ def status(configs: Sequence[RunConfig], results: Results = None) -> pd.DataFram
     rows = [(config.task, config.model, state(config)) for config in configs]
     frame = pd.DataFrame(rows, columns=["task", "model", "state"])
     states = [COMPLETED, DIVERGED, OUT_OF_TIME, IN_PROGRESS, NOT_RUN]
-    counts = pd.crosstab([frame["task"], frame["model"]], frame["state"])
-    counts = counts.reindex(columns=states, fill_value=0).assign(all=lambda table: table.sum(axis="columns"))
-    counts.loc[("all", ""), :] = counts.sum()
-    return counts.astype(int).rename_axis(columns=None)
+    counts = pd.crosstab([frame["task"], frame["model"]], frame["state"], margins=True, margins_name="all")
+    return counts.reindex(columns=[*states, "all"], fill_value=0).rename_axis(columns=None)

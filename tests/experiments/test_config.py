@@ -101,7 +101,10 @@ def test_several_problems_stand_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("call", "line"),
     [
-        (lambda: RunConfig(task="deblurring", size=4), "task: got 'deblurring' of 4x4 images, allowed: "),
+        (
+            lambda: RunConfig(task="deblurring", size=4),
+            "size: got 4, allowed: at least the 5 pixels of the blur",
+        ),
         (lambda: profile_config("Quick", "denoising"), "profile: got 'Quick', allowed: smoke, quick, "),
         (lambda: grid("Quick"), "profile: got 'Quick', allowed: smoke, quick, "),
         (lambda: profile_config("quick", "denoising", nois=1.0), "nois: no such parameter, allowed: "),

@@ -229,7 +229,7 @@ def test_images_of_a_folder_are_found(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_celeba_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In torchvision's folder or that of CELEBA_DIR."""
     monkeypatch.delenv("CELEBA_DIR", raising=False)
-    with pytest.raises(DataError, match="holds no images; unpack its aligned JPEGs"):
+    with pytest.raises(DataError, match="holds no images; name that of its aligned JPEGs"):
         photograph_files("celeba", 2, 1, folder.parent)
     place = folder.parent / "celeba" / "img_align_celeba"
     place.parent.mkdir()

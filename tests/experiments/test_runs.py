@@ -106,7 +106,6 @@ def stop_after(epoch: int, configs: list[Config], results: Path, monkeypatch: py
     """Train configurations until the middle of the epoch after `epoch`, with a checkpoint after each."""
     steps = total_steps(configs[0]) // configs[0].epochs * epoch + 1
     monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(runs, "REPORT_SECONDS", 0)
     done = 0
 
     def report(progress: int, ended: tuple[str, ...]) -> None:
@@ -240,7 +239,7 @@ def test_a_damaged_file_is_named_set_aside_and_made_again(
     damage(folder / name)
     assert_same(get_run(STACK[0], results), stored[1][0])
     aside = "checkpoint.pt" if name == "checkpoint.pt" else "run.json"
-    (path,) = folder.glob("*.damaged-*")
+    (path,) = folder.glob("*.damaged")
     assert path.name.startswith(aside)
     assert f"set aside {folder / aside} as {path.name}: " in capsys.readouterr().err
 
@@ -256,7 +255,6 @@ def train_at_once(place: Path, reverse: bool) -> int:
 
         patch.setattr(runs, "store_run", store)
         patch.setattr(runs, "workers", lambda device: 1)
-        patch.setattr(runs, "POLL_SECONDS", 0.01)
         (place / f"ready {reverse}").touch()
         wait_for(lambda: len(list(place.glob("ready *"))) == 2)
         train_runs(ENDED[:: -1 if reverse else 1], place)
@@ -288,9 +286,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("who", ["group", "parent", "worker"])
+@pytest.mark.parametrize("who", ["group", "worker"])
 def test_a_stopped_sweep_leaves_no_process(tmp_path: Path, who: str) -> None:
-    """After Ctrl-C, kill -9 of the command or of a worker; no traceback comes from a worker."""
+    """After Ctrl-C or kill -9 of a worker; no traceback comes from a worker."""
     (tmp_path / "script.py").write_text(SCRIPT)
     options: Any = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(REPOSITORY)}}
     options |= {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
@@ -300,8 +298,6 @@ def test_a_stopped_sweep_leaves_no_process(tmp_path: Path, who: str) -> None:
             children = psutil.Process(command.pid).children(recursive=True)
             if who == "group":
                 os.killpg(command.pid, signal.SIGINT)
-            elif who == "parent":
-                command.kill()
             else:
                 max(children, key=lambda child: child.cpu_times().user).kill()
             error = command.communicate(timeout=60)[1]
@@ -312,9 +308,8 @@ def test_a_stopped_sweep_leaves_no_process(tmp_path: Path, who: str) -> None:
         "group": "KeyboardInterrupt",
         "worker": "RuntimeError: a training process was killed; run again to resume it",
     }
-    if who in last:
-        assert error.count("Traceback") == 1
-        assert error.rstrip().endswith(last[who])
+    assert error.count("Traceback") == 1
+    assert error.rstrip().endswith(last[who])
 
 
 def test_an_error_of_a_worker_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,10 +400,9 @@ def test_files_have_their_provenance(tmp_path: Path) -> None:
         read_described(tmp_path / "a.csv", provenance)
 
 
-def test_threads_divide_the_cores() -> None:
-    mine = os.sched_getaffinity(0)
-    with processes.threads_with_cores(1000) as pool:
-        shares = list(pool.map(lambda _: os.sched_getaffinity(0), range(len(mine))))
-    assert set().union(*shares) <= mine
-    assert all(shares)
-    assert os.sched_getaffinity(0) == mine
+def test_threads_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(processes, "cores", lambda: 5)
+    for count, threads in ((1, "5"), (2, "2"), (1000, "1")):
+        with processes.threads_with_cores(count):
+            assert os.environ["OMP_NUM_THREADS"] == threads
