@@ -192,23 +192,18 @@ def photograph_figure(
         image: index of the test image.
     """
     images = {"truth": result.truth, "input": result.observed} | result.outputs
-    panels = [
-        [
-            (
-                title,
-                images[name][image],
-                "" if name == "truth" else quality(images[name][image], result.truth[image]),
-            )
-            for name, title in row.items()
-        ]
-        for row in rows
-    ]
+
+    def panel(name: str, title: str) -> tuple[str, Tensor, str]:
+        shown = images[name][image]
+        return title, shown, "" if name == "truth" else quality(shown, result.truth[image])
+
     experts = [f"{count} kernels {size}" for size, (count, _) in FILTERS.items()]
     configs: list[Any] = [run.config for run in result.runs.values()]
     learned = [c for c in configs if c.learn_weight]
     own = {f"ours {c.filters} of {c.filter_size}x{c.filter_size}, {c.epochs} iterations" for c in learned}
     first = next(iter(result.runs.values()))
-    return image_grid(panels, budget(first, profile, ", ".join([*experts, *sorted(own)])))
+    text = budget(first, profile, ", ".join([*experts, *sorted(own)]))
+    return image_grid([[panel(*named) for named in row.items()] for row in rows], text)
 
 
 def quality(image: Tensor, truth: Tensor) -> str:
@@ -290,7 +285,7 @@ def check_kernels(run: Run, table: pd.DataFrame) -> None:
     if run.config.model == "bilevel":
         assert before == after == 0, f"tied kernels differ: {before}, {after}"
         print("C is tied to A: the distance is 0 before and after")
-    elif isinstance(run.config, FacesConfig) and isinstance(run.config.initial, FacesConfig):
+    elif not isinstance(run.config.initial, str):
         print("A and C start where another training ended")
     else:
         assert before == 0, f"before training C differs from A: {before}"

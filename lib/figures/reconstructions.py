@@ -231,9 +231,7 @@ def check_reconstructions(result: Reconstructions) -> None:
     print("where all its solves converge, a picture has the test loss that its training ended with")
 
 
-def reconstruction_figure(
-    result: Reconstructions, rows: Sequence[str], profile: str, count: int = 8
-) -> Figure:
+def reconstruction_figure(result: Reconstructions, rows: Sequence[str], profile: str, count: int) -> Figure:
     """Draw the first test images in rows (`truth`, `input`, `K output`, `output`), one block per model."""
     with plt.rc_context(STYLE):
         models = list(result.runs)

@@ -125,11 +125,11 @@ def parameter_table(configs: Mapping[str, Config]) -> pd.DataFrame:
 
 def sweep_table(sweep: Sweep) -> pd.DataFrame:
     """Return the axes of a sweep, and what its configurations share, as a table."""
-    common, names = (
-        sweep.provenance["shared"],
-        ["size", "train_images", "epochs", "batch_size", "lam", "seed"],
-    )
-    values = sweep.provenance["axes"] | {name: [common[name]] for name in names if name in common}
+    common = sweep.provenance["shared"]
+    names = [
+        name for name in ("size", "train_images", "epochs", "batch_size", "lam", "seed") if name in common
+    ]
+    values = sweep.provenance["axes"] | {name: [common[name]] for name in names}
     rows = {name: ", ".join(map(str, levels)) for name, levels in values.items()}
     return pd.DataFrame({"values": rows}).rename_axis("parameter")
 
