@@ -12,21 +12,15 @@ from hypothesis import Phase, settings
 # Interrupts are ignored by what a shell starts in the background, and by all that is started from there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Small tensors gain nothing from more threads, and pytest runs on every core.
+torch.set_num_threads(1)
+
 settings.register_profile("repeatable", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("repeatable")
 settings.register_profile(
     "unshrunk", settings.get_profile("repeatable"), phases=[Phase.explicit, Phase.generate]
 )
 """Fails with the first example found, without looking for a simpler one (`--hypothesis-profile`)."""
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread for torch: the mathematical tests' small tensors gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

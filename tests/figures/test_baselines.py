@@ -18,8 +18,6 @@ from lib.operators import Identity
 from lib.solvers import Anderson, fixed_point
 from lib.training import psnr
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -23,8 +23,6 @@ from lib.experiments.runs import get_run
 from lib.pages import notebooks
 from lib.training import generator
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def save_face(path: Path, index: int, rows: slice, columns: slice, mode: str = "L") -> None:
     pixels = ((faces("test", 10)[index, 0, rows, columns] + 1) * 127.5).round().byte().numpy()

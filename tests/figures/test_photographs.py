@@ -40,7 +40,7 @@ from lib.figures.reconstructions import reconstruct
 from lib.regularizer import GRADIENT_NORM
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "drawing"),
+    pytest.mark.usefixtures("drawing"),
     # matplotlib converts torch's tensors in a way that NumPy deprecates.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]

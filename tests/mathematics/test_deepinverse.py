@@ -16,8 +16,6 @@ from lib.operators import CircularBlur, Identity, Mask
 from lib.regularizer import ConvFieldsOfExperts, smoothed_sign
 from lib.solvers import Anderson, PlainIteration, Status, fixed_point
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIDE = 12
 EXACT = Anderson(tol=1e-11, max_steps=2000, memory=10, regularization=1e-12)
 MASK, KERNEL = (normal(1, SIDE, SIDE) > 0).double(), normal(1, 1, 3, 3)

@@ -29,8 +29,6 @@ from lib.models import FixedPointModel
 from lib.regularizer import LINEAR
 from lib.solvers import Anderson, PlainIteration, Solution, Solver, Status, fixed_point
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EVERY_PROBLEM = pytest.mark.parametrize(
     ("kind", "operator", "tied"), list(itertools.product(KINDS, OPERATORS, (True, False)))
 )

@@ -25,8 +25,6 @@ from lib.kernels import (
     spectral_norm,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIDES = (3, 5, 7, 11)
 EVERY_SIDE = pytest.mark.parametrize("k", SIDES)
 IMAGE_SIDES = st.integers(1, 20)

@@ -42,8 +42,6 @@ from lib.operators import Identity
 from lib.regularizer import GRADIENT_NORM, RELU, ConvFieldsOfExperts, DenseFieldsOfExperts, smoothed_sign
 from lib.solvers import PlainIteration, Status, fixed_point
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SEEDS = st.integers(0, 2**32 - 1)
 SHAPE = torch.Size((1, HEIGHT, WIDTH))
 EVERY_PROBLEM = pytest.mark.parametrize(("kind", "operator"), list(itertools.product(KINDS, OPERATORS)))

@@ -19,8 +19,6 @@ from lib.operators import (
     top_rows_mask,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SEEDS = st.integers(0, 2**32 - 1)
 BATCHES = st.lists(st.integers(1, 3), max_size=3).map(tuple)
 SIDES = st.integers(1, 12)

@@ -24,8 +24,6 @@ from lib.regularizer import (
     smoothed_sign,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SEEDS = st.integers(0, 2**32 - 1)
 STACKS = st.lists(st.integers(1, 3), max_size=2).map(tuple)
 EVERY_KIND = pytest.mark.parametrize("kind", [*KINDS, "normalized"])

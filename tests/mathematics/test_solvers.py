@@ -23,8 +23,6 @@ from lib.solvers import (
     fixed_point,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SEEDS = st.integers(0, 2**32 - 1)
 BATCHES = st.sampled_from([(), (3,), (2, 2)])
 SOLVERS = pytest.mark.parametrize("solver", [PlainIteration(), Anderson()], ids=["plain", "anderson"])
