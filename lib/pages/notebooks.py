@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -42,6 +43,9 @@ NOTEBOOKS = REPOSITORY / "nbs"
 
 LONGEST = "fig13"
 """The figure that takes longest to draw."""
+
+STOPPED = 130
+"""Exit status after Ctrl-C."""
 
 TRAINING = "training"
 """Variable of a notebook with the parameters of its training, other than the profile's."""
@@ -292,7 +296,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _main(options)
     except KeyboardInterrupt:
-        return _fail(130, "stopped; the same command goes on from here")
+        # nbclient does not wait for the cell that was stopped, and asyncio would report its error.
+        logging.getLogger("asyncio").disabled = True
+        return _fail(STOPPED, "stopped; the same command goes on from here")
     except BrokenPipeError:
         # The reader has gone, such as `head`; what Python writes at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -321,8 +327,8 @@ def _main(options: argparse.Namespace) -> int:
     if any(chosen.get("train") is not False for chosen in values.values()):
         return max(map(make, options.names))
     # Without trainings each core makes a figure. For the one that takes longest none is left to wait.
-    with threads_with_cores(len(options.names)) as pool:
-        return max(pool.map(make, sorted(options.names, key=LONGEST.__ne__)))
+    pool = threads_with_cores(len(options.names))
+    return max(pool.map(make, sorted(options.names, key=LONGEST.__ne__)))
 
 
 def _make(name: str, command: str, profile: str, parameters: dict[str, Any]) -> int:
@@ -347,4 +353,8 @@ def _fail(status: int, line: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == STOPPED:
+        # Kernels end with this process; its threads, and Python with them, would wait for their figures.
+        os._exit(status)
+    sys.exit(status)
