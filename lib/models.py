@@ -67,7 +67,7 @@ class FixedPointModel(nn.Module):
         """Update everything that depends on the parameters after they have changed.
 
         Kernels' norms are computed to the relative tolerance `tol`. If `lambda` is learned, the step size is
-        `1 / (lambda + gamma max(sigma') N^2)`, `N = GRADIENT_NORM`: `T` then contracts if `K` is injective.
+        `1 / (lambda + gamma max(p sigma') N^2)`, `N = GRADIENT_NORM`: `T` then contracts if `K` is injective.
         """
         self.regularizer.refresh(tol)
         self._follow_weight()
@@ -76,7 +76,7 @@ class FixedPointModel(nn.Module):
     def _follow_weight(self) -> None:
         if self.weight is not None:
             self.lam = torch.exp(WEIGHT_PACE * self.weight)
-            self.tau = 1 / (self.lam + self.gamma * self.regularizer.activation.steepest * GRADIENT_NORM**2)
+            self.tau = 1 / (self.lam + self.gamma * self.regularizer.steepest() * GRADIENT_NORM**2)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights of the regularizer and a learned `lam`, by name."""
@@ -184,6 +184,6 @@ class FixedPointModel(nn.Module):
         return product(r.flatten(-3), P).view_as(r)
 
     def lower_level(self, u: Tensor, f: Tensor) -> Tensor:
-        """Return `lambda/2 ||K u - f||^2 + R(u)` of every image, `(*stack, batch)`; `R` has `A` and `b`."""
+        """Return `lambda/2 ||K u - f||^2 + R(u)` of every image, `(*stack, batch)`; `R` as in `energy`."""
         misfit = (self.operator.forward(u) - f).square().sum((-3, -2, -1))
         return self.lam[..., None] / 2 * misfit + self.regularizer.energy(u, self.gamma, self.tau)

@@ -1,8 +1,8 @@
 """Fields-of-experts regularizers `R(u) = gamma sum phi(A u + b)` and their gradient fields.
 
 `grad R(u) = gamma A^T sigma(A u + b)` with `sigma = phi'` (Roth and Black, IJCV 82, 2009). The field of a
-deep equilibrium model, `gamma C^T sigma(A u + b)`, has a synthesis `C` of its own. `A` is a dense matrix with
-a bias, or a convolution with several kernels and no bias.
+deep equilibrium model, `gamma C^T sigma(A u + b)`, has a synthesis `C` of its own, free or a function of `A`.
+`A` is a dense matrix with a bias, or a convolution with several kernels and no bias.
 
 Every tensor may have leading dimensions: a stack of models that are evaluated together.
 """
@@ -13,12 +13,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lib.kernels import correlate, correlate_adjoint, spectral_norm
+from lib.operators import Operator
 from lib.products import product
 
 
@@ -93,20 +94,50 @@ def broadcast(value: Tensor, like: Tensor) -> Tensor:
     return value.view(*value.shape, *[1] * (like.dim() - value.dim()))
 
 
+class WeightedExperts(nn.Module):
+    """`C = P A` with weights `p = exp(t)`, `(*stack, m)`: the field is the gradient of `sum p_i phi(z_i)`."""
+
+    def __init__(self, t: Tensor) -> None:
+        super().__init__()
+        self.t = nn.Parameter(t)
+
+    def forward(self, A: Tensor) -> Tensor:
+        return broadcast(self.t.exp(), A) * A
+
+
+class TiedOnKernel(nn.Module):
+    """`C = A + E K` for dense `A`, with data `E`, `(*stack, m, C, H, W)`: `C v = A v` wherever `K v = 0`.
+
+    If `K` is a mask, `C` is free at observed pixels and tied at lost ones. If `gamma s ||E||^2 <= 4 lambda`,
+    the symmetric part of `I - dT/du` has no negative eigenvalue for any slopes in [0, s].
+    """
+
+    def __init__(self, operator: Operator, E: Tensor) -> None:
+        super().__init__()
+        self.operator, self.E = operator, nn.Parameter(E)
+
+    def forward(self, A: Tensor) -> Tensor:
+        return A + self.operator.adjoint(self.E).flatten(-3)
+
+
 class FieldsOfExperts(nn.Module, ABC):
     """Base class of dense and convolutional fields of experts.
 
     Attributes:
         A: analysis weights.
-        C: synthesis weights; None ties them, `C = A`, and the field is a gradient.
+        C: synthesis weights, or a module that computes them from `A`; None ties them, `C = A`.
         activation: `sigma`, its slope and its potential.
         weight_dims: dimensions of `A` behind those of the stack.
     """
 
     weight_dims: ClassVar[int]
-    A: nn.Parameter
-    C: nn.Parameter | None
-    activation: Activation
+
+    def __init__(self, A: Tensor, C: Tensor | nn.Module | None, activation: Activation) -> None:
+        super().__init__()
+        self.A = nn.Parameter(A)
+        # A copy: `C` may be the same tensor as `A`.
+        self.C = nn.Parameter(C.clone()) if isinstance(C, Tensor) else C
+        self.activation = activation
 
     @abstractmethod
     def analysis(self, u: Tensor) -> Tensor:
@@ -138,6 +169,11 @@ class FieldsOfExperts(nn.Module, ABC):
 
     def refresh(self, tol: float = NORM_TOL) -> None:
         """Update everything that depends on the parameters after they have changed; norms to `tol`."""
+
+    def steepest(self) -> Tensor | float:
+        """Return the largest slope of the weighted activations, `max p_i sigma'`."""
+        p = self.C.t.exp().amax(-1) if isinstance(self.C, WeightedExperts) else 1.0
+        return p * self.activation.steepest
 
     def require(self, f: Tensor) -> None:
         """Check that the weights can act on `K^T f`.
@@ -183,10 +219,13 @@ class FieldsOfExperts(nn.Module, ABC):
         return transposed_jacobian
 
     def energy(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
-        """Return `R(u) = gamma sum phi(A u + b)` of every image, `(*stack, batch)`."""
+        """Return `R(u) = gamma sum p_i phi(a_i u + b_i)` of every image, `(*stack, batch)`."""
         z = self.analysis(u)
-        potential = self.activation.potential(z, broadcast(tau, z))
-        return gamma[..., None] * potential.flatten(u.dim() - 3).sum(-1)
+        potential = self.activation.potential(z, broadcast(tau, z)).flatten(u.dim() - 3)
+        if isinstance(self.C, WeightedExperts):
+            p = self.C.t.exp()
+            potential = p[..., None, :] * potential.unflatten(-1, (p.shape[-1], -1)).sum(-1)
+        return gamma[..., None] * potential.sum(-1)
 
 
 class DenseFieldsOfExperts(FieldsOfExperts):
@@ -195,37 +234,48 @@ class DenseFieldsOfExperts(FieldsOfExperts):
     Args:
         A: `(*stack, m, n)`, analysis operator.
         b: `(*stack, m)`, bias.
-        C: `(*stack, m, n)`; None ties `C = A`, and the field is a gradient.
+        C: `(*stack, m, n)`, or a module, evaluated at each `refresh` for solves; None ties `C = A`.
         activation: such as `RELU`.
     """
 
     weight_dims = 2
+    coupled: Tensor
 
-    def __init__(self, A: Tensor, b: Tensor, C: Tensor | None, activation: Activation) -> None:
-        super().__init__()
-        self.A = nn.Parameter(A)
+    def __init__(self, A: Tensor, b: Tensor, C: Tensor | nn.Module | None, activation: Activation) -> None:
+        super().__init__(A, C, activation)
         self.b = nn.Parameter(b)
-        self.C = None if C is None else nn.Parameter(C)
-        self.activation = activation
+        self.register_buffer("coupled", None)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self, tol: float = NORM_TOL) -> None:
+        if isinstance(self.C, nn.Module):
+            self.coupled = self.C(self.A)
+
+    def _synthesis(self) -> Tensor:
+        if isinstance(self.C, nn.Module):
+            return cast(Tensor, self.C(self.A)) if torch.is_grad_enabled() else self.coupled
+        return self.A if self.C is None else self.C
 
     def analysis(self, u: Tensor) -> Tensor:
         """Return `A u + b`, `(*stack, batch, m)`, of images `u`, `(*stack, batch, C, H, W)`."""
         return product(u.flatten(-3), self.A.mT) + self.b[..., None, :]
 
     def analysis_of_synthesis(self, w: Tensor) -> Tensor:
-        return product(w.flatten(-3), (self.A if self.C is None else self.C).mT)
+        return product(w.flatten(-3), self._synthesis().mT)
 
     def synthesis(self, z: Tensor, u: Tensor) -> Tensor:
-        return product(z, self.A if self.C is None else self.C).view_as(u)
+        return product(z, self._synthesis()).view_as(u)
 
     def adjoint_analysis(self, z: Tensor, u: Tensor) -> Tensor:
         return product(z, self.A).view_as(u)
 
     def curvature(self, shape: torch.Size) -> Tensor:
-        return product((self.A if self.C is None else self.C).mT, self.A)
+        return product(self._synthesis().mT, self.A)
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        weights = {"A": self.A, "b": self.b} | ({} if self.C is None else {"C": self._synthesis()})
+        return {name: weight.detach() for name, weight in weights.items()}
 
 
 GRADIENT_NORM = 2.7300944
@@ -245,7 +295,7 @@ class ConvFieldsOfExperts(FieldsOfExperts):
 
     Args:
         A: `(*stack, F, k, k)`, analysis kernels, `k` odd.
-        C: `(*stack, F, k, k)`; None ties `C = A`, and the field is a gradient.
+        C: `(*stack, F, k, k)`, or a module that computes it from normalized `A`; None ties `C = A`.
         activation: such as `smoothed_sign(100)`.
         direction: `(*stack, 1, 1, H, W)`, image from which the computation of the norm starts; None does
             not normalize the kernels.
@@ -259,17 +309,13 @@ class ConvFieldsOfExperts(FieldsOfExperts):
     def __init__(
         self,
         A: Tensor,
-        C: Tensor | None,
+        C: Tensor | nn.Module | None,
         activation: Activation,
         direction: Tensor | None = None,
         differentiate_norm: bool = False,
     ) -> None:
-        super().__init__()
-        self.A = nn.Parameter(A)
-        # A copy: `C` may be the same tensor as `A`.
-        self.C = None if C is None else nn.Parameter(C.clone())
-        self.activation = activation
-        sets = 1 if C is None else 2
+        super().__init__(A, C, activation)
+        sets = 2 if isinstance(C, Tensor) else 1
         self.normalized = direction is not None
         self.differentiate_norm = differentiate_norm and self.normalized
         self.register_buffer("scales", A.new_ones(*A.shape[:-3], sets))
@@ -280,12 +326,14 @@ class ConvFieldsOfExperts(FieldsOfExperts):
     def refresh(self, tol: float = NORM_TOL) -> None:
         """Compute the norms of normalized kernels to a relative tolerance."""
         if self.normalized:
-            kernels = torch.stack([k.detach() for k in (self.A, self.C) if k is not None], dim=-4)
+            kernels = torch.stack([k.detach() for k in (self.A, self.C) if isinstance(k, Tensor)], dim=-4)
             norms, self.directions = spectral_norm(kernels, self.directions, NORM_ITERATIONS, tol)
             self.scales = GRADIENT_NORM / norms
 
     def _kernels(self, name: str) -> Tensor:
-        kernels, index = (self.A, 0) if name == "A" or self.C is None else (self.C, 1)
+        if name == "C" and isinstance(self.C, nn.Module):
+            return cast(Tensor, self.C(self._kernels("A")))
+        kernels, index = (self.C, 1) if name == "C" and isinstance(self.C, Tensor) else (self.A, 0)
         scale = self.scales[..., index]
         if self.differentiate_norm and torch.is_grad_enabled():
             worst = correlate(kernels, self.directions.select(-5, index))
@@ -329,7 +377,7 @@ class ConvFieldsOfExperts(FieldsOfExperts):
         return modulus
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: self._kernels(name).detach() for name, _ in self.named_parameters()}
+        return {name: self._kernels(name).detach() for name in ("A", *(() if self.C is None else ("C",)))}
 
 
 def initial_weights(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -343,6 +391,5 @@ def initial_weights(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor,
         `A` `(n, n)`, `b` `(n,)` and `C` `(n, n)`.
     """
     bound = n**-0.5
-    shapes = ((n, n), (n,), (n, n))
-    A, b, C = (torch.empty(s).uniform_(-bound, bound, generator=generator) for s in shapes)
+    A, b, C = (torch.empty(s).uniform_(-bound, bound, generator=generator) for s in ((n, n), (n,), (n, n)))
     return A, b, C
