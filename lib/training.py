@@ -178,6 +178,7 @@ class Training:
         solver: of the fixed point.
         adjoint: solver of the adjoint equation, or a Neumann series instead; None is `solver`.
         start: maps the data `f` to the first iterate `u^0`; None is `K^T f`.
+        penalty: added to the loss, `(model, u*) -> (*stack)`; its gradient goes to the weights alone.
         precondition: whether both solves are preconditioned (`FixedPointModel.preconditioner`).
         warm_start: whether solves start from the solutions of the last epoch; every image then keeps its
             noise, and all images form one batch. Otherwise each epoch draws order and noise.
@@ -208,6 +209,7 @@ class Training:
         solver: Solver = Anderson(),  # noqa: B008
         adjoint: Solver | NeumannSeries | None = None,
         start: Callable[[Tensor], Tensor] | None = None,
+        penalty: Callable[[FixedPointModel, Tensor], Tensor | float] = lambda model, u: 0.0,
         precondition: bool = False,
         warm_start: bool = False,
         test: Tensor | None = None,
@@ -222,7 +224,7 @@ class Training:
         self.epochs, self.batch_size, self.test_every = epochs, batch_size or len(images), test_every
         self.steps_per_epoch = math.ceil(len(images) / self.batch_size)
         self.schedule, self.solver, self.adjoint = optimizer, solver, adjoint
-        self.start = start or model.operator.adjoint
+        self.start, self.penalty = start or model.operator.adjoint, penalty
         self.precondition, self.warm_start, self.precision = precondition, warm_start, precision
         self.time_budget, self.seed = time_budget, seed
         self.members = [History() for _ in range(model.tau.numel())]
@@ -341,6 +343,7 @@ class Training:
         adjoint: list[Solution] = []
         solution = implicit_fixed_point(problem, u0, self.solver, self.adjoint, adjoint.append)
         loss = (solution.value - images).square().mean((-4, -3, -2, -1))
+        loss = loss + self.penalty(self.model, solution.value.detach())
         self.optimizer.zero_grad()
         # Members that diverged are left out of the sum: their NaN stay in their own slices.
         torch.where(loss.detach() <= LOSS_LIMIT, loss, 0).sum().backward()

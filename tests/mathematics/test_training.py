@@ -17,7 +17,7 @@ from torch import Tensor
 from lib import training
 from lib.implicit import NeumannSeries
 from lib.models import FixedPointModel
-from lib.regularizer import RELU, ConvFieldsOfExperts, DenseFieldsOfExperts, smoothed_sign
+from lib.regularizer import RELU, ConvFieldsOfExperts, DenseFieldsOfExperts, TiedOnKernel, smoothed_sign
 from lib.solvers import Anderson, PlainIteration
 from lib.training import LBFGS, Adam, History, Training, generator, observe, psnr, train
 
@@ -48,8 +48,9 @@ def make_model(
         )
         return FixedPointModel(K, field, **numbers, learn_weight=True)
     A, b, C = stacked(PIXELS, PIXELS), stacked(PIXELS), stacked(PIXELS, PIXELS)
-    dense = DenseFieldsOfExperts(A, b, None if kind == "tied" else C, RELU)
-    return FixedPointModel(K, dense, **numbers)
+    on_kernel = TiedOnKernel(K, C.unflatten(-1, (1, HEIGHT, WIDTH)))
+    synthesis = {"tied": None, "dense": C, "on kernel": on_kernel}[kind]
+    return FixedPointModel(K, DenseFieldsOfExperts(A, b, synthesis, RELU), **numbers)
 
 
 def make_training(kind: str = "dense", members: Sequence[int] | None = (0, 1, 2), **options: Any) -> Training:
@@ -73,6 +74,7 @@ def make_training(kind: str = "dense", members: Sequence[int] | None = (0, 1, 2)
 CASES: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense"},
     "inpainting": {"kind": "dense", "operator": "mask", "adjoint": NeumannSeries(5)},
+    "tied on the kernel": {"kind": "on kernel", "operator": "mask", "adjoint": NeumannSeries(5)},
     "preconditioned": {"kind": "tied", "precondition": True, "test_every": 2},
     "kernels": {"kind": "kernels", "operator": "identity", "solver": PLAIN},
     "warm": {
@@ -263,12 +265,15 @@ def test_rows_have_the_metrics_of_their_epoch(every: int, tested: set[int]) -> N
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_gradient_is_that_of_the_unrolled_iteration(tied: bool) -> None:
-    """In float64, of the documented noise, by autograd through explicit steps."""
+    """In float64, of the documented noise, by autograd through explicit steps; and that of a penalty."""
     model = make_model("tied" if tied else "dense", "identity", None).double()
     images, noise = TRAIN.double(), 0.3
-    run = Training(
-        model, images, noise, epochs=1, optimizer=Adam(1e-30), solver=Anderson(1e-12, 2000), seed=3
-    )
+    options: dict[str, Any] = {"optimizer": Adam(1e-30), "solver": Anderson(1e-12, 2000), "seed": 3}
+
+    def penalty(model: FixedPointModel, u: Tensor) -> Tensor:
+        return 1e-3 * u.square().mean() * model.regularizer.A.square().sum()
+
+    run = Training(model, images, noise, epochs=1, penalty=penalty, **options)
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.regularizer.named_parameters()}
     run.run()
     order = torch.randperm(len(images), generator=generator(3, "order", 0))
@@ -279,7 +284,7 @@ def test_the_gradient_is_that_of_the_unrolled_iteration(tied: bool) -> None:
     u = f
     for _ in range(200):
         u = u - model.tau * (model.lam * (u - f) + model.gamma * (u @ A.T + b).relu() @ C)
-    loss = (u - truth).square().mean()
+    loss = (u - truth).square().mean() + 1e-3 * u.detach().square().mean() * A.square().sum()
     loss.backward()
     assert run.members[0].rows[0]["train_loss"] == pytest.approx(loss.item(), rel=1e-8)
     for name, parameter in model.regularizer.named_parameters():
