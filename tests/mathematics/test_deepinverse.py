@@ -84,7 +84,7 @@ def test_their_gradient_descent_with_our_prior_reaches_our_fixed_point(tied: boo
         stepsize=tau * lam,
         lambda_reg=1 / lam,
         max_iter=4000,
-        thres_conv=1e-13,
+        thres_conv=1e-10,
         early_stop=True,
         custom_init=lambda y, physics: {"est": (physics.A_adjoint(y),)},
     )

@@ -201,6 +201,7 @@ def test_kernels_are_scaled_to_the_norm_of_the_gradient(tied: bool) -> None:
 
 
 @given(st.booleans(), SEEDS)
+@settings(max_examples=5)
 def test_the_norm_is_a_constant_of_the_gradient_or_differentiated(tied: bool, seed: int) -> None:
     """The gradient is the scale times that at the scaled kernels, or its part orthogonal to the kernels."""
     A, C = normal(2, 2, 3, 3, seed=seed)
