@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -24,13 +23,6 @@ def default_device() -> torch.device:
 def workers(device: torch.device) -> int:
     """Return the number of training processes: one per core, or one that has the accelerator to itself."""
     return cores() if device.type == "cpu" else 1
-
-
-def threads_with_cores(count: int) -> ThreadPoolExecutor:
-    """Return threads, at most one per core; processes that they start compute on their share of the cores."""
-    count = min(count, cores())
-    os.environ["OMP_NUM_THREADS"] = str(cores() // count)
-    return ThreadPoolExecutor(count)
 
 
 @contextmanager

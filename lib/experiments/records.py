@@ -10,10 +10,10 @@ import io
 import json
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile, ZipInfo
 
 import pandas as pd
@@ -39,6 +39,8 @@ COMMITTED = {"quick": "reference", "overnight": "reference/overnight"}
 
 COMMITTED_BITS = 8
 """Significant bits of dense weights in a committed run; the rounding changes its test loss by some 0.02 %."""
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def data_digests(config: Config) -> dict[str, str]:
 
 def run_folder(config: Config, results: Results = None) -> Path:
     """Return the folder of a run in the store."""
-    return Path(results or RESULTS) / "runs" / run_key(config)
+    return _store(results) / run_key(config)
 
 
 def is_stored(config: Config, results: Results = None) -> bool:
@@ -103,16 +105,14 @@ def is_stored(config: Config, results: Results = None) -> bool:
 def read_record(config: Config, results: Results = None) -> dict[str, Any] | None:
     """Return the stored record of a run, or None; a damaged record is set aside."""
     path = run_folder(config, results) / "run.json"
-    try:
+
+    def read() -> dict[str, Any]:
         record = _read_json(path, "run")
         if record_config(record) != config:
             raise DamagedFile(f"{path}: it belongs to another configuration")
-    except FileNotFoundError:
-        return None
-    except (ConfigError, DamagedFile) as error:
-        set_aside(path, str(error))
-        return None
-    return record
+        return record
+
+    return _usable(path, read)
 
 
 def load_run(config: Config, results: Results = None) -> Run | None:
@@ -120,11 +120,7 @@ def load_run(config: Config, results: Results = None) -> Run | None:
     record, folder = read_record(config, results), run_folder(config, results)
     if record is None:
         return None
-    try:
-        return _run(folder.name, record, _read_weights(folder, record))
-    except (OSError, DamagedFile) as error:
-        set_aside(folder / "run.json", f"its weights cannot be used ({error})")
-        return None
+    return _usable(folder / "run.json", lambda: _run(folder.name, record, _read_weights(folder, record)))
 
 
 def store_run(config: Config, member: History, results: Results = None) -> None:
@@ -156,13 +152,7 @@ def write_checkpoint(config: Config, state: dict[str, Any], results: Results = N
 def read_checkpoint(config: Config, results: Results = None) -> dict[str, Any] | None:
     """Return the state to resume a run from, or None; a damaged checkpoint is set aside."""
     path = run_folder(config, results) / "checkpoint.pt"
-    try:
-        return _unpacked(path.read_bytes(), path)
-    except FileNotFoundError:
-        return None
-    except DamagedFile as error:
-        set_aside(path, str(error))
-        return None
+    return _usable(path, lambda: _unpacked(path.read_bytes(), path))
 
 
 def stored_kernels(key: str, results: Results = None) -> Run:
@@ -172,7 +162,7 @@ def stored_kernels(key: str, results: Results = None) -> Run:
         ConfigError: there is none, or it is one on digits, whose weights fit no other images.
         DamagedFile: it cannot be used.
     """
-    store = Path(results or RESULTS) / "runs"
+    store = _store(results)
     if key not in {path.parent.name for path in store.glob("*/run.json")}:
         raise ConfigError(f"run: got {shown(key)}, allowed: the key of a run in {store}")
     record = _read_json(store / key / "run.json", "run")
@@ -191,7 +181,7 @@ def take_runs(path: Path, results: Results = None) -> str:
     Raises:
         ConfigError: it is no zip file.
     """
-    store = Path(results or RESULTS) / "runs"
+    store = _store(results)
     try:
         with ZipFile(path) as archive:
             new = [name for name in archive.namelist() if not (store / name).exists()]
@@ -234,9 +224,17 @@ def trained_kernels(task: str, model: str, filters: int, folder: Path = REFERENC
     raise ConfigError(f"task, model, filters: got {task} {model} {filters}, allowed: {known}")
 
 
-def keep_run(key: str, folder: Path, results: Results = None) -> None:
-    """Write a stored run to the folder of committed runs: one file, dense weights to `COMMITTED_BITS`."""
-    stored = Path(results or RESULTS) / "runs" / key
+def keep_run(path: Path, results: Results = None) -> None:
+    """Write a stored run to a committed file, named by its key.
+
+    Args:
+        path: `<key>.zip`, with dense weights to `COMMITTED_BITS`, or `<key>.json`, without weights.
+        results: folder of the results with the stored run.
+    """
+    stored = _store(results) / path.stem
+    if path.suffix == ".json":
+        write_atomic(path, (stored / "run.json").read_bytes())
+        return
     record = _read_json(stored / "run.json", "run")
     weights = _read_weights(stored, record)
     if isinstance(record_config(record), RunConfig):
@@ -246,17 +244,14 @@ def keep_run(key: str, folder: Path, results: Results = None) -> None:
         for name, content in sorted(_files(record, weights).items()):
             # Without the time, so that it is the same file whenever it is made.
             archive.writestr(ZipInfo(name), content, ZIP_DEFLATED)
-    write_atomic(folder / f"{key}.zip", sealed(packed.getvalue()))
-
-
-def keep_history(key: str, folder: Path, results: Results = None) -> None:
-    """Write the record of a stored run without its weights, for a figure that needs none: `key.json`."""
-    record = _read_json(Path(results or RESULTS) / "runs" / key / "run.json", "run")
-    write_atomic(folder / f"{key}.json", _json("run", record))
+    write_atomic(path, sealed(packed.getvalue()))
 
 
 def load_kept_run(path: Path, configs: Collection[Config]) -> Run | None:
     """Return the run in a file of `keep_run` if its configuration is one of `configs`."""
+    if path.suffix == ".json":
+        run = _run(path.stem, _read_json(path, "run"), {})
+        return run if run.config in configs else None
     with ZipFile(io.BytesIO(unsealed(path.read_bytes(), path))) as archive:
         record: dict[str, Any] = json.loads(archive.read("run.json"))["run"]
         if record_config(record) not in configs:
@@ -264,15 +259,23 @@ def load_kept_run(path: Path, configs: Collection[Config]) -> Run | None:
         return _run(path.stem, record, _unpacked(archive.read("weights.pt"), path))
 
 
-def load_kept_history(path: Path) -> Run:
-    """Return the run in a file of `keep_history`, without weights."""
-    return _run(path.stem, _read_json(path, "run"), {})
-
-
 def record_config(record: dict[str, Any]) -> Config:
     """Return the configuration of a record; a parameter that is newer than the record has its default."""
     kind = RunConfig if record["config"]["dataset"] == "mnist" else FacesConfig
     return kind(**record["config"])
+
+
+def _store(results: Results) -> Path:
+    return Path(results or RESULTS) / "runs"
+
+
+def _usable(path: Path, read: Callable[[], Record]) -> Record | None:
+    """Return the result of `read`, or None without a file; one that cannot be used is set aside."""
+    try:
+        return read() if path.exists() else None
+    except (OSError, ConfigError, DamagedFile) as error:
+        set_aside(path, str(error))
+        return None
 
 
 def _run(key: str, record: dict[str, Any], weights: Weights) -> Run:

@@ -35,7 +35,6 @@ from lib.experiments.records import (
     REFERENCE,
     Run,
     is_stored,
-    load_kept_history,
     load_kept_run,
     load_run,
     read_checkpoint,
@@ -86,26 +85,20 @@ def get_run(config: Config, results: Results = None, train: bool = True) -> Run:
     return get_runs([config], results, train)[0]
 
 
-def find_runs(configs: Sequence[Config], results: Results = None) -> list[Run | None]:
+def find_runs(configs: Sequence[Config], results: Results = None, weights: bool = True) -> list[Run | None]:
     """Return the runs of some configurations that are stored, or else committed; None for the others.
 
     A committed run may be of another version of the method, which its provenance names.
+
+    Args:
+        weights: False also takes committed runs without weights.
     """
     runs = {config: load_run(config, results) for config in configs}
-    for path in sorted(REFERENCE.glob("*/runs/*.zip")):
+    for path in sorted(REFERENCE.glob(f"*/runs/*{'.zip' if weights else ''}")):
         missing = [config for config, run in runs.items() if run is None]
-        if not missing:
-            break
-        if run := load_kept_run(path, missing):
+        if missing and (run := load_kept_run(path, missing)):
             runs[run.config] = run
     return [runs[config] for config in configs]
-
-
-def find_histories(configs: Sequence[Config], results: Results = None) -> list[Run | None]:
-    """Return runs as `find_runs` does, or else committed ones without weights."""
-    committed = {run.config: run for run in map(load_kept_history, sorted(REFERENCE.glob("*/runs/*.json")))}
-    runs = zip(configs, find_runs(configs, results), strict=True)
-    return [run or committed.get(config) for config, run in runs]
 
 
 def learned_start(config: Config, results: Results = None, train: bool = True) -> Weights | None:

@@ -21,7 +21,7 @@ from lib.experiments.config import MODELS
 from lib.experiments.processes import default_device, workers
 from lib.experiments.profiles import profile_config, profile_seeds
 from lib.experiments.records import Run
-from lib.experiments.runs import find_histories, get_runs
+from lib.experiments.runs import find_runs, get_runs
 from lib.experiments.store import Results
 from lib.experiments.sweep import NOT_RUN
 from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
@@ -169,7 +169,7 @@ def runs_by_seed(
     if train:
         runs = get_runs([*first, *later], results)
     else:
-        histories = zip(later, find_histories(later, results), strict=True)
+        histories = zip(later, find_runs(later, results, weights=False), strict=True)
         lacking = [run or Run("", config, NOT_RUN, "", pd.DataFrame(), {}, {}) for config, run in histories]
         runs = [*get_runs(first, results, train), *lacking]
     by_config = dict(zip([*first, *later], runs, strict=True))

@@ -35,17 +35,10 @@ from lib.experiments.config import (
     parse_parameters,
     require_name,
 )
-from lib.experiments.processes import threads_with_cores
 from lib.experiments.profiles import PROFILES, faces_config, grid, profile_config
 from lib.experiments.store import REPOSITORY, RESULTS, write_atomic
 
 NOTEBOOKS = REPOSITORY / "nbs"
-
-LONGEST = "fig13"
-"""The figure that takes longest to draw."""
-
-STOPPED = 130
-"""Exit status after Ctrl-C."""
 
 TRAINING = "training"
 """Variable of a notebook with the parameters of its training, other than the profile's."""
@@ -217,8 +210,7 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
         executed = Path(staging) / f"{name}.ipynb"
         try:
             notebook = papermill.execute_notebook(
-                # papermill takes braces in a path for its parameters.
-                str(notebook_path(name)).replace("{", "{{").replace("}", "}}"),
+                notebook_path(name),
                 executed,
                 parameters=given,
                 cwd=NOTEBOOKS,
@@ -259,7 +251,7 @@ def keep(name: str, profile: str) -> Path:
         ConfigError: the profile's figures are not committed, or this one has not been made.
     """
     from lib.experiments.provenance import PROVENANCE
-    from lib.experiments.records import COMMITTED, keep_history, keep_run
+    from lib.experiments.records import COMMITTED, keep_run
 
     require_name("profile", profile, COMMITTED)
     made, committed = RESULTS / profile / name, RESULTS / COMMITTED[profile]
@@ -273,18 +265,18 @@ def keep(name: str, profile: str) -> Path:
     origins = [json.loads(path.read_bytes()) for path in committed.glob(f"*/{PROVENANCE}")]
     whole = {key for origin in origins for key in origin.get("runs", ())}
     alone = {key for origin in origins for key in origin.get("histories", ())} - whole
-    kept = committed / "runs"
-    for suffix, needed, keep_one in ((".zip", whole, keep_run), (".json", alone, keep_history)):
-        for key in sorted(needed):
-            if not (kept / f"{key}{suffix}").exists():
-                keep_one(key, kept)
-        for path in kept.glob(f"*{suffix}"):
-            if path.stem not in needed:
-                path.unlink()
+    kept, needed = committed / "runs", {f"{key}.zip" for key in whole} | {f"{key}.json" for key in alone}
+    for file in sorted(needed):
+        if not (kept / file).exists():
+            keep_run(kept / file)
+    for path in kept.glob("*"):
+        if path.name not in needed:
+            path.unlink()
     return committed / name
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Refuse all or make one notebook's results after the other, and return an exit status."""
     parser = argparse.ArgumentParser(prog="python -m lib.pages.notebooks", add_help=False)
     commands = "make the results of notebooks, or copy them to the committed ones"
     parser.add_argument("command", choices=("run", "keep"), help=commands)
@@ -293,42 +285,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--help", action="store_true", help="print the parameters of the notebooks")
     options = parser.parse_args(arguments)
-    try:
-        return _main(options)
-    except KeyboardInterrupt:
-        # nbclient does not wait for the cell that was stopped, and asyncio would report its error.
-        logging.getLogger("asyncio").disabled = True
-        return _fail(STOPPED, "stopped; the same command goes on from here")
-    except BrokenPipeError:
-        # The reader has gone, such as `head`; what Python writes at its end goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-
-
-def _main(options: argparse.Namespace) -> int:
-    """Refuse all or make one notebook's results after the other, and return an exit status."""
     profile, values = options.profile, dict[str, dict[str, Any]]()
-    for name in options.names:
-        try:
+    try:
+        for name in options.names:
             values[name] = parsed(name, options.p)
             require_name("profile", profile, PROFILES)
             if options.help:
                 print_help(name, profile)
             else:
                 require(name, profile, values[name])
-        except ConfigError as error:
-            return _fail(2, f"{named(name)}: {error}")
+    except ConfigError as error:
+        return _fail(2, f"{named(name)}: {error}")
+    except BrokenPipeError:
+        # The reader has gone, such as `head`; what Python writes at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if options.help:
         return 0
-
-    def make(name: str) -> int:
-        return _make(name, options.command, profile, values[name])
-
-    if any(chosen.get("train") is not False for chosen in values.values()):
-        return max(map(make, options.names))
-    # Without trainings each core makes a figure. For the one that takes longest none is left to wait.
-    pool = threads_with_cores(len(options.names))
-    return max(pool.map(make, sorted(options.names, key=LONGEST.__ne__)))
+    try:
+        return max([_make(name, options.command, profile, values[name]) for name in options.names])
+    except KeyboardInterrupt:
+        # nbclient does not wait for the cell that was stopped, and asyncio would report its error.
+        logging.getLogger("asyncio").disabled = True
+        return _fail(130, "stopped; the same command goes on from here")
 
 
 def _make(name: str, command: str, profile: str, parameters: dict[str, Any]) -> int:
@@ -353,8 +331,4 @@ def _fail(status: int, line: str) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    if status == STOPPED:
-        # Kernels end with this process; its threads, and Python with them, would wait for their figures.
-        os._exit(status)
-    sys.exit(status)
+    sys.exit(main())

@@ -22,13 +22,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lib.experiments import processes, records, runs
+from lib.experiments import records, runs
 from lib.experiments.build import Config, make_model, make_training, total_steps
 from lib.experiments.config import ConfigError, FacesConfig, RunConfig, parse_parameters
 from lib.experiments.method import METHOD_VERSION
 from lib.experiments.provenance import PROVENANCE, read_described, write_with_provenance
 from lib.experiments.records import Run, data_digests, is_stored, run_folder, run_key
-from lib.experiments.runs import find_histories, find_runs, get_run, get_runs, train_runs, train_stack
+from lib.experiments.runs import find_runs, get_run, get_runs, train_runs, train_stack
 from lib.experiments.store import REPOSITORY, DamagedFile
 from lib.training import Training
 
@@ -369,8 +369,8 @@ def test_committed_runs_are_found_without_training(
     """Dense weights to eight bits, of any version of the method, and never in the place of a training."""
     whole, alone, missing = stored[1][0], stored[1][1], STACK[4]
     folder = tmp_path / "reference" / "overnight" / "runs"
-    records.keep_run(whole.key, folder, stored[0])
-    records.keep_history(alone.key, folder, stored[0])
+    records.keep_run(folder / f"{whole.key}.zip", stored[0])
+    records.keep_run(folder / f"{alone.key}.json", stored[0])
     monkeypatch.setattr(runs, "REFERENCE", tmp_path / "reference")
     monkeypatch.setattr(records, "METHOD_VERSION", METHOD_VERSION + 1)
     (run,) = get_runs([whole.config], tmp_path, train=False)
@@ -379,7 +379,7 @@ def test_committed_runs_are_found_without_training(
         assert ((run.weights[name] - weight).abs() <= 2**-8 * weight.abs() + 2**-25).all()
     asked = [missing, alone.config, whole.config]
     assert [r and r.key for r in find_runs(asked, tmp_path)] == [None, None, whole.key]
-    assert [r and r.key for r in find_histories(asked, tmp_path)] == [None, alone.key, whole.key]
+    assert [r and r.key for r in find_runs(asked, tmp_path, weights=False)] == [None, alone.key, whole.key]
     with pytest.raises(ConfigError, match=r"^train: got False, allowed: True, for bilevel denoising of 4 "):
         get_run(missing, tmp_path, train=False)
     monkeypatch.setattr(runs, "make_training", None)
@@ -398,11 +398,3 @@ def test_files_have_their_provenance(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"2")
     with pytest.raises(DamagedFile, match=f"^{tmp_path / 'a.csv'}: "):
         read_described(tmp_path / "a.csv", provenance)
-
-
-def test_threads_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(processes, "cores", lambda: 5)
-    for count, threads in ((1, "5"), (2, "2"), (1000, "1")):
-        with processes.threads_with_cores(count):
-            assert os.environ["OMP_NUM_THREADS"] == threads

@@ -16,7 +16,7 @@ from lib.experiments.config import ConfigError, FacesConfig, RunConfig
 from lib.experiments.profiles import grid, profile_config
 from lib.experiments.provenance import PROVENANCE, write_with_provenance
 from lib.experiments.records import COMMITTED, Run
-from lib.experiments.runs import find_histories, get_run
+from lib.experiments.runs import find_runs, get_run
 from lib.experiments.store import RESULTS
 from lib.experiments.sweep import load_table, row_config, table_folder
 from lib.pages import notebooks
@@ -43,7 +43,7 @@ def test_a_committed_figure_is_of_the_profile(name: str) -> None:
     for key, entry in (origin.get("runs", {}) | origin.get("histories", {})).items():
         values = {field: entry[field] for field in entry if field not in ("name", "status", "converged")}
         kind = RunConfig if entry["dataset"] == "mnist" else FacesConfig
-        (run,) = find_histories([kind(**values)])
+        (run,) = find_runs([kind(**values)], weights=False)
         assert run is not None
         assert (run.key, run.status) == (key, entry["status"])
 
