@@ -136,10 +136,10 @@ refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to 
 	@$(EXECUTE) $$(git ls-files 'nbs/fig*.ipynb')
 	@$(BIN)/python -m lib.pages.explore collect
 	@$(EXECUTE) $$(git ls-files 'nbs/*.ipynb' ':!nbs/fig*')
-	@$(BIN)/python -m lib.pages.notebooks keep $(FIGURES) weight hypergradients evaluate tomography scaling
+	@$(BIN)/python .ci/keep.py $(FIGURES) weight hypergradients evaluate tomography scaling
 
 keep: $(INSTALLED) ## copy the figures of PROFILE=overnight, and the runs behind them, to where they are committed
-	@$(BIN)/python -m lib.pages.notebooks keep $(FIGURES) --profile $(PROFILE)
+	@$(BIN)/python .ci/keep.py $(FIGURES) --profile $(PROFILE)
 
 lock: ## resolve environment.yml anew into requirements.lock, for all versions of Python (PYTHONS: where they are)
 	@$(firstword $(PYTHONS)) .ci/lock.py $(PYTHONS)

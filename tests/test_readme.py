@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+from itertools import product
 
 import pytest
 
-from lib.experiments.store import REPOSITORY
-from lib.pages.report import answers_table
+from lib.experiments.provenance import PROVENANCE, read_described
+from lib.experiments.records import COMMITTED
+from lib.experiments.store import REPOSITORY, RESULTS
+from lib.pages.report import FIGURES, QUESTIONS
 
 README = REPOSITORY / "README.md"
 
@@ -31,8 +35,26 @@ def test_links_and_targets_exist(name: str) -> None:
     subprocess.run(["make", "-n", *targets], cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=True)
 
 
+def answers_table() -> str:
+    """Return the committed answers of the profiles side by side, as a table in Markdown."""
+    answers: dict[tuple[int, str], dict[str, str]] = {}
+    for name, (profile, where) in product(FIGURES, COMMITTED.items()):
+        path = RESULTS / where / name / QUESTIONS
+        if path.exists():
+            origin = json.loads((path.parent / PROVENANCE).read_bytes())
+            for question in json.loads(read_described(path, origin)):
+                answer = f"{question['answer']}: {question['numbers'].partition(';')[0]}".replace("-", "−")
+                answers.setdefault((int(name[3:]), question["question"]), {})[profile] = answer
+    lines = [f"| figure | question | {' | '.join(COMMITTED)} |", "| --- " * (2 + len(COMMITTED)) + "|"]
+    for (number, text), own in answers.items():
+        numbers = " | ".join(own.get(profile, "–") for profile in COMMITTED)
+        lines.append(f"| {number} | {text} | {numbers} |")
+    return "\n".join(lines)
+
+
 def test_the_answers_are_the_committed_ones() -> None:
-    """`python -m lib.pages.report --answers` prints the table between the two comments."""
+    """A failure shows the table that belongs between the two comments."""
     text = README.read_text(encoding="utf-8")
     (table,) = re.findall(r"<!-- answers -->\n(.*)\n<!-- /answers -->", text, re.DOTALL)
-    assert table == answers_table()
+    expected = answers_table()
+    assert table == expected, expected

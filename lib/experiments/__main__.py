@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.experiments.build import Config
-from lib.experiments.cluster import LocalJobs, job_options, train_on_cluster
+from lib.experiments.cluster import Jobs, job_options, train_on_cluster
 from lib.experiments.config import ConfigError, FacesConfig, RunConfig, parse_parameters
 from lib.experiments.data import DataError
 from lib.experiments.plan import duration, plan
@@ -37,7 +37,7 @@ def print_plan(configs: Sequence[RunConfig]) -> None:
     )
 
 
-def train(profile: str, configs: Sequence[RunConfig], jobs: LocalJobs | None) -> int:
+def train(profile: str, configs: Sequence[RunConfig], jobs: Jobs | None) -> int:
     """Train what is not stored, write the tables of all that is stored, and return an exit status."""
     stopped = ""
     try:

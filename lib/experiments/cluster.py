@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, Literal
 
 import psutil
 import submitit
@@ -30,45 +30,28 @@ from lib.experiments.records import is_stored, read_record, run_key
 from lib.experiments.runs import outcome, train_stack
 from lib.experiments.store import RESULTS, Results
 
-
-class LocalJobs(Checked):
-    """Processes of this machine, at most `jobs`, which go on without the one that started them."""
-
-    # The values come from a command line.
-    model_config = ConfigDict(strict=False)
-    cluster: ClassVar[str] = "local"
-    look_seconds: ClassVar[float] = 1.0
-
-    jobs: Annotated[int, Field(ge=1, le=1000)] = Field(default_factory=lambda: workers(default_device()))
-
-    def parameters(self) -> dict[str, Any]:
-        """Return the parameters of submitit; local jobs have a year."""
-        return {"timeout_min": 365 * 24 * 60, "gpus_per_node": int(default_device().type == "cuda")}
-
-    def unfinished(self, folder: Path) -> list[str]:
-        """Return the ids of those jobs of a folder that run or will run."""
-        command = ["submitit.local._local", str(folder)]
-        lines = {process.pid: process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])}
-        return [str(pid) for pid, line in lines.items() if line[-2:] == command]
-
-    def cancel(self, folder: Path) -> str:
-        """Return the command that cancels the jobs of a folder."""
-        return " ".join(["kill", *self.unfinished(folder)])
+LOOK_SECONDS = {"local": 1.0, "slurm": 30.0}
+"""Time between two looks at the jobs."""
 
 
-class SlurmJobs(LocalJobs):
-    """Jobs of Slurm, elements of one array, with one core or one accelerator each.
+class Jobs(Checked):
+    """Jobs of Slurm, elements of one array, or processes of this machine that outlive the command.
 
     Attributes:
+        cluster: where they run.
+        jobs: how many at most run at once.
         minutes: time limit of a job, after which it is queued again.
         partition, account, qos, constraint: as `sbatch` takes them.
         memory, gpus: GB and accelerators of a job.
     """
 
-    cluster: ClassVar[str] = "slurm"
-    look_seconds: ClassVar[float] = 30.0
+    # The values come from a command line.
+    model_config = ConfigDict(strict=False)
 
-    jobs: Annotated[int, Field(ge=1, le=1000)] = 256
+    cluster: Literal["local", "slurm"]
+    jobs: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default_factory=lambda values: 256 if values["cluster"] == "slurm" else workers(default_device())
+    )
     minutes: Annotated[int, Field(ge=5, le=100_000, serialization_alias="timeout_min")] = 120
     partition: str | None = Field(None, serialization_alias="slurm_partition")
     account: str | None = Field(None, serialization_alias="slurm_account")
@@ -78,8 +61,11 @@ class SlurmJobs(LocalJobs):
     gpus: Annotated[int, Field(ge=0, le=1, serialization_alias="gpus_per_node")] = 0
 
     def parameters(self) -> dict[str, Any]:
+        """Return the parameters of submitit; local jobs have a year."""
+        if self.cluster == "local":
+            return {"timeout_min": 365 * 24 * 60, "gpus_per_node": int(default_device().type == "cuda")}
         return {
-            **self.model_dump(by_alias=True, exclude={"jobs"}),
+            **self.model_dump(by_alias=True, exclude={"cluster", "jobs"}),
             "cpus_per_task": 1,
             "gpus_per_node": self.gpus or None,
             "slurm_array_parallelism": self.jobs,
@@ -88,24 +74,26 @@ class SlurmJobs(LocalJobs):
             "slurm_setup": None if self.gpus else ["export CUDA_VISIBLE_DEVICES="],
         }
 
-    def unfinished(self, folder: Path) -> list[str]:
-        # submitit would ask Slurm's accounting, which not every cluster has.
-        command = ["squeue", "--me", "--all", "--array", "--noheader", "--format=%i", f"--name={folder.name}"]
-        queue = subprocess.run(command, capture_output=True, text=True)
-        return ["unknown"] if queue.returncode else queue.stdout.split()
 
-    def cancel(self, folder: Path) -> str:
-        return f"scancel --name={folder.name}"
+def unfinished(folder: Path) -> list[str]:
+    """Return the ids of those jobs of a folder that run or will run."""
+    if folder.name.startswith("local-"):
+        command = ["submitit.local._local", str(folder)]
+        lines = {process.pid: process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])}
+        return [str(pid) for pid, line in lines.items() if line[-2:] == command]
+    # submitit would ask Slurm's accounting, which not every cluster has.
+    command = ["squeue", "--me", "--all", "--array", "--noheader", "--format=%i", f"--name={folder.name}"]
+    queue = subprocess.run(command, capture_output=True, text=True)
+    return ["unknown"] if queue.returncode else queue.stdout.split()
 
 
-def job_options(cluster: str, pairs: Sequence[tuple[str, str]]) -> LocalJobs | None:
+def job_options(cluster: str, pairs: Sequence[tuple[str, str]]) -> Jobs | None:
     """Return the options of jobs from a command line; None stands for this process."""
     require_name("cluster", cluster, ("none", "local", "slurm"))
-    if cluster != "none":
-        return (SlurmJobs if cluster == "slurm" else LocalJobs)(**dict[str, Any](pairs))
-    if pairs:
-        raise ConfigError(f"{named(pairs[0][0])}: allowed with CLUSTER=local or CLUSTER=slurm only")
-    return None
+    for name in dict(pairs):
+        if cluster == "none" or (cluster == "local" and name != "jobs"):
+            raise ConfigError(f"{named(name)}: not an option of jobs with CLUSTER={cluster}")
+    return None if cluster == "none" else Jobs(**dict[str, Any](pairs) | {"cluster": cluster})
 
 
 @dataclass(frozen=True)
@@ -123,7 +111,7 @@ class Share(Checkpointable):
             train_stack(stack, self.results, lambda steps, ended: None)
 
 
-def train_on_cluster(configs: Sequence[RunConfig], options: LocalJobs, results: Results = None) -> None:
+def train_on_cluster(configs: Sequence[RunConfig], options: Jobs, results: Results = None) -> None:
     """Train all configurations that are not stored yet as jobs, and wait for them.
 
     Unfinished jobs of the same configurations are followed, and no others are submitted.
@@ -141,18 +129,20 @@ def train_on_cluster(configs: Sequence[RunConfig], options: LocalJobs, results: 
     folder = results / "jobs" / f"{options.cluster}-{digest}"
     # For this user alone, since a job executes the pickles in here.
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not options.unfinished(folder):
+    if not unfinished(folder):
         _submit(waiting, options, results, folder)
     try:
         _follow(configs, options, results, folder)
     except KeyboardInterrupt:
+        slurm, ids = options.cluster == "slurm", " ".join(unfinished(folder))
+        command = f"scancel --name={folder.name}" if slurm else f"kill {ids}"
         raise KeyboardInterrupt(
             "the jobs go on: the same command follows them, make sweep-status counts their runs, and "
-            f"`{options.cancel(folder)}` cancels them"
+            f"`{command}` cancels them"
         ) from None
 
 
-def _submit(configs: Sequence[Config], options: LocalJobs, results: Path, folder: Path) -> None:
+def _submit(configs: Sequence[Config], options: Jobs, results: Path, folder: Path) -> None:
     groups = stacks(configs, torch.device("cpu"))
     count = min(options.jobs, len(groups))
     shares = [[config for group in groups[k::count] for config in group] for k in range(count)]
@@ -164,12 +154,12 @@ def _submit(configs: Sequence[Config], options: LocalJobs, results: Path, folder
         executor.submit_array([Share(share, results) for share in shares])
 
 
-def _follow(configs: Sequence[RunConfig], options: LocalJobs, results: Path, folder: Path) -> None:
+def _follow(configs: Sequence[RunConfig], options: Jobs, results: Path, folder: Path) -> None:
     """Wait until all runs are stored, or all jobs have ended."""
     idle = 0
     with tqdm(desc="sweep", total=len(configs), unit="run", leave=False) as bar:
         while True:
-            busy = len(options.unfinished(folder))
+            busy = len(unfinished(folder))
             records = [record for config in configs if (record := read_record(config, results))]
             ended, left = Counter(record["status"] for record in records), len(configs) - len(records)
             bar.set_postfix_str(f"{outcome(ended, len(configs))}, jobs {busy}", refresh=False)
@@ -180,4 +170,4 @@ def _follow(configs: Sequence[RunConfig], options: LocalJobs, results: Path, fol
             # A shared file system shows a new file late.
             if idle == 2:
                 raise RuntimeError(f"{left} runs are left by jobs that ended (logs: {folder}); run again")
-            time.sleep(options.look_seconds)
+            time.sleep(LOOK_SECONDS[options.cluster])

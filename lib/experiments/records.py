@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from lib.experiments.config import ConfigError, FacesConfig, RunConfig, shown
 from lib.experiments.data import FACES_FILES, MNIST_FILES, photograph_files
 from lib.experiments.method import METHOD_VERSION
 from lib.experiments.provenance import environment
-from lib.experiments.store import RESULTS, DamagedFile, Results, sealed, set_aside, unsealed, write_atomic
+from lib.experiments.store import RESULTS, DamagedFile, Results, sealed, unsealed, write_atomic
 from lib.models import FixedPointModel
 from lib.training import History
 
@@ -120,7 +121,7 @@ def load_run(config: Config, results: Results = None) -> Run | None:
     record, folder = read_record(config, results), run_folder(config, results)
     if record is None:
         return None
-    return _usable(folder / "run.json", lambda: _run(folder.name, record, _read_weights(folder, record)))
+    return _usable(folder / "run.json", lambda: _run(folder.name, record, _read_weights(folder)))
 
 
 def store_run(config: Config, member: History, results: Results = None) -> None:
@@ -139,8 +140,8 @@ def store_run(config: Config, member: History, results: Results = None) -> None:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     }
-    for name, content in _files(record, member.weights).items():
-        write_atomic(folder / name, content)
+    write_atomic(folder / "weights.pt", _packed(member.weights))
+    write_atomic(folder / "run.json", _json("run", record))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -170,7 +171,7 @@ def stored_kernels(key: str, results: Results = None) -> Run:
         raise ConfigError(
             f"run: got {key}, of digits, allowed: one on photographs: its kernels fit any image"
         )
-    return _run(key, record, _read_weights(store / key, record))
+    return _run(key, record, _read_weights(store / key))
 
 
 def take_runs(path: Path, results: Results = None) -> str:
@@ -235,13 +236,12 @@ def keep_run(path: Path, results: Results = None) -> None:
     if path.suffix == ".json":
         write_atomic(path, (stored / "run.json").read_bytes())
         return
-    record = _read_json(stored / "run.json", "run")
-    weights = _read_weights(stored, record)
+    record, weights = _read_json(stored / "run.json", "run"), _read_weights(stored)
     if isinstance(record_config(record), RunConfig):
         weights = {name: _rounded(weight).half() for name, weight in weights.items()}
     packed = io.BytesIO()
     with ZipFile(packed, "w") as archive:
-        for name, content in sorted(_files(record, weights).items()):
+        for name, content in (("run.json", _json("run", record)), ("weights.pt", _packed(weights))):
             # Without the time, so that it is the same file whenever it is made.
             archive.writestr(ZipInfo(name), content, ZIP_DEFLATED)
     write_atomic(path, sealed(packed.getvalue()))
@@ -274,7 +274,8 @@ def _usable(path: Path, read: Callable[[], Record]) -> Record | None:
     try:
         return read() if path.exists() else None
     except (OSError, ConfigError, DamagedFile) as error:
-        set_aside(path, str(error))
+        aside = path.replace(path.with_name(f"{path.name}.damaged"))
+        print(f"set aside {path} as {aside.name}: {error}", file=sys.stderr)
         return None
 
 
@@ -308,19 +309,9 @@ def _unpacked(file: bytes, path: Path) -> dict[str, Any]:
     return tensors
 
 
-def _files(record: dict[str, Any], weights: Weights) -> dict[str, bytes]:
-    """Return the files of a run by name; the record comes last, so that with it a folder is complete."""
-    packed = _packed(weights)
-    seal = packed.partition(b"\n")[0].decode()
-    return {"weights.pt": packed, "run.json": _json("run", record | {"weights": seal})}
-
-
-def _read_weights(folder: Path, record: dict[str, Any]) -> Weights:
+def _read_weights(folder: Path) -> Weights:
     path = folder / "weights.pt"
-    file = path.read_bytes()
-    if not file.startswith(record["weights"].encode()):
-        raise DamagedFile(f"{path}: it belongs to another run")
-    return _unpacked(file, path)
+    return _unpacked(path.read_bytes(), path)
 
 
 def _json(name: str, record: dict[str, Any]) -> bytes:

@@ -28,7 +28,7 @@ from lib.experiments.build import (
     require_device,
     total_steps,
 )
-from lib.experiments.config import ConfigError, FacesConfig
+from lib.experiments.config import ConfigError
 from lib.experiments.plan import stacks
 from lib.experiments.processes import default_device, interrupts_blocked, workers
 from lib.experiments.records import (
@@ -136,8 +136,7 @@ def train_runs(configs: Sequence[Config], results: Results = None) -> None:
         load_images(config)
     for config in waiting:
         require_device(config, default_device())
-        if isinstance(config, FacesConfig):
-            make_operator(config)
+        make_operator(config)
     steps = sum(total_steps(config) for config in waiting)
     interval = 0.2 if sys.stderr.isatty() else 5.0
     with tqdm(desc="training", total=steps, mininterval=interval, smoothing=0, leave=False) as bar:
@@ -196,11 +195,7 @@ def _start_worker(reports: SimpleQueue[tuple[int, tuple[str, ...]]]) -> None:
 
 
 def _train_in_worker(stack: list[Config], results: Results) -> None:
-    try:
-        train_stack(stack, results, lambda *progress: _reports.put(progress))
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise RuntimeError(f"{stack[0].model} {stack[0].task}: {type(error).__name__}: {reason}") from None
+    train_stack(stack, results, lambda *progress: _reports.put(progress))
 
 
 def train_stack(configs: Sequence[Config], results: Results, report: Report) -> None:
@@ -235,7 +230,6 @@ def _train(configs: Sequence[Config], results: Results, report: Report) -> None:
 
 def _run(training: Training, configs: Sequence[Config], results: Results, report: Report) -> None:
     """Run a training; store members that end, and write checkpoints of the others now and then."""
-    stored: set[int] = set()
     written, counted = -math.inf, 0
 
     def tell(*ended: str) -> None:
@@ -246,15 +240,16 @@ def _run(training: Training, configs: Sequence[Config], results: Results, report
 
     def keep(training: Training) -> None:
         nonlocal written
-        ended = [i for i, member in enumerate(training.members) if member.status and i not in stored]
-        for index in ended:
-            store_run(configs[index], training.members[index], results)
-        stored.update(ended)
+        ended = []
+        for config, member in zip(configs, training.members, strict=True):
+            if member.status and not is_stored(config, results):
+                store_run(config, member, results)
+                ended.append(member.status)
         if training.epoch < training.epochs and time.monotonic() - written >= CHECKPOINT_SECONDS:
             for index in training.alive:
                 write_checkpoint(configs[index], training.checkpoint(index), results)
             written = time.monotonic()
-        tell(*(training.members[index].status for index in ended))
+        tell(*ended)
 
     training.run(on_epoch=keep, on_step=tell)
     keep(training)

@@ -1,10 +1,9 @@
-"""Files of results: atomic writes, checksums, and damaged files renamed instead of overwritten."""
+"""Files of results: atomic writes and checksums."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import uuid
 from pathlib import Path
 
@@ -32,13 +31,6 @@ def write_atomic(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def set_aside(path: Path, reason: str) -> Path:
-    """Rename a file that cannot be used to `*.damaged`, report it, and return its new path."""
-    aside = path.replace(path.with_name(f"{path.name}.damaged"))
-    print(f"set aside {path} as {aside.name}: {reason}", file=sys.stderr)
-    return aside
 
 
 def sealed(content: bytes) -> bytes:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.experiments.build import load_images, make_operator, test_noise
-from lib.experiments.config import ConfigError, RunConfig, parse_parameters
+from lib.experiments.config import ConfigError, parse_parameters
 from lib.experiments.data import DataError
 from lib.experiments.profiles import grid
 from lib.experiments.provenance import write_with_provenance
@@ -31,15 +31,8 @@ OBSERVED_BY = ["task", "noise", "seed", "size", "test_images"]
 """Runs with the same values of these parameters share their data `f`."""
 
 DIGITS = 4
-
-KEPT = ["key", *RunConfig.model_fields, "status", "reason", "epochs_finished", "test_loss", "test_psnr"]
-KEPT += ["seconds"]
-"""Columns of a run in the table, besides the first test images: `truth`, `input` (`f`) and `output` (`u*`;
-None if the run did not complete), each a strip of `DIGITS` in bytes, row by row, 0 for -1 and 255 for 1."""
-
-HISTORY = ["key", "epoch", "seconds", "test_loss", "test_psnr", "forward_steps", "backward_steps"]
-HISTORY += ["forward_unconverged", "backward_unconverged", "test_unconverged"]
-"""Columns of an epoch in the table."""
+"""How many test images a run shows: `truth`, `input` (`f`) and `output` (`u*`, None if it did not complete)
+are strips of them in bytes, row by row, 0 for -1 and 255 for 1."""
 
 
 def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
@@ -73,7 +66,7 @@ def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
             output = _strip(result.outputs[key]) if result and key in runs else None
             images.append((key, _strip(truth[:, 0]), _strip(f[:, 0]), output))
     strips = pd.DataFrame(images, columns=["key", "truth", "input", "output"])
-    frames = (sweep.runs[KEPT].merge(strips), sweep.epochs.reindex(columns=HISTORY))
+    frames = (sweep.runs.merge(strips), sweep.epochs)
     contents = [frame.to_parquet(index=False, compression="zstd") for frame in frames]
     folder = table_folder(profile, results)
     write_with_provenance(folder, dict(zip(TABLES, contents, strict=True)), sweep.provenance)

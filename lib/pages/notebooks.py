@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import logging
-import os
+import re
 import sys
 import tempfile
 import time
@@ -94,35 +93,18 @@ def notebook_path(name: str) -> Path:
     return NOTEBOOKS / f"{PAGES[name].file}.ipynb"
 
 
-def read_notebook(path: Path) -> nbformat.NotebookNode:
-    """Return a notebook.
-
-    Raises:
-        ConfigError: the file is none.
-    """
-    try:
-        notebook: nbformat.NotebookNode = nbformat.read(path, as_version=4)
-    except Exception:
-        # nbformat's errors have no base class of their own.
-        raise ConfigError(f"{path}: it is no notebook; has a merge left its conflict markers?") from None
-    return notebook
-
-
 def cell_parameters(name: str) -> dict[str, tuple[Any, FieldInfo]]:
     """Return types, defaults and comments of the variables in a notebook's cell with the tag `parameters`."""
-    cells = read_notebook(notebook_path(name)).cells
+    cells = nbformat.read(notebook_path(name), as_version=4).cells
     source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ()))
-    parameters: dict[str, tuple[Any, FieldInfo]] = {}
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
-            continue
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-        default = ast.literal_eval(node.value)
-        kind = eval(ast.unparse(node.annotation)) if isinstance(node, ast.AnnAssign) else type(default)
-        last = source.splitlines()[(node.end_lineno or 1) - 1][node.end_col_offset :]
-        field: FieldInfo = Field(default, description=last.partition("#")[2].strip())
-        parameters[ast.unparse(target)] = (kind, field)
-    return parameters
+    comments, variables = dict(re.findall(r"^(\w+)\b.*# *(.*)", source, re.MULTILINE)), dict[str, Any]()
+    exec(compile(source, name, "exec", dont_inherit=True), variables)
+    kinds: dict[str, Any] = variables.pop("__annotations__", {})
+    variables.pop("__builtins__")
+    return {
+        name: (kinds.get(name, type(default)), Field(default, description=comments.get(name, "")))
+        for name, default in variables.items()
+    }
 
 
 def training_fields(name: str) -> dict[str, FieldInfo]:
@@ -172,14 +154,14 @@ def print_help(name: str, profile: str) -> None:
     known, make = cell_parameters(name), PAGES[name].make
     training = known.pop(TRAINING)[1].default if make else {}
     print(f'make {name} ARGS="-p NAME VALUE", profile {profile}: name, type, default, meaning')
-    rows = [(key, described(kind), own.default, own.description) for key, (kind, own) in known.items()]
+    row = "  {:<20} {:<32} {!s:<14} {}".format
+    for key, (kind, own) in known.items():
+        print(row(key, described(kind), own.default, own.description))
     made = make(profile, **training) if make else []
     for key, field in training_fields(name).items():
         levels = dict.fromkeys(getattr(config, key) for config in (made if make is grid else [made]))
         default = training[key] if key in training else ", ".join(map(str, levels))
-        rows.append((key, described(field.annotation, field.metadata), default, field.description))
-    for key, limits, default, meaning in rows:
-        print(f"  {key:<20} {limits:<32} {default!s:<14} {meaning}", flush=True)
+        print(row(key, described(field.annotation, field.metadata), default, field.description))
 
 
 def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RESULTS) -> Path:
@@ -237,49 +219,10 @@ def _folder(notebook: nbformat.NotebookNode, name: str) -> str:
     return str(ast.literal_eval(shown)) if shown[:1] in ("'", '"') else name
 
 
-def keep(name: str, profile: str) -> Path:
-    """Copy what a notebook made to the committed results, for `quick` without the runs behind it.
-
-    Args:
-        name: of the notebook, such as `fig02`.
-        profile: name of the profile.
-
-    Returns:
-        The folder of the figure there.
-
-    Raises:
-        ConfigError: the profile's figures are not committed, or this one has not been made.
-    """
-    from lib.experiments.provenance import PROVENANCE
-    from lib.experiments.records import COMMITTED, keep_run
-
-    require_name("profile", profile, COMMITTED)
-    made, committed = RESULTS / profile / name, RESULTS / COMMITTED[profile]
-    if not made.is_dir():
-        raise ConfigError(f"it has not been made: make {name} PROFILE={profile} makes it")
-    for path in sorted(made.iterdir()):
-        if path.suffix in (".png", ".csv", ".json"):
-            write_atomic(committed / name / path.name, path.read_bytes())
-    if profile == "quick":
-        return committed / name
-    origins = [json.loads(path.read_bytes()) for path in committed.glob(f"*/{PROVENANCE}")]
-    whole = {key for origin in origins for key in origin.get("runs", ())}
-    alone = {key for origin in origins for key in origin.get("histories", ())} - whole
-    kept, needed = committed / "runs", {f"{key}.zip" for key in whole} | {f"{key}.json" for key in alone}
-    for file in sorted(needed):
-        if not (kept / file).exists():
-            keep_run(kept / file)
-    for path in kept.glob("*"):
-        if path.name not in needed:
-            path.unlink()
-    return committed / name
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Refuse all or make one notebook's results after the other, and return an exit status."""
+    """Refuse all or execute one notebook after the other, and return an exit status."""
     parser = argparse.ArgumentParser(prog="python -m lib.pages.notebooks", add_help=False)
-    commands = "make the results of notebooks, or copy them to the committed ones"
-    parser.add_argument("command", choices=("run", "keep"), help=commands)
+    parser.add_argument("command", choices=("run",))
     parser.add_argument("names", nargs="+", metavar="figNN")
     parser.add_argument("--profile", default="quick")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
@@ -296,24 +239,21 @@ def main(arguments: list[str] | None = None) -> int:
                 require(name, profile, values[name])
     except ConfigError as error:
         return _fail(2, f"{named(name)}: {error}")
-    except BrokenPipeError:
-        # The reader has gone, such as `head`; what Python writes at its end goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if options.help:
         return 0
     try:
-        return max([_make(name, options.command, profile, values[name]) for name in options.names])
+        return max([_make(name, profile, values[name]) for name in options.names])
     except KeyboardInterrupt:
         # nbclient does not wait for the cell that was stopped, and asyncio would report its error.
         logging.getLogger("asyncio").disabled = True
         return _fail(130, "stopped; the same command goes on from here")
 
 
-def _make(name: str, command: str, profile: str, parameters: dict[str, Any]) -> int:
+def _make(name: str, profile: str, parameters: dict[str, Any]) -> int:
     """Make one notebook's results, say where they are or why not, and return an exit status."""
     start = time.perf_counter()
     try:
-        made = run(name, profile, parameters) if command == "run" else keep(name, profile)
+        made = run(name, profile, parameters)
     except ConfigError as error:
         return _fail(2, f"{named(name)}: {error}")
     except Exception as error:

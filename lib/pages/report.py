@@ -1,19 +1,16 @@
 """The report page of a profile, `results/quick/index.html`: `python -m lib.pages.report --profile quick`.
 
 The page shows the figures' folders and the text of the notebooks, and computes nothing. It needs no network;
-the executed notebooks become pages in the figures' folders. With `--answers` the committed answers are
-printed as the table of the README instead.
+the executed notebooks become pages in the figures' folders.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import html
 import json
 import sys
 from collections import Counter
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +25,8 @@ from lib.experiments.config import ConfigError, require_name
 from lib.experiments.plan import duration
 from lib.experiments.profiles import PROFILES
 from lib.experiments.provenance import PROVENANCE, read_described
-from lib.experiments.records import COMMITTED
 from lib.experiments.store import RESULTS, DamagedFile, write_atomic
-from lib.pages.notebooks import PAGES, notebook_path, read_notebook
+from lib.pages.notebooks import PAGES, notebook_path
 from lib.training import COMPLETED
 
 READING = "## What one sees"
@@ -39,7 +35,6 @@ READING = "## What one sees"
 QUESTIONS = "questions.json"
 
 FIGURES = [name for name in PAGES if name.startswith("fig")]
-
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader(__name__),
@@ -54,11 +49,7 @@ class _Renderer(IPythonRenderer):
     """Markdown with formulas as MathML, which browsers draw without a script."""
 
     def inline_math(self, body: str, display: str = "inline") -> str:
-        try:
-            return convert(body, display=display)
-        except Exception:
-            # latex2mathml's errors have no base class of their own.
-            return f"<code>{html.escape(body)}</code>"
+        return convert(body, display=display)
 
     def block_math(self, body: str) -> str:
         return self.inline_math(body, "block")
@@ -80,7 +71,7 @@ def build(profile: str, results: Path = RESULTS) -> Path:
         The path of the page.
 
     Raises:
-        ConfigError: the profile is unknown, or a notebook cannot be read.
+        ConfigError: the profile is unknown.
     """
     require_name("profile", profile, PROFILES)
     problems: list[str] = []
@@ -91,50 +82,21 @@ def build(profile: str, results: Path = RESULTS) -> Path:
     return results / profile / "index.html"
 
 
-def answers_table(results: Path = RESULTS) -> str:
-    """Return the committed answers of the profiles side by side, as a table in Markdown.
-
-    Args:
-        results: folder of the results, with the committed ones in `reference/`.
-
-    Raises:
-        DamagedFile: a file is not what was committed.
-    """
-    answers: dict[tuple[int, str], dict[str, str]] = {}
-    for name, (profile, where) in product(FIGURES, COMMITTED.items()):
-        path = results / where / name / QUESTIONS
-        if path.exists():
-            origin = json.loads((path.parent / PROVENANCE).read_bytes())
-            for question in json.loads(read_described(path, origin)):
-                answer = f"{question['answer']}: {question['numbers'].partition(';')[0]}".replace("-", "−")
-                answers.setdefault((int(name[3:]), question["question"]), {})[profile] = answer
-    lines = [f"| figure | question | {' | '.join(COMMITTED)} |", "| --- " * (2 + len(COMMITTED)) + "|"]
-    for (number, text), own in answers.items():
-        numbers = " | ".join(own.get(profile, "–") for profile in COMMITTED)
-        lines.append(f"| {number} | {text} | {numbers} |")
-    return "\n".join(lines)
-
-
 def _contents(folder: Path, problems: list[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return a figure's provenance and the files that it describes; add what is damaged to `problems`."""
-    place = f"{folder.parent.name}/{folder.name}"
+    """Return a figure's provenance and its files; add the first that is damaged to `problems`."""
+    origin, contents = dict[str, Any](), dict[str, bytes]()
     try:
-        origin: dict[str, Any] = json.loads((folder / PROVENANCE).read_bytes())
-    except (FileNotFoundError, ValueError):
-        problems.append(f"{place}/{PROVENANCE} is missing or damaged")
-        return {}, {}
-    contents = {}
-    for name in origin["sha256"]:
-        try:
+        origin = json.loads((folder / PROVENANCE).read_bytes())
+        for name in origin["sha256"]:
             contents[name] = read_described(folder / name, origin)
-        except (FileNotFoundError, DamagedFile):
-            problems.append(f"{place}/{name} is missing or not the file that {PROVENANCE} describes")
+    except (OSError, ValueError, DamagedFile) as error:
+        problems.append(f"{folder.parent.name}/{folder.name} is damaged: {error}")
     return origin, contents
 
 
 def _figure(name: str, results: Path, problems: list[str]) -> dict[str, Any]:
     """Return a figure for the template, and write its executed notebook as a page; name what is missing."""
-    notebook = read_notebook(notebook_path(name))
+    notebook = nbformat.read(notebook_path(name), as_version=4)
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     title, _, text = cells[0].partition("\n")
     reading = next((cell.removeprefix(READING) for cell in cells if cell.startswith(READING)), "")
@@ -151,10 +113,8 @@ def _figure(name: str, results: Path, problems: list[str]) -> dict[str, Any]:
     ends = origin.get("statuses") or Counter(run["status"] for run in origin.get("runs", {}).values())
     problems += [f"{name}: {n:,} runs with status {end!r}" for end, n in ends.items() if end != COMPLETED]
     if executed.exists():
-        page = _page(read_notebook(executed), name, figure["title"])
+        page = _page(nbformat.read(executed, as_version=4), name, figure["title"])
         write_atomic(folder / f"{name}.html", page.encode())
-    else:
-        problems.append(f"{results.name}/{name}/{executed.name} is missing")
     figure["picture"] = base64.b64encode(contents.get(f"{name}.png", b"")).decode()
     figure |= {"origin": origin, "ends": ends, "questions": json.loads(contents.get(QUESTIONS, b"[]"))}
     return figure | {"files": sorted(path.name for path in folder.iterdir() if path.name[0] != ".")}
@@ -173,11 +133,10 @@ def _page(notebook: nbformat.NotebookNode, name: str, title: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.pages.report", description=__doc__)
     parser.add_argument("--profile", default="quick")
-    parser.add_argument("--answers", action="store_true", help="print the committed answers instead")
     options = parser.parse_args(arguments)
     try:
-        print(answers_table() if options.answers else f"the report: {build(options.profile)}")
-    except (ConfigError, DamagedFile) as error:
+        print(f"the report: {build(options.profile)}")
+    except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -18,7 +18,7 @@ import pytest
 
 from lib.experiments import cluster, records, sweep
 from lib.experiments.__main__ import main
-from lib.experiments.cluster import LocalJobs, Share, SlurmJobs, job_options, train_on_cluster
+from lib.experiments.cluster import Jobs, Share, job_options, train_on_cluster
 from lib.experiments.config import ConfigError
 from lib.experiments.profiles import grid
 from lib.experiments.records import is_stored, run_folder
@@ -59,7 +59,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         program(programs / name, "exit 0")
     program(programs / "sbatch", f"cp $1 {tmp_path}/script; echo Submitted batch job 7")
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
-    monkeypatch.setattr(SlurmJobs, "look_seconds", 0.0)
+    monkeypatch.setitem(cluster.LOOK_SECONDS, "slurm", 0.0)
     return programs
 
 
@@ -134,7 +134,7 @@ def test_jobs_are_followed_cancelled_and_resumed(
     assert capsys.readouterr().out.endswith("4 completed\n")
     assert [path.stat().st_mtime_ns for path in stored] == times
     before = sorted((results / "jobs").iterdir())
-    train_on_cluster(CONFIGS, LocalJobs(), results)
+    train_on_cluster(CONFIGS, Jobs(cluster="local"), results)
     assert sorted((results / "jobs").iterdir()) == before
 
 
@@ -147,8 +147,8 @@ def test_a_job_is_queued_again_as_it_is(tmp_path: Path) -> None:
     ("cluster", "pairs", "message"),
     [
         ("sge", [], "cluster: got 'sge', allowed: none, local, slurm"),
-        ("none", [("jobs", "2")], "jobs: allowed with CLUSTER=local or CLUSTER=slurm only"),
-        ("local", [("minutes", "9")], "minutes: no such parameter, allowed: jobs"),
+        ("none", [("jobs", "2")], "jobs: not an option of jobs with CLUSTER=none"),
+        ("local", [("minutes", "9")], "minutes: not an option of jobs with CLUSTER=local"),
         ("local", [("jobs", "0")], "jobs: got '0', allowed: greater than or equal to 1"),
         ("slurm", [("jobs", "many")], "jobs: got 'many', allowed: a valid integer"),
         ("slurm", [("gpus", "2")], "gpus: got '2', allowed: less than or equal to 1"),
@@ -161,8 +161,10 @@ def test_a_bad_option_is_refused(cluster: str, pairs: list[tuple[str, str]], mes
 
 def test_good_options() -> None:
     assert job_options("none", []) is None
-    assert job_options("local", []) == LocalJobs()
-    assert job_options("slurm", [("gpus", "1"), ("memory", "2.5")]) == SlurmJobs(gpus=1, memory=2.5)
+    assert job_options("local", []) == Jobs(cluster="local")
+    assert job_options("slurm", [("gpus", "1"), ("memory", "2.5")]) == Jobs(
+        cluster="slurm", gpus=1, memory=2.5
+    )
 
 
 def test_the_script_for_slurm(slurm: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,13 +188,12 @@ def test_queued_jobs_are_not_submitted_again(
     """Those of the same sweep are followed; without an answer of Slurm they count as queued."""
     monkeypatch.setattr(cluster, "_follow", lambda *arguments: None)
     program(slurm / "squeue", f'echo "$@" > {results}/asked; echo 7_0 7_1')
-    train_on_cluster(CONFIGS, SlurmJobs(), results)
+    train_on_cluster(CONFIGS, Jobs(cluster="slurm"), results)
     program(slurm / "squeue", "exit 1")
-    train_on_cluster(CONFIGS, SlurmJobs(), results)
+    train_on_cluster(CONFIGS, Jobs(cluster="slurm"), results)
     assert not (results / "script").exists()
     (folder,) = (results / "jobs").iterdir()
     assert f"--name={folder.name}" in (results / "asked").read_text()
-    assert SlurmJobs().cancel(folder) == f"scancel --name={folder.name}"
 
 
 def test_jobs_that_slurm_refuses(slurm: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -312,15 +312,6 @@ def test_a_stopped_sweep_leaves_no_process(tmp_path: Path, who: str) -> None:
     assert error.rstrip().endswith(last[who])
 
 
-def test_an_error_of_a_worker_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> None:
-        raise ValueError("no\n  room")
-
-    monkeypatch.setattr(runs, "train_stack", fail)
-    with pytest.raises(RuntimeError, match=r"^bilevel denoising: ValueError: no room$"):
-        runs._train_in_worker(STACK, tmp_path)
-
-
 def test_processes_train_to_the_same_bits(
     tmp_path: Path, stored: tuple[Path, list[Run]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

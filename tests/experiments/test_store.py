@@ -1,4 +1,4 @@
-"""Atomic writes, checksums that notice damage, and damaged files that are kept."""
+"""Atomic writes, and checksums that notice damage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.experiments.store import DamagedFile, sealed, set_aside, unsealed, write_atomic
+from lib.experiments.store import DamagedFile, sealed, unsealed, write_atomic
 
 
 def test_a_write_creates_folders_and_replaces_the_file(tmp_path: Path) -> None:
@@ -41,12 +41,3 @@ def test_any_damage_of_a_sealed_file_is_noticed(content: bytes) -> None:
     for damaged in [*flipped, *(file[:k] for k in range(len(file)))]:
         with pytest.raises(DamagedFile, match=r"^file: "):
             unsealed(damaged, path)
-
-
-def test_a_damaged_file_is_kept_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "run.json"
-    for content in (b"first", b"second"):
-        path.write_bytes(content)
-        aside = set_aside(path, "it is broken")
-        assert (aside, aside.read_bytes()) == (tmp_path / "run.json.damaged", content)
-        assert capsys.readouterr().err == f"set aside {path} as run.json.damaged: it is broken\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lib.experiments.profiles import grid, profile_config
 from lib.experiments.provenance import PROVENANCE, write_with_provenance
 from lib.experiments.records import COMMITTED, Run
 from lib.experiments.runs import find_runs, get_run
-from lib.experiments.store import RESULTS
+from lib.experiments.store import REPOSITORY, RESULTS
 from lib.experiments.sweep import load_table, row_config, table_folder
 from lib.pages import notebooks
 
@@ -60,14 +61,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     stored = [
         get_run(profile_config("smoke", "denoising", model=m, **TINY), tmp_path) for m in ("deq", "bilevel")
     ]
-    for module in (records, notebooks):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setattr(runs, "REFERENCE", tmp_path / "reference")
     return stored
 
 
 def test_a_figure_is_kept_with_its_runs(store: list[Run], tmp_path: Path) -> None:
     """Picture, numbers and provenance, and only the runs of kept figures; they are then drawn untrained."""
+    keep = runpy.run_path(str(REPOSITORY / ".ci" / "keep.py"))["keep"]
     keys = [run.key for run in store]
     files = {"fig02.png": b"a picture", "fig02.pdf": b"a large one", "fig02.csv": b"numbers"}
     committed = tmp_path / "reference" / "overnight"
@@ -77,7 +78,7 @@ def test_a_figure_is_kept_with_its_runs(store: list[Run], tmp_path: Path) -> Non
     ):
         origin = {"runs": dict.fromkeys(names), "histories": dict.fromkeys(histories)}
         write_with_provenance(tmp_path / "overnight" / "fig02", files, origin)
-        notebooks.keep("fig02", "overnight")
+        keep("fig02", "overnight", tmp_path)
         assert {path.name for path in (committed / "fig02").iterdir()} == {
             "fig02.csv",
             "fig02.png",

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from PIL import Image
 
 from lib.experiments.config import ConfigError
 from lib.experiments.profiles import PROFILES
-from lib.experiments.store import REPOSITORY
 from lib.pages import notebooks
 
 FIGURES = [name for name in notebooks.PAGES if name.startswith("fig")]
@@ -176,27 +172,6 @@ def test_the_first_cell_refuses_before_a_training(
         notebooks.run(name, "smoke", given, tmp_path)
     assert "\n" not in str(refusal.value)
     assert not list(tmp_path.glob("runs/*"))
-
-
-def test_a_broken_notebook_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
-    path = notebooks.notebook_path("fig02")
-    path.write_text('<<<<<<< HEAD\n{"cells": []}')
-    assert notebooks.main(["run", "fig02"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"fig02: {path}: it is no notebook; ")
-    assert error.count("\n") == 1
-
-
-def test_help_ends_silently_when_its_reader_leaves() -> None:
-    command = [sys.executable, "-m", "lib.pages.notebooks", "run", *FIGURES, "--help"]
-    reading, writing = os.pipe()
-    os.close(reading)
-    ended = subprocess.run(command, cwd=REPOSITORY, stdout=writing, stderr=subprocess.PIPE, check=True)
-    os.close(writing)
-    assert ended.stderr == b""
 
 
 def test_an_interrupt_stops_what_has_not_started(

@@ -14,9 +14,8 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 
-from lib.experiments.config import ConfigError
 from lib.experiments.provenance import write_with_provenance
-from lib.experiments.store import REPOSITORY, DamagedFile
+from lib.experiments.store import REPOSITORY
 from lib.figures.comparison import NO, YES, Question
 from lib.pages import notebooks, report
 from lib.pages.notebooks import NOTEBOOKS, PAGES
@@ -103,36 +102,22 @@ def test_pages_need_no_network(results: Path) -> None:
             assert (path.parent / target).is_file() if target else page.find(id=anchor), link
 
 
-def test_answers_of_profiles_stand_side_by_side(results: Path) -> None:
-    other = Question("the first?", NO, "median -9 [-9, -8]; 3 pairs", "by counting")
-    write_figure(results / "reference", "fig01", QUESTIONS)
-    write_figure(results / "reference" / "overnight", "fig01", [other])
-    assert report.answers_table(results).splitlines()[2:] == [
-        "| 1 | the first? | yes: median +3 [+1, +4] | no: median −9 [−9, −8] |",
-        "| 1 | the second? | no: in 2 of 4 | – |",
-    ]
-
-
 def test_what_is_missing_or_damaged_is_named(results: Path) -> None:
-    """A file that its checksum does not fit is not shown, and damaged answers make no table."""
+    """A file that its checksum does not fit is not shown."""
     write_figure(results / "quick", "fig02", statuses={"completed": 2, "diverged": 1})
     (results / "quick" / "fig01" / "fig01.png").unlink()
     (results / "quick" / "fig02" / "fig02.csv").write_text("a,b\n1,2\n")
     (results / "quick" / "fig03.failed.ipynb").write_text("{}")
-    damaged = write_figure(results / "reference" / "overnight", "fig01", QUESTIONS)
-    (damaged / "questions.json").write_text("[]")
     page = built(results)
-    described = "is missing or not the file that provenance.json describes."
+    missing, changed = results / "quick/fig01/fig01.png", results / "quick/fig02/fig02.csv"
     assert [item.get_text() for item in page.select("#missing li")] == [
-        f"quick/fig01/fig01.png {described}",
-        f"quick/fig02/fig02.csv {described}",
+        f"quick/fig01 is damaged: [Errno 2] No such file or directory: '{missing}'.",
+        f"quick/fig02 is damaged: {changed}: it is not the file that its provenance describes.",
         "fig02: 1 runs with status 'diverged'.",
         "the last run of fig03 failed: quick/fig03.failed.ipynb has the error.",
         "fig03 has not been made: make fig03 PROFILE=quick makes it.",
     ]
     assert not page.select("#fig01 img")
-    with pytest.raises(DamagedFile, match=r"overnight/fig01/questions\.json"):
-        report.answers_table(results)
 
 
 def test_text_is_no_markup(results: Path) -> None:
@@ -144,13 +129,6 @@ def test_text_is_no_markup(results: Path) -> None:
     assert page.get_text().count("document.title") > 3
     for html in (page, BeautifulSoup((results / "quick/fig01/fig01.html").read_text(), "html.parser")):
         assert not html.select("script")
-
-
-def test_a_broken_notebook_is_named(results: Path) -> None:
-    path = results / "quick" / "fig02" / "fig02.ipynb"
-    path.write_text("<<<<<<< HEAD\n{}")
-    with pytest.raises(ConfigError, match=f"^{path}: it is no notebook; "):
-        report.build("quick", results)
 
 
 def test_every_formula_of_the_notebooks_is_converted() -> None:

@@ -1,0 +1,60 @@
+"""Copy figures to the committed results: `python .ci/keep.py --profile overnight fig02 fig03`.
+
+For `overnight` with the runs behind all committed figures; those that no figure needs any more are removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lib.experiments.config import require_name
+from lib.experiments.provenance import PROVENANCE
+from lib.experiments.records import COMMITTED, keep_run
+from lib.experiments.store import RESULTS, write_atomic
+
+
+def keep(name: str, profile: str, results: Path = RESULTS) -> Path:
+    """Copy what a notebook made to the committed results, and return its folder there.
+
+    Args:
+        name: of the notebook, such as `fig02`.
+        profile: name of the profile; for `quick` the runs are not committed.
+        results: folder of the results.
+    """
+    require_name("profile", profile, COMMITTED)
+    committed = results / COMMITTED[profile]
+    for path in sorted((results / profile / name).iterdir()):
+        if path.suffix in (".png", ".csv", ".json"):
+            write_atomic(committed / name / path.name, path.read_bytes())
+    if profile == "quick":
+        return committed / name
+    origins = [json.loads(path.read_bytes()) for path in committed.glob(f"*/{PROVENANCE}")]
+    whole = {key for origin in origins for key in origin.get("runs", ())}
+    alone = {key for origin in origins for key in origin.get("histories", ())} - whole
+    kept, needed = committed / "runs", {f"{key}.zip" for key in whole} | {f"{key}.json" for key in alone}
+    for file in sorted(needed):
+        if not (kept / file).exists():
+            keep_run(kept / file, results)
+    for path in kept.glob("*"):
+        if path.name not in needed:
+            path.unlink()
+    return committed / name
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="+", metavar="figNN")
+    parser.add_argument("--profile", default="quick")
+    options = parser.parse_args()
+    for name in options.names:
+        if (RESULTS / options.profile / name).is_dir():
+            print(keep(name, options.profile))
+        else:
+            print(
+                f"{name} has not been made: make {name} PROFILE={options.profile} makes it", file=sys.stderr
+            )
