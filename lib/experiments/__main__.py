@@ -7,15 +7,14 @@ photographs.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lib.experiments.build import Config
 from lib.experiments.cluster import Jobs, job_options, train_on_cluster
-from lib.experiments.config import ConfigError, FacesConfig, RunConfig, parse_parameters
-from lib.experiments.data import DataError
+from lib.experiments.command import STOPPED, Parser, command, fail
+from lib.experiments.config import FacesConfig, RunConfig, parse_parameters
 from lib.experiments.plan import duration, plan
 from lib.experiments.processes import default_device, workers
 from lib.experiments.profiles import faces_config, grid, profile_config
@@ -51,9 +50,7 @@ def train(profile: str, configs: Sequence[RunConfig], jobs: Jobs | None) -> int:
     for path in write_tables(sweep):
         print(path)
     print(", ".join(f"{count} {name}" for name, count in sweep.provenance["statuses"].items()))
-    if stopped:
-        print(stopped, file=sys.stderr)
-    return 130 if stopped else 0
+    return fail(STOPPED, stopped) if stopped else 0
 
 
 def one_config(profile: str, pairs: Sequence[tuple[str, str]]) -> Config:
@@ -77,11 +74,7 @@ def train_one(config: Config) -> int:
     """Train or load one configuration, and print its first and last losses and its folder."""
     folder = run_folder(config)
     print(f"run {folder.name}: {config.model}, {config.task}, {config.dataset}", flush=True)
-    try:
-        run = get_run(config)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    run = get_run(config)
     print(f"{run.status} {run.reason}".strip())
     if len(run.history):
         shown = ["epoch", "seconds", "train_loss", "test_loss", "test_psnr"]
@@ -91,31 +84,25 @@ def train_one(config: Config) -> int:
     return 0
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lib.experiments", description=__doc__)
+    parser = Parser(prog="python -m lib.experiments", description=__doc__)
     parser.add_argument("command", choices=("run", "status", "plan", "train"))
     parser.add_argument("--profile", default="quick")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--take", type=Path, help="first take in the runs of this file, which make gpu wrote")
     parser.add_argument("--cluster", default="none", help="where to run: none (here), local or slurm")
-    parser.add_argument("--job", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "train":
-            return train_one(one_config(options.profile, options.p))
-        configs = grid(options.profile, **parse_parameters(options.p))
-        if options.take is not None:
-            print(take_runs(options.take))
-        if options.command == "run":
-            return train(options.profile, configs, job_options(options.cluster, options.job))
-        if options.command == "status":
-            print(status(configs).to_string())
-        else:
-            print_plan(configs)
-    except (ConfigError, DataError, OSError, RuntimeError) as error:
-        name = "train" if options.command == "train" else "sweep"
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    options = parser.parse(arguments, "-p", "--job")
+    if options.command == "train":
+        return train_one(one_config(options.profile, options.p))
+    configs = grid(options.profile, **parse_parameters(options.p))
+    if options.take is not None:
+        print(take_runs(options.take))
+    if options.command == "run":
+        return train(options.profile, configs, job_options(options.cluster, options.job))
+    if options.command == "status":
+        print(status(configs).to_string())
+    else:
+        print_plan(configs)
     return 0
 
 

@@ -6,7 +6,6 @@ shows it.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.experiments.build import load_images, make_operator, test_noise
-from lib.experiments.config import ConfigError, parse_parameters
+from lib.experiments.command import Parser, command
+from lib.experiments.config import parse_parameters
 from lib.experiments.data import DataError
 from lib.experiments.profiles import grid
 from lib.experiments.provenance import write_with_provenance
@@ -79,17 +79,13 @@ def _strip(images: Tensor) -> bytes:
     return ((strip + 1) * 127.5).round().to(torch.uint8).numpy().tobytes()
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lib.pages.explore", description=__doc__)
+    parser = Parser(prog="python -m lib.pages.explore", description=__doc__)
     parser.add_argument("command", choices=["collect"])
     parser.add_argument("--profile", default="quick")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    options = parser.parse_args(arguments)
-    try:
-        print(collect(options.profile, **parse_parameters(options.p)))
-    except (ConfigError, RuntimeError) as error:
-        print(f"explore: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    options = parser.parse(arguments, "-p")
+    print(collect(options.profile, **parse_parameters(options.p)))
     return 0
 
 

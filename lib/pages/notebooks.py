@@ -7,7 +7,6 @@ cell, with their types, defaults and comments, and those of its training (`lib.e
 
 from __future__ import annotations
 
-import argparse
 import ast
 import logging
 import re
@@ -23,6 +22,7 @@ from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 from traitlets.config import Config
 
+from lib.experiments.command import Parser, command, fail
 from lib.experiments.config import (
     Checked,
     ConfigError,
@@ -219,26 +219,26 @@ def _folder(notebook: nbformat.NotebookNode, name: str) -> str:
     return str(ast.literal_eval(shown)) if shown[:1] in ("'", '"') else name
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Refuse all or execute one notebook after the other, and return an exit status."""
-    parser = argparse.ArgumentParser(prog="python -m lib.pages.notebooks", add_help=False)
+    parser = Parser(prog="python -m lib.pages.notebooks", add_help=False)
     parser.add_argument("command", choices=("run",))
     parser.add_argument("names", nargs="+", metavar="figNN")
     parser.add_argument("--profile", default="quick")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--help", action="store_true", help="print the parameters of the notebooks")
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments, "-p")
     profile, values = options.profile, dict[str, dict[str, Any]]()
-    try:
-        for name in options.names:
+    for name in options.names:
+        try:
             values[name] = parsed(name, options.p)
             require_name("profile", profile, PROFILES)
             if options.help:
                 print_help(name, profile)
             else:
                 require(name, profile, values[name])
-    except ConfigError as error:
-        return _fail(2, f"{named(name)}: {error}")
+        except ConfigError as error:
+            return fail(2, f"{named(name)}: {error}")
     if options.help:
         return 0
     try:
@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         # nbclient does not wait for the cell that was stopped, and asyncio would report its error.
         logging.getLogger("asyncio").disabled = True
-        return _fail(130, "stopped; the same command goes on from here")
+        raise
 
 
 def _make(name: str, profile: str, parameters: dict[str, Any]) -> int:
@@ -255,19 +255,14 @@ def _make(name: str, profile: str, parameters: dict[str, Any]) -> int:
     try:
         made = run(name, profile, parameters)
     except ConfigError as error:
-        return _fail(2, f"{named(name)}: {error}")
+        return fail(2, f"{named(name)}: {error}")
     except Exception as error:
         # One that fails stops no other. papermill's errors have the name and the text of the notebook's.
         kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
         reason = f"{kind}: {text}".splitlines()[0]
-        return _fail(1, f"{name} failed, its old result is as it was: {reason}")
+        return fail(1, f"{name} failed, its old result is as it was: {reason}")
     print(f"{made}  ({time.perf_counter() - start:.0f} s)")
     return 0
-
-
-def _fail(status: int, line: str) -> int:
-    print(line, file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

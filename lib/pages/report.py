@@ -6,7 +6,6 @@ the executed notebooks become pages in the figures' folders.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import sys
@@ -21,7 +20,8 @@ from markupsafe import Markup
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
-from lib.experiments.config import ConfigError, require_name
+from lib.experiments.command import Parser, command
+from lib.experiments.config import require_name
 from lib.experiments.plan import duration
 from lib.experiments.profiles import PROFILES
 from lib.experiments.provenance import PROVENANCE, read_described
@@ -130,15 +130,12 @@ def _page(notebook: nbformat.NotebookNode, name: str, title: str) -> str:
     return TEMPLATES.get_template("page.html.j2").render(title=title, name=name, cells=cells)
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lib.pages.report", description=__doc__)
+    parser = Parser(prog="python -m lib.pages.report", description=__doc__)
     parser.add_argument("--profile", default="quick")
-    options = parser.parse_args(arguments)
-    try:
-        print(f"the report: {build(options.profile)}")
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    options = parser.parse(arguments)
+    print(f"the report: {build(options.profile)}")
     return 0
 
 

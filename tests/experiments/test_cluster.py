@@ -127,7 +127,7 @@ def test_jobs_are_followed_cancelled_and_resumed(
     assert list((results / "jobs").glob("local-*")) == [folder]
     assert folder.stat().st_mode & 0o777 == 0o700
     last = capsys.readouterr().err.splitlines()[-1].strip()
-    assert last == f"sweep: 2 runs are left by jobs that ended (logs: {folder}); run again"
+    assert last == f"2 runs are left by jobs that ended (logs: {folder}); run again"
     stored = [run_folder(config, results) / "run.json" for config in CONFIGS if is_stored(config, results)]
     times = [path.stat().st_mtime_ns for path in stored]
     assert main(LOCAL) == 0
@@ -172,7 +172,7 @@ def test_the_script_for_slurm(slurm: Path, results: Path, capsys: pytest.Capture
     options = {"partition": "long", "minutes": "30", "memory": "2.5", "account": "17"}
     pairs = [text for pair in options.items() for text in ("--job", *pair)]
     assert main([*RUN, "--cluster", "slurm", *pairs]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].strip().startswith("sweep: 4 runs are left by jobs ")
+    assert capsys.readouterr().err.splitlines()[-1].strip().startswith("4 runs are left by jobs ")
     script = (results / "script").read_text().splitlines()
     (folder,) = (results / "jobs").iterdir()
     flags = "partition=long time=30 mem=2560MB account=17 array=0-1%2 cpus-per-task=1 requeue"
@@ -199,4 +199,4 @@ def test_queued_jobs_are_not_submitted_again(
 def test_jobs_that_slurm_refuses(slurm: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program(slurm / "sbatch", "echo 'sbatch: error: no' >&2; exit 1")
     assert main([*RUN, "--cluster", "slurm"]) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "sweep: sbatch: error: no"
+    assert capsys.readouterr().err.splitlines()[-1] == "sbatch: error: no"

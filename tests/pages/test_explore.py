@@ -95,8 +95,8 @@ def test_the_command_makes_the_table(store: Path, capsys: pytest.CaptureFixture[
     assert main(["collect", "-p", "tau", "-1.0"]) == 2
     assert main(["collect"]) == 1
     err = capsys.readouterr().err.splitlines()
-    assert err[0] == "explore: tau: got -1.0, allowed: greater than 0"
-    assert err[1] == "explore: no quick run is stored; `make sweep PROFILE=quick` trains them"
+    assert err[0] == "tau: got -1.0, allowed: greater than 0"
+    assert err[1] == "no quick run is stored; `make sweep PROFILE=quick` trains them"
 
 
 def test_the_page_shows_a_selection(trained: Path) -> None:
