@@ -39,7 +39,7 @@ EXECUTE := $(BIN)/python -m nbconvert --to notebook --execute --inplace --Kernel
   --ExecutePreprocessor.coalesce_streams=True
 
 .DEFAULT_GOAL := help
-PAGES := first_steps your_own theory weight hypergradients reconstruct evaluate tomography explore scaling
+PAGES := first_steps your_own theory free_c weight hypergradients reconstruct evaluate tomography explore scaling
 
 # Notebooks that `make test` executes with their defaults; the tests make the other figures in the profile `smoke`.
 VALIDATED := first_steps your_own theory_special_case reconstruct evaluate explore tomography fig03_mnist_inpainting \
@@ -64,6 +64,7 @@ report: $(INSTALLED) ## the page of the figures that are there: results/$(PROFIL
 first_steps: $(INSTALLED) ## the mathematics alone, from an operator to a training, in 60 lines and some seconds
 your_own: $(INSTALLED) ## your own potential, operator and physics of DeepInverse, each trained and checked
 theory: $(INSTALLED) ## bilevel learning as a deep equilibrium model with tied weights, in numbers
+free_c: $(INSTALLED) ## when it pays to free C: what the start decides, and DEQs that are safe
 weight: $(INSTALLED) ## why a learned weight brings the learned models ahead of total variation
 hypergradients: $(INSTALLED) ## which hypergradient a training needs: solved, Neumann series, Jacobian-free
 reconstruct: $(INSTALLED) ## a photograph of your own with the committed kernels: ARGS="-p image photo.jpg"
@@ -71,7 +72,7 @@ evaluate: $(INSTALLED) ## a folder of images with trained kernels: ARGS="-p data
 tomography: $(INSTALLED) ## a task that the paper does not have, with an operator of DeepInverse
 scaling: $(INSTALLED) ## what a training step costs, by image, kernels, batch and stack
 
-$(FIGURES) first_steps your_own theory weight hypergradients reconstruct evaluate tomography scaling: $(INSTALLED)
+$(FIGURES) first_steps your_own theory free_c weight hypergradients reconstruct evaluate tomography scaling: $(INSTALLED)
 	@$(BIN)/python -m lib.pages.notebooks run $@ --profile $(PROFILE) $(ARGS)
 
 explore: $(INSTALLED) ## the grid, one selection at a time, with controls, in JupyterLab (ARGS: its options)
@@ -136,7 +137,7 @@ refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to 
 	@$(EXECUTE) $$(git ls-files 'nbs/fig*.ipynb')
 	@$(BIN)/python -m lib.pages.explore collect
 	@$(EXECUTE) $$(git ls-files 'nbs/*.ipynb' ':!nbs/fig*')
-	@$(BIN)/python .ci/keep.py $(FIGURES) weight hypergradients evaluate tomography scaling
+	@$(BIN)/python .ci/keep.py $(FIGURES) free_c weight hypergradients evaluate tomography scaling
 
 keep: $(INSTALLED) ## copy the figures of PROFILE=overnight, and the runs behind them, to where they are committed
 	@$(BIN)/python .ci/keep.py $(FIGURES) --profile $(PROFILE)

@@ -79,8 +79,8 @@ PAGES = {
     "fig17": Page("fig17_kernels_deblurring_3x3_deq", faces_config),
     "theory": Page("theory_special_case"),
 }
-PAGES |= {name: Page(name) for name in ("first_steps", "your_own", "weight", "hypergradients", "reconstruct")}
-PAGES |= {name: Page(name) for name in ("evaluate", "tomography", "explore", "scaling")}
+PAGES |= {name: Page(name) for name in ("first_steps", "your_own", "free_c", "weight", "hypergradients")}
+PAGES |= {name: Page(name) for name in ("reconstruct", "evaluate", "tomography", "explore", "scaling")}
 
 
 def notebook_path(name: str) -> Path:
