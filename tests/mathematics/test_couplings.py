@@ -39,8 +39,6 @@ from lib.regularizer import (
     smoothed_sign,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SEEDS = st.integers(0, 2**32 - 1)
 STACKS = st.sampled_from([(), (2,), (2, 3)])
 EVERY_KIND = pytest.mark.parametrize("kind", ["dense", "kernels", "normalized"])
