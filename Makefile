@@ -54,8 +54,9 @@ help: ## print the targets
 	@echo "make figNN           one of them: $(FIGURES); with other parameters: make fig02 ARGS=\"-p gamma 0.5\""
 	@echo "PROFILE=smoke, quick (the default), overnight or paper chooses the size of the experiments"
 
+# With `set -f` brackets in ARGS are a list of values, and no pattern of the names of files.
 figures: $(INSTALLED) ## all figures, into results/$(PROFILE)/, and the page that shows them
-	@status=0; $(BIN)/python -m lib.pages.notebooks run $(FIGURES) --profile $(PROFILE) $(ARGS) || status=$$?; \
+	@set -f; status=0; $(BIN)/python -m lib.pages.notebooks run $(FIGURES) --profile $(PROFILE) $(ARGS) || status=$$?; \
 	  $(BIN)/python -m lib.pages.report --profile $(PROFILE) || status=$$?; exit $$status
 
 report: $(INSTALLED) ## the page of the figures that are there: results/$(PROFILE)/index.html
@@ -73,22 +74,22 @@ tomography: $(INSTALLED) ## a task that the paper does not have, with an operato
 scaling: $(INSTALLED) ## what a training step costs, by image, kernels, batch and stack
 
 $(FIGURES) first_steps your_own theory free_c weight hypergradients reconstruct evaluate tomography scaling: $(INSTALLED)
-	@$(BIN)/python -m lib.pages.notebooks run $@ --profile $(PROFILE) $(ARGS)
+	@set -f; $(BIN)/python -m lib.pages.notebooks run $@ --profile $(PROFILE) $(ARGS)
 
 explore: $(INSTALLED) ## the grid, one selection at a time, with controls, in JupyterLab (ARGS: its options)
 	@$(LAB) nbs/explore.ipynb $(ARGS)
 
 train: $(INSTALLED) ## one training of your own: ARGS="-p dataset faces -p task deblurring -p model deq"
-	@$(BIN)/python -m lib.experiments train --profile $(PROFILE) $(ARGS)
+	@set -f; $(BIN)/python -m lib.experiments train --profile $(PROFILE) $(ARGS)
 
 sweep: $(INSTALLED) ## train the grid of figures 1, 5 and 6, or what is left of it (CLUSTER=local, slurm: as jobs)
-	@$(BIN)/python -m lib.experiments run --profile $(PROFILE) --cluster $(CLUSTER) $(ARGS)
+	@set -f; $(BIN)/python -m lib.experiments run --profile $(PROFILE) --cluster $(CLUSTER) $(ARGS)
 
 sweep-status: $(INSTALLED) ## what of the grid is done
-	@$(BIN)/python -m lib.experiments status --profile $(PROFILE) $(ARGS)
+	@set -f; $(BIN)/python -m lib.experiments status --profile $(PROFILE) $(ARGS)
 
 sweep-plan: $(INSTALLED) ## what of the grid is left, and how long it will take on this machine
-	@$(BIN)/python -m lib.experiments plan --profile $(PROFILE) $(ARGS)
+	@set -f; $(BIN)/python -m lib.experiments plan --profile $(PROFILE) $(ARGS)
 
 # All parts of `check` and `test` run; the last lines say which of them failed.
 define LINT
@@ -125,7 +126,7 @@ bench: $(INSTALLED) ## times beside other implementations and of stacks, errors,
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_published.py
 
 gpu: $(INSTALLED) ## a GPU compared with the CPU, and its times (ARGS="--sweep 10": and trains runs to bring home)
-	@$(BIN)/python tests/bench/bench_gpu.py $(ARGS)
+	@set -f; $(BIN)/python tests/bench/bench_gpu.py $(ARGS)
 
 lab: $(INSTALLED) ## JupyterLab on the notebooks (ARGS: its options)
 	@$(LAB) nbs $(ARGS)

@@ -16,20 +16,21 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image, ImageMode, ImageOps
 from torch import Tensor
 
 from lib.experiments.pip import sources
-from lib.experiments.store import REPOSITORY, write_atomic
+from lib.experiments.store import REPOSITORY, absolute, write_atomic
 
 DATA = REPOSITORY / "data"
 
@@ -57,6 +58,16 @@ IMAGE_SUFFIXES = {
 
 LARGEST_SIDE = 256
 """Side in pixels to which larger photographs are reduced, so that a solve takes seconds, not minutes."""
+
+
+SMALLEST_SIDE = 7
+"""Side in pixels of the smallest images: that of a window of SSIM."""
+
+DARK = 32
+"""Value of 255 that an image of 12 bits in 16 never reaches, and an exposed one does."""
+
+Changes = dict[str, list[str]]
+"""Names of images by what was done to them."""
 
 
 class DataError(RuntimeError):
@@ -210,25 +221,71 @@ def photographs(
         `LARGEST_SIDE` and cropped around their centres to the smallest height and width among them.
 
     Raises:
-        DataError: the data cannot be read, or there are too few images or pixels.
+        DataError: the data cannot be read, there are too few images or pixels, or an image is less than half
+            as large as most.
     """
     if dataset == "faces":
         images = torch.cat([faces("train", train, root), faces("test", test, root)])
     else:
-        pictures = [photograph(path) for path in photograph_files(dataset, train, test, root)]
-        for axis in (-2, -1):
-            size = min(picture.shape[axis] for picture in pictures)
-            pictures = [p.narrow(axis, (p.shape[axis] - size) // 2, size) for p in pictures]
-        images = torch.cat(pictures)
+        changes: Changes = {}
+        files = photograph_files(dataset, train, test, root)
+        pictures = {path.name: photograph(path, changes=changes) for path in files}
+        report(changes)
+        images = _cropped(pictures)
     side = min(images.shape[-2:])
-    if side < reduction:
-        raise DataError(f"reduction: got {reduction}, allowed: at most the images' {side} pixels")
+    if side // reduction < min(SMALLEST_SIDE, side):
+        most = side // SMALLEST_SIDE
+        raise DataError(f"reduction: got {reduction}, allowed: at most {most}, for images of {side} pixels")
     images = torch.nn.functional.avg_pool2d(images, reduction)
     return {"train": images[:train], "test": images[train:]}
 
 
+def _cropped(pictures: Mapping[str, Tensor]) -> Tensor:
+    """Crop images to the smallest height and width among them; report the sizes, and who decides."""
+    cropped, smallest, shapes = list(pictures.values()), [], [p.shape[-2:] for p in pictures.values()]
+    for axis, side in ((-2, "height"), (-1, "width")):
+        name, size = min(((name, p.shape[axis]) for name, p in pictures.items()), key=lambda item: item[1])
+        usual = sorted(p.shape[axis] for p in cropped)[len(cropped) // 2]
+        if size < usual / 2:
+            reason = f"has {side} {size}, less than half of the usual {usual}: remove it from the folder"
+            raise DataError(f"{name} {reason}, to which all images would be cropped")
+        cropped = [p.narrow(axis, (p.shape[axis] - size) // 2, size) for p in cropped]
+        smallest.append(f"{side} {size} of {name}")
+    if len(set(shapes)) > 1:
+        low, high = ("x".join(map(str, shape)) for shape in (min(shapes), max(shapes)))
+        notice(f"{len(shapes)} images of {low} to {high} pixels, cropped to {' and '.join(smallest)}")
+    return torch.cat(cropped)
+
+
+@cache
+def notice(line: str) -> None:
+    """Print a line to stderr, once, and not in the processes of a training."""
+    if parent_process() is None:
+        print(line, file=sys.stderr)
+
+
+def report(changes: Changes) -> None:
+    """Print what was done to images, one line for each change."""
+    for change, names in changes.items():
+        shown = ", ".join(names[:5]) + " and others" * (len(names) > 5)
+        notice(f"{len(names)} image{'s' * (len(names) > 1)} {change}: {shown}")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the images of a folder by name; hidden files and folders do not count.
+
+    Raises:
+        DataError: there is none, or the folder cannot be read.
+    """
+    try:
+        paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from None
+    return [path for path in paths if path.name[0] != "." and not path.is_dir()]
+
+
 def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> list[Path]:
-    """Return the files of a folder of photographs, those to train with first; hidden files do not count.
+    """Return the files of a folder of photographs, those to train with first.
 
     Raises:
         DataError: there is no such folder, or it has too few images.
@@ -237,8 +294,8 @@ def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> 
     if dataset == "celeba":
         folder = Path(os.environ.get("CELEBA_DIR") or root / "celeba" / "img_align_celeba")
         hint = "name that of its aligned JPEGs, CELEBA_DIR=path/to/img_align_celeba"
-    folder = REPOSITORY / folder.expanduser()
-    files = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    folder = absolute(folder)
+    files = image_files(folder) if folder.is_dir() else []
     if not files:
         raise DataError(f"dataset: got {dataset!r}, but {folder} holds no images; {hint}")
     if len(files) < train + test:
@@ -249,20 +306,23 @@ def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> 
     return files[:train] + files[len(files) - test :]
 
 
-def photograph(path: Path | str, largest: int = LARGEST_SIDE) -> Tensor:
+def photograph(path: Path | str, largest: int = LARGEST_SIDE, changes: Changes | None = None) -> Tensor:
     """Return one image file, upright, on white and in grey, `(1, 1, H, W)` in [-1, 1].
 
     Args:
-        path: a relative one starts at the repository. Of several frames, the first is read.
+        path: a relative one starts at the repository. Of several pages, the first is read.
         largest: side in pixels to which a larger image is reduced.
+        changes: to which to add what was done to the image; printed when None.
 
     Raises:
-        DataError: the file cannot be read as an image, or its values leave the range of their type: 0 to
-            65,535 for integers of more than 8 bits, 0 to 1 for floats.
+        DataError: the file cannot be read as an image, its values leave the range of their type (0 to 65,535
+            for integers of more than 8 bits, 0 to 1 for floats), or it is too small.
     """
-    path = REPOSITORY / Path(path).expanduser()
+    path = absolute(path)
     try:
         with Image.open(path) as picture:
+            pages = getattr(picture, "n_frames", 1)
+            coloured = ImageMode.getmode(picture.mode).basemode != "L"
             # PIL maps files that have a name into memory, and then takes turned TIFFs for upright ones.
             picture.filename = ""
             picture.load()
@@ -270,11 +330,29 @@ def photograph(path: Path | str, largest: int = LARGEST_SIDE) -> Tensor:
             with suppress(Exception):
                 ImageOps.exif_transpose(picture, in_place=True)
             grey = _grey(picture)
+        before, brightest = grey.size, np.asarray(grey).max()
         grey.thumbnail((largest, largest))
     # What PIL raises for a damaged file depends on its format and on the byte.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path} cannot be read as an image: {reason}") from None
+    reduced = (
+        "" if grey.size == before else f" ({before[1]}x{before[0]} pixels to {grey.height}x{grey.width})"
+    )
+    if min(grey.size) < SMALLEST_SIDE:
+        got = f"{grey.height}x{grey.width} pixels{' when reduced' if reduced else ''}"
+        raise DataError(f"{path}: got {got}, allowed: {SMALLEST_SIDE}x{SMALLEST_SIDE} or more")
+    own = {} if changes is None else changes
+    for change, applies in {
+        f"read from the first of {pages} pages": pages > 1,
+        "in colour, made grey": coloured,
+        "reduced": bool(reduced),
+        "almost black, with no value above an eighth of the range": brightest < DARK,
+    }.items():
+        if applies:
+            own.setdefault(change, []).append(path.name + reduced * (change == "reduced"))
+    if changes is None:
+        report(own)
     # Reducing may overshoot at edges; bytes are clipped by PIL.
     return _scaled(torch.from_numpy(np.array(grey, dtype=np.float32)).clamp(0, 255)[None])
 

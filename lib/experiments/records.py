@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,12 +23,12 @@ from torch import Tensor
 
 from lib.experiments.build import Config, Weights, trained_model
 from lib.experiments.config import ConfigError, FacesConfig, RunConfig, shown
-from lib.experiments.data import FACES_FILES, MNIST_FILES, photograph_files
+from lib.experiments.data import FACES_FILES, MNIST_FILES, notice, photograph_files
 from lib.experiments.method import METHOD_VERSION
 from lib.experiments.provenance import environment
 from lib.experiments.store import RESULTS, DamagedFile, Results, sealed, unsealed, write_atomic
 from lib.models import FixedPointModel
-from lib.training import History
+from lib.training import COMPLETED, DIVERGED, History
 
 DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
 
@@ -86,7 +86,7 @@ def data_digests(config: Config) -> dict[str, str]:
         digests = DATA_DIGESTS[config.dataset]
     else:
         files = photograph_files(config.dataset, config.train_images, config.test_images)
-        digests = {path.name: f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files}
+        digests = {path.name: file_digest(path) for path in files}
     if not isinstance(config.initial, str):
         earlier = data_digests(config.initial)
         digests = digests | {f"initial/{name}": digest for name, digest in earlier.items()}
@@ -156,11 +156,15 @@ def read_checkpoint(config: Config, results: Results = None) -> dict[str, Any] |
     return _usable(path, lambda: _unpacked(path.read_bytes(), path))
 
 
-def stored_kernels(key: str, results: Results = None) -> Run:
+def stored_kernels(key: str, results: Results = None, **asked: object) -> Run:
     """Return the run on photographs of a key in the store, of any version of the method.
 
+    Args:
+        asked: parameters that it must have where they are not None.
+
     Raises:
-        ConfigError: there is none, or it is one on digits, whose weights fit no other images.
+        ConfigError: there is none, it has other parameters or diverged, or it is one on digits, whose weights
+            fit no other images.
         DamagedFile: it cannot be used.
     """
     store = _store(results)
@@ -171,7 +175,25 @@ def stored_kernels(key: str, results: Results = None) -> Run:
         raise ConfigError(
             f"run: got {key}, of digits, allowed: one on photographs: its kernels fit any image"
         )
+    for name, value in asked.items():
+        if value not in (None, has := record["config"][name]):
+            raise ConfigError(f"{name}: got {shown(value)}, allowed: {has}, which run {key} has")
+    if record["status"] == DIVERGED:
+        raise ConfigError(f"run: got {key}, which diverged ({record['reason']}), allowed: one that did not")
+    if record["status"] != COMPLETED:
+        notice(f"run {key} has not completed, but is {record['status']}: {record['reason']}")
     return _run(key, record, _read_weights(store / key))
+
+
+def trained_on(run: Run, files: Sequence[Path]) -> list[str]:
+    """Return the names of those images that a run was trained on."""
+    seen = list(run.provenance["data"].values())[: run.config.train_images]
+    return [path.name for path in files if file_digest(path) in seen]
+
+
+def file_digest(path: Path) -> str:
+    """Return the digest of an image file as the provenance of a run has it."""
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def take_runs(path: Path, results: Results = None) -> str:

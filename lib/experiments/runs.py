@@ -29,6 +29,7 @@ from lib.experiments.build import (
     total_steps,
 )
 from lib.experiments.config import ConfigError
+from lib.experiments.data import notice
 from lib.experiments.plan import stacks
 from lib.experiments.processes import default_device, interrupts_blocked, workers
 from lib.experiments.records import (
@@ -156,6 +157,7 @@ def train_runs(configs: Sequence[Config], results: Results = None) -> None:
                     continue
     if "ipykernel" in sys.modules:
         clear_output()
+        notice.cache_clear()
 
 
 def _train_stacks(todo: Sequence[list[Config]], results: Results, report: Report) -> None:

@@ -14,6 +14,13 @@ Results = Path | str | None
 """A folder of results, with the runs in `runs/`; the repository's when None."""
 
 
+def absolute(path: Path | str) -> Path:
+    """Return a user's path: from the home folder after `~/`, else from the repository."""
+    path = Path(path)
+    # `~scan.png` is a name.
+    return REPOSITORY / (path.expanduser() if path.parts[:1] == ("~",) else path)
+
+
 class DamagedFile(RuntimeError):
     """Error of a file whose content is not what was written; its message names the file."""
 

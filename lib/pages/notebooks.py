@@ -35,7 +35,7 @@ from lib.experiments.config import (
     require_name,
 )
 from lib.experiments.profiles import PROFILES, faces_config, grid, profile_config
-from lib.experiments.store import REPOSITORY, RESULTS, write_atomic
+from lib.experiments.store import REPOSITORY, RESULTS, absolute, write_atomic
 
 NOTEBOOKS = REPOSITORY / "nbs"
 
@@ -138,7 +138,7 @@ def require(name: str, profile: str, values: dict[str, Any], results: Path = RES
         given[TRAINING] = training | {key: value for key, value in values.items() if key not in known}
         make(given["profile"], **given[TRAINING])
     if given.get("results"):
-        given["results"] = str(REPOSITORY / Path(given["results"]).expanduser())
+        given["results"] = str(absolute(given["results"]))
     return given
 
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lib.experiments import data
+from lib.experiments import data, store
 from lib.experiments.data import DataError, faces, mnist, photograph, photograph_files, photographs
 
 GREY = np.arange(240, dtype=np.uint8).reshape(12, 20)
@@ -165,8 +165,8 @@ def test_images_are_turned_upright(tmp_path: Path, mode: str, suffix: str, orien
 
 def test_transparent_is_white(tmp_path: Path) -> None:
     """Black on transparent black can be seen; half transparent is mixed with white."""
-    pixels = reread(tmp_path, Image.fromarray(np.uint8([[[0, 255], [0, 0], [0, 102]]])), ".png")
-    assert np.abs(pixels - [[0, 255, 153]]).max() <= 1e-4
+    pixels = reread(tmp_path, Image.fromarray(np.uint8([7 * [[0, 255], [0, 0], [0, 102]]] * 7)), ".png")
+    assert np.abs(pixels - 7 * [0, 255, 153]).max() <= 1e-4
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16", "F"])
@@ -197,7 +197,38 @@ def test_a_damaged_image_is_read_or_named_in_one_line(tmp_path: Path, suffix: st
                 assert photograph(path).abs().max() <= 1
             except DataError as error:
                 messages.append(str(error))
-    assert all(re.fullmatch(f"{path} cannot be read as an image: .+", message) for message in messages)
+    said = f"{path}(: got .*, allowed: 7x7 or more| cannot be read as an image: .+)"
+    assert all(re.fullmatch(said, message) for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [((1, 1), "1x1 pixels"), ((2000, 40), "5x256 pixels when reduced")]
+)
+def test_images_that_are_too_small_are_refused(tmp_path: Path, size: tuple[int, int], said: str) -> None:
+    Image.new("L", size).save(tmp_path / "~$small.png")
+    with pytest.raises(DataError, match=re.escape(f"~$small.png: got {said}, allowed: 7x7 or more")):
+        photograph(tmp_path / "~$small.png")
+
+
+def test_what_is_done_to_images_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cuts, with the images that decide, reductions, colours, pages and values far below the range; once."""
+    data.notice.cache_clear()
+    dark = Image.fromarray((GREY * np.uint16(16)).astype(np.uint16))
+    dark.save(tmp_path / "a.tif", save_all=True, append_images=[dark] * 19)
+    in_mode("RGB", GREY[:, :16]).save(tmp_path / "b.png")
+    in_mode("L", np.repeat(GREY, 20, axis=1)).save(tmp_path / "c.png")
+    for _ in range(2):
+        assert photographs(str(tmp_path), 2, 1)["train"].shape == (2, 1, 8, 16)
+    assert capsys.readouterr().err.splitlines() == [
+        "1 image read from the first of 20 pages: a.tif",
+        "1 image almost black, with no value above an eighth of the range: a.tif",
+        "1 image in colour, made grey: b.png",
+        "1 image reduced: c.png (12x400 pixels to 8x256)",
+        "3 images of 8x256 to 12x20 pixels, cropped to height 8 of c.png and width 16 of b.png",
+    ]
+    Image.fromarray(GREY[:, :9]).save(tmp_path / "b.png")
+    with pytest.raises(DataError, match=r"^b\.png has width 9, less than half of the usual 20: remove it "):
+        photographs(str(tmp_path), 2, 1)
 
 
 @pytest.fixture
@@ -216,7 +247,7 @@ def folder(tmp_path: Path) -> Path:
 def test_images_of_a_folder_are_found(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The path is relative to the repository, to the home folder or absolute; other files do not count."""
     place = folder.rename(folder.with_name(name))
-    monkeypatch.setattr(data, "REPOSITORY", place.parent)
+    monkeypatch.setattr(store, "REPOSITORY", place.parent)
     monkeypatch.setenv("HOME", str(place.parent))
     files = [place / image for image in ("a.png", "b.PNG", "c.Jpeg")]
     for path in (name, f"~/{name}", str(place)):

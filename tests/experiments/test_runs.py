@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from lib.experiments.provenance import PROVENANCE, read_described, write_with_pr
 from lib.experiments.records import Run, data_digests, is_stored, run_folder, run_key
 from lib.experiments.runs import find_runs, get_run, get_runs, train_runs, train_stack
 from lib.experiments.store import REPOSITORY, DamagedFile
-from lib.training import Training
+from lib.training import History, Training
 
 TINY: dict[str, Any] = {"size": 4, "train_images": 60, "test_images": 50, "batch_size": 20, "epochs": 4}
 UNSTABLE: dict[str, Any] = {"sigma": "identity", "solver": "plain", "learning_rate": 0.03, "noise": 0.5}
@@ -332,6 +333,29 @@ def test_digits_start_from_another_run_of_either_model(tmp_path: Path) -> None:
     assert torch.equal(field.A, field.C)
 
 
+def test_what_the_store_knows_of_kernels_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that diverged is refused, one that was stopped is named, and so are images of its training."""
+    late = get_run(KERNELS.model_copy(update={"time_budget": 1e-6}), tmp_path)
+    records.stored_kernels(late.key, tmp_path)
+    said = f"run {late.key} has not completed, but is out of time: {late.reason}"
+    assert said in capsys.readouterr().err.splitlines()
+    lost = History(status="diverged", reason="the loss is not finite", weights=late.weights)
+    records.store_run(KERNELS, lost, tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"which diverged \(the loss is not finite\), allowed: one that did"
+    ):
+        records.stored_kernels(records.run_key(KERNELS), tmp_path)
+    files = [tmp_path / name for name in ("seen.png", "test.png", "copy.png", "new.png")]
+    for path, content in zip(files, (b"1", b"2", b"1", b"3"), strict=True):
+        path.write_bytes(content)
+    data = {path.name: records.file_digest(path) for path in files[:2]}
+    config = KERNELS.model_copy(update={"train_images": 1})
+    assert records.trained_on(replace(late, config=config, provenance={"data": data}), files) == [
+        "seen.png",
+        "copy.png",
+    ]
+
+
 def test_kernels_of_another_run_are_trained_first_and_found_by_key(tmp_path: Path) -> None:
     run = get_run(FROM_KERNELS, tmp_path)
     first = get_run(KERNELS, tmp_path)
@@ -342,6 +366,9 @@ def test_kernels_of_another_run_are_trained_first_and_found_by_key(tmp_path: Pat
     for key in ("nothing", get_run(STACK[2], tmp_path).key):
         with pytest.raises(ConfigError, match=f"^run: got '?{key}"):
             records.stored_kernels(key, tmp_path)
+    assert_same(records.stored_kernels(run.key, tmp_path, task="deblurring", filters=None), run)
+    with pytest.raises(ConfigError, match=r"^task: got 'denoising', allowed: deblurring, "):
+        records.stored_kernels(run.key, tmp_path, task="denoising")
     folder = tmp_path / "fig09"
     records.save_kernels(run, folder)
     loaded = records.trained_kernels("deblurring", "bilevel", KERNELS.filters, tmp_path)
