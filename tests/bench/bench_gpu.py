@@ -6,13 +6,13 @@ packed into one file for `make sweep`.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 from zipfile import ZipFile
 
@@ -21,14 +21,15 @@ import torch
 from benches import timed_training
 
 from lib.experiments.build import make_training
-from lib.experiments.config import MNIST_SIDE, RunConfig
+from lib.experiments.command import Parser, command
+from lib.experiments.config import MNIST_SIDE, ConfigError, RunConfig, require_name, require_range
 from lib.experiments.plan import stacks
 from lib.experiments.processes import default_device
-from lib.experiments.profiles import GRID, grid
+from lib.experiments.profiles import GRID, PROFILES, grid
 from lib.experiments.provenance import write_with_provenance
 from lib.experiments.records import is_stored, run_folder
 from lib.experiments.runs import train_stack
-from lib.experiments.store import RESULTS
+from lib.experiments.store import RESULTS, absolute
 from lib.training import COMPLETED
 
 STEPS, WARM_STEPS = 12, 3
@@ -116,19 +117,23 @@ def sweep(profile: str, minutes: float, device: torch.device, out: Path) -> str:
     return f"{len(ended)} of {len(configs)} runs of {profile} are trained: {how}"
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS / "bench", help="folder of the tables")
+    parser = Parser(prog="make gpu", description=__doc__)
+    parser.add_argument("--out", default=str(RESULTS / "bench"), help="folder of the tables")
     parser.add_argument("--sweep", type=float, default=0.0, metavar="MINUTES", help="of training behind it")
     parser.add_argument("--profile", default="quick", help="whose grid is trained")
-    options = parser.parse_args(arguments)
-    device = default_device()
+    options = parser.parse(arguments)
+    require_range("sweep", options.sweep, 0)
+    require_name("profile", options.profile, PROFILES)
+    device, out = default_device(), absolute(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=out).close()
     if device.type != "cuda":
-        print("gpu: torch sees no GPU here", file=sys.stderr)
-        return 2
-    measure(device, options.out, size=MNIST_SIDE, batch_size=RunConfig().batch_size)
+        raise ConfigError("gpu: torch sees no GPU here")
+    measure(device, out, size=MNIST_SIDE, batch_size=RunConfig().batch_size)
     if options.sweep > 0:
-        print(sweep(options.profile, options.sweep, device, options.out))
+        print(sweep(options.profile, options.sweep, device, out))
     return 0
 
 

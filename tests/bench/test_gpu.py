@@ -24,3 +24,20 @@ def test_a_device_is_measured_and_trains_a_sweep(tmp_path: Path, monkeypatch: py
     assert gpu.sweep("smoke", 0.0, device, tmp_path).startswith("0 of 12 runs of smoke are trained: ")
     assert gpu.sweep("smoke", 60.0, device, tmp_path).startswith("12 of 12 runs of smoke are trained: ")
     assert take_runs(tmp_path / "smoke.zip", tmp_path / "here").startswith("12 runs of ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "bogus"], "unrecognized arguments: --device bogus"),
+        (["--sweep", "-1"], "sweep: got -1.0, allowed: at least 0"),
+        (["--profile", "tiny"], "profile: got 'tiny', allowed: smoke, quick, overnight, paper"),
+        (["--out", "/proc/gpu"], "[Errno 2] No such file or directory: '/proc/gpu'"),
+    ],
+)
+def test_options_are_refused_before_any_work(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "default_device", lambda: torch.device("cuda"))
+    assert gpu.main(arguments) in (1, 2)
+    assert capsys.readouterr().err == f"{said}\n"
