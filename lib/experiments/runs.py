@@ -173,6 +173,8 @@ def _train_stacks(todo: Sequence[list[Config]], results: Results, report: Report
         try:
             with interrupts_blocked():
                 left = {pool.submit(_train_in_worker, stack, results) for stack in todo}
+                # The pool notices the death of a process only if it was started before the last submission.
+                pool.submit(int)
             while left:
                 ended, left = wait(left, timeout=REPORT_SECONDS)
                 while not reports.empty():
