@@ -119,16 +119,24 @@ DENOISING_SHARES = ["dataset", "reduction", "train_images", "test_images", "seed
 DENOISING_SHARES += ["model", "filters", "filter_size"]
 """What a training from denoising kernels has in common with the training of those kernels."""
 
+ARMS: dict[str, dict[str, Any]] = {
+    "bilevel": {"model": "bilevel"},
+    "deq": {"model": "deq"},
+    "deq tied": {"model": "deq", "initial": "tied"},
+}
+"""What is compared on MNIST: the paper's two models, and ours, the DEQ whose `C` starts as `A`."""
+
 GRID: dict[str, tuple[Any, ...]] = {
     # The expensive tasks first, so that the last stacks of a sweep are short ones.
     "task": ("deblurring", "inpainting", "denoising"),
     "model": ("deq", "bilevel"),
+    "initial": ("independent", "tied"),
     "sigma": ("relu", "softshrink", "identity"),
     "noise": (0.0, 0.05, 0.1, 0.5, 1.0),
     "tau": (0.01, 0.1, 0.5, 0.9, 1.1, 2.1),
     "gamma": (0.1, 0.5, 1.0),
 }
-"""The axes of the paper's grid on MNIST, and 0.5 among the steps, which its pictures use."""
+"""The axes of the paper's grid on MNIST, 0.5 among the steps, which its pictures use, and the start of `C`."""
 
 SWEEPS: dict[str, dict[str, Any]] = {
     # A handful, one of whose steps is too long.
@@ -149,7 +157,8 @@ def grid(profile: str, /, **values: Any) -> list[RunConfig]:
     """The configurations of a sweep: all combinations of the values of all axes.
 
     For any parameter of `RunConfig` there may be a value in the place of the profile's, or a list or tuple of
-    values to make it an axis; None leaves the profile's.
+    values to make it an axis; None leaves the profile's. Bilevel learning, where `C` is `A`, has no start of
+    `C`, and takes part once.
 
     Raises:
         ConfigError: the profile is unknown, an axis is empty, or a value is refused by `RunConfig`.
@@ -160,6 +169,8 @@ def grid(profile: str, /, **values: Any) -> list[RunConfig]:
     for name, levels in axes.items():
         if not levels:
             raise ConfigError(f"{named(name)}: got an empty list, allowed: one value or more")
-    return list(
-        dict.fromkeys(RunConfig(**dict(zip(axes, levels, strict=True))) for levels in product(*axes.values()))
-    )
+    rows = [dict(zip(axes, levels, strict=True)) for levels in product(*axes.values())]
+    for row in rows:
+        if row["model"] == "bilevel" and row["initial"] == "tied":
+            row["initial"] = "independent"
+    return list(dict.fromkeys(RunConfig(**row) for row in rows))
