@@ -136,7 +136,7 @@ GRID: dict[str, tuple[Any, ...]] = {
     "tau": (0.01, 0.1, 0.5, 0.9, 1.1, 2.1),
     "gamma": (0.1, 0.5, 1.0),
 }
-"""The axes of the paper's grid on MNIST, 0.5 among the steps, which its pictures use, and the start of `C`."""
+"""The axes of the paper's grid on MNIST, with 0.5 among the steps, which its pictures use, and our start."""
 
 SWEEPS: dict[str, dict[str, Any]] = {
     # A handful, one of whose steps is too long.

@@ -32,8 +32,8 @@ class Sweep:
 
     Attributes:
         profile: name of its profile.
-        runs: a row per configuration: `key`, parameters, `status` (also `not run`), `reason`,
-            `epochs_finished`, `seconds`, and the metrics of the last epoch (`lib.training.History`).
+        runs: a row per configuration: `key`, parameters, `arm` (see `ARMS`), `status` (also `not run`),
+            `reason`, `epochs_finished`, `seconds`, the metrics of the last epoch (`lib.training.History`).
         epochs: a row per run and epoch: `key` and metrics.
         provenance: axes, data digests, environments, counts and seconds.
     """
@@ -91,7 +91,7 @@ def load_sweep(
                 row["epochs_finished"] = metrics["epoch"]
                 row |= {name: metrics[name] for name in metrics if name not in ("epoch", "seconds")}
         rows.append(row)
-    runs = pd.DataFrame(rows)
+    runs = with_arms(pd.DataFrame(rows))
     runs = runs.reindex(columns=list(dict.fromkeys([*runs, "seconds", "test_loss", "test_psnr"])))
     varied = [name for name in RunConfig.model_fields if runs[name].nunique() > 1]
     provenance = {
@@ -146,7 +146,13 @@ def load_table(profile: str = "quick", results: Results = None) -> Sweep:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedFile(f"{folder / PROVENANCE}: it does not list the table's checksums") from None
     runs, epochs = map(pd.read_parquet, files)
-    return Sweep(profile, runs, epochs, provenance)
+    return Sweep(profile, with_arms(runs), epochs, provenance)
+
+
+def with_arms(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of runs with the column `arm` (see `ARMS`), also one without a column `initial`."""
+    starts = runs["initial"] if "initial" in runs else pd.Series("independent", runs.index)
+    return runs.assign(arm=runs["model"].mask(starts == "tied", "deq tied"))
 
 
 def _committed_records(profile: str) -> dict[RunConfig, tuple[str, dict[str, Any]]]:

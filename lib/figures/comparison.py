@@ -1,4 +1,4 @@
-"""Comparison of both models over a sweep: outcomes, pairs, statistics and answers."""
+"""Comparison of the arms of a sweep: outcomes, pairs, statistics and answers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ CONFIDENCE, RESAMPLES, LEVEL = 0.95, 9999, 0.05
 KEPT, DROPPED, NO_EPOCH = "kept", "dropped", "no epoch"
 OUTCOMES = (KEPT, DROPPED, DIVERGED, NO_EPOCH, NOT_RUN)
 
-PAIRED = tuple(name for name in RunConfig.model_fields if name != "model")
+PAIRED = tuple(name for name in RunConfig.model_fields if name not in ("model", "initial"))
 """Parameters that the two runs of a pair share."""
+
+PAIRS = (("bilevel", "deq"), ("bilevel", "deq tied"), ("deq", "deq tied"))
+"""Arms that are compared, configuration by configuration."""
 
 BEST_OF = ("task", "noise", "seed")
 """The best configuration is chosen for each task and noise, over all seeds."""
@@ -53,23 +56,23 @@ def outcome(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.Series:
 
 
 def outcome_table(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.DataFrame:
-    """Count the runs of each task and model with each outcome."""
-    counts = pd.crosstab([runs["task"], runs["model"]], outcome(runs, threshold))
+    """Count the runs of each task and arm with each outcome."""
+    counts = pd.crosstab([runs["task"], runs["arm"]], outcome(runs, threshold))
     return counts.reindex(columns=list(OUTCOMES), fill_value=0).rename_axis(columns=None)
 
 
-def paired(runs: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Return a quantity of both models for each configuration with both runs: a pair.
+def paired(runs: pd.DataFrame, column: str, first: str = "bilevel", second: str = "deq") -> pd.DataFrame:
+    """Return a quantity of two arms for each configuration with both runs: a pair.
 
     Medians over the seeds make each configuration count once.
 
     Returns:
-        A row per pair: the shared parameters, `bilevel`, `deq`, and `difference`, bilevel minus DEQ.
+        A row per pair: the shared parameters, a column for each arm, and `difference`, first minus second.
     """
     index = [name for name in PAIRED if name in runs]
-    pairs = runs.pivot(index=index, columns="model", values=column)
-    pairs = pairs.reindex(columns=["bilevel", "deq"]).dropna().rename_axis(columns=None).reset_index()
-    pairs = pairs.assign(difference=pairs["bilevel"] - pairs["deq"])
+    pairs = runs.pivot(index=index, columns="arm", values=column)
+    pairs = pairs.reindex(columns=[first, second]).dropna().rename_axis(columns=None).reset_index()
+    pairs = pairs.assign(difference=pairs[first] - pairs[second])
     if "seed" not in pairs or pairs["seed"].nunique() <= 1:
         return pairs
     shared = [name for name in index if name != "seed"]
@@ -102,7 +105,7 @@ def paired_table(pairs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Return `paired_test` for each group of pairs, such as each `task` or each `task` and `noise`."""
     names = by[0] if len(by) == 1 else list(by)
     rows = {
-        name: paired_test(group["difference"].to_numpy()) | {"deq lower": (group["difference"] > 0).mean()}
+        name: paired_test(group["difference"].to_numpy()) | {"second lower": (group["difference"] > 0).mean()}
         for name, group in pairs.groupby(names)
     }
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(names)
@@ -110,18 +113,18 @@ def paired_table(pairs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 
 def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs of the best configuration of each task, noise and model: one per seed.
+    """Return the runs of the best configuration of each task, noise and arm: one per seed.
 
     It has the lowest median over the seeds of the final test loss; a run without one counts as infinite.
     """
-    configuration = ["task", "noise", "model", *(n for n in PAIRED if n in runs and n not in BEST_OF)]
+    configuration = ["task", "noise", "arm", *(n for n in PAIRED if n in runs and n not in BEST_OF)]
     losses = runs["test_loss"].where(outcome(runs).isin([KEPT, DROPPED]), np.inf)
     medians = losses.groupby([runs[name] for name in configuration], dropna=False).transform("median")
     ended = medians[np.isfinite(medians)]
-    chosen = runs.loc[ended.groupby([runs[name] for name in ("task", "noise", "model")]).idxmin()]
+    chosen = runs.loc[ended.groupby([runs[name] for name in ("task", "noise", "arm")]).idxmin()]
     best = runs.merge(chosen[configuration], on=configuration)
     best = best[outcome(best).isin([KEPT, DROPPED])]
-    return best.sort_values([name for name in (*BEST_OF[:2], "model", "seed") if name in best])
+    return best.sort_values([name for name in (*BEST_OF[:2], "arm", "seed") if name in best])
 
 
 def epochs_within(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOLD) -> pd.DataFrame:
@@ -134,7 +137,7 @@ def epochs_within(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOL
 
 @dataclass(frozen=True)
 class Question:
-    """A question about both models, and its answer by a rule from numbers, the decisive ones first.
+    """A question about two arms, and its answer by a rule from numbers, the decisive ones first.
 
     The answer is one of `ANSWERS`.
     """
@@ -199,8 +202,9 @@ def check_sweep(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> None:
     trained = sweep.runs[sweep.runs["key"].isin(last.index)].set_index("key")
     assert (trained["test_loss"] == last.loc[trained.index, "test_loss"]).all(), "final test loss"
     print("each final test loss is that of the run's last finished epoch")
-    pairs = paired(kept_runs(sweep.runs, threshold), "test_loss")
-    shared = pairs.columns.difference(["bilevel", "deq", "difference"])
-    assert not pairs.duplicated(list(shared)).any(), "a pair is counted twice"
-    assert (pairs[["bilevel", "deq"]] <= threshold).all(axis=None), "a pair has a run that was dropped"
-    print("each pair is one configuration of both models, both kept")
+    for both in PAIRS:
+        pairs = paired(kept_runs(sweep.runs, threshold), "test_loss", *both)
+        shared = pairs.columns.difference([*both, "difference"])
+        assert not pairs.duplicated(list(shared)).any(), "a pair is counted twice"
+        assert (pairs[list(both)] <= threshold).all(axis=None), "a pair has a run that was dropped"
+    print("each pair is one configuration of two arms, both kept")

@@ -17,14 +17,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.experiments.build import Config, load_images, make_operator, solve, test_noise
-from lib.experiments.config import MODELS
 from lib.experiments.processes import default_device, workers
-from lib.experiments.profiles import profile_config, profile_seeds
+from lib.experiments.profiles import ARMS, profile_config, profile_seeds
 from lib.experiments.records import Run
 from lib.experiments.runs import find_runs, get_runs
 from lib.experiments.store import Results
 from lib.experiments.sweep import NOT_RUN
-from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
+from lib.figures.style import ARM_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.solvers import Status
 from lib.training import COMPLETED, TEST_BATCH, observe, one_thread, psnr
 
@@ -136,20 +135,22 @@ def keeps_loss(result: Reconstructions, name: str, loss: float, unconverged: flo
 def get_runs_of_seeds(
     profile: str, task: str, seeds: int | None, results: Results = None, train: bool = True, **values: Any
 ) -> tuple[dict[str, Run], dict[str, list[Run]]]:
-    """Return each model's first run and its runs for all seeds, trained together so that no core waits.
+    """Return each arm's first run and its runs for all seeds, trained together so that no core waits.
 
     Args:
         profile, task, values: as in `profile_config`.
         seeds: number of seeds, starting with the one in `values`; the profile's number when None.
-        train: False takes only stored or committed runs.
+        train: False takes only stored or committed runs, and leaves out our arm if it has none.
     """
     numbers = range(values["seed"], values["seed"] + profile_seeds(profile, seeds))
     configs = {
-        model: [profile_config(profile, task, model=model, **values | {"seed": number}) for number in numbers]
-        for model in MODELS
+        arm: [profile_config(profile, task, **values | chosen | {"seed": number}) for number in numbers]
+        for arm, chosen in ARMS.items()
     }
+    if not train and find_runs(configs["deq tied"][:1], results) == [None]:
+        del configs["deq tied"]
     of_seeds = runs_by_seed(configs, results, train)
-    return {model: same[0] for model, same in of_seeds.items()}, of_seeds
+    return {arm: same[0] for arm, same in of_seeds.items()}, of_seeds
 
 
 def runs_by_seed(
@@ -183,7 +184,7 @@ def later_seeds(runs: Mapping[str, Sequence[Run]]) -> dict[str, Run]:
 
 
 def seed_by_seed(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
-    """Return the final `test_psnr` (dB) of both models for each seed, and by how much the DEQ is ahead.
+    """Return the final `test_psnr` (dB) of each arm and seed, and by how much the DEQs are ahead of bilevel.
 
     A run that did not complete has NaN, and the column `reason` says why.
     """
@@ -197,13 +198,16 @@ def seed_by_seed(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     table = pd.DataFrame(columns).rename_axis("seed")
     lost = [
         "; ".join(
-            f"{run.config.model} {run.status}" + (f": {run.reason}" if run.reason else "")
-            for run in same
+            f"{name} {run.status}" + (f": {run.reason}" if run.reason else "")
+            for name, run in zip(runs, same, strict=True)
             if run.status != COMPLETED
         )
         for same in zip(*runs.values(), strict=True)
     ]
-    return table.assign(ahead=table["deq"] - table["bilevel"], reason=lost)
+    ahead = {"ahead": table["deq"] - table["bilevel"]}
+    if "deq tied" in table:
+        ahead["tied ahead"] = table["deq tied"] - table["bilevel"]
+    return table.assign(**ahead, reason=lost)
 
 
 def check_weights(runs: Mapping[str, Run]) -> None:
@@ -232,31 +236,32 @@ def check_reconstructions(result: Reconstructions) -> None:
 
 
 def reconstruction_figure(result: Reconstructions, rows: Sequence[str], profile: str, count: int) -> Figure:
-    """Draw the first test images in rows (`truth`, `input`, `K output`, `output`), one block per model."""
+    """Draw the first test images in rows (`truth`, `input`, `K output`, `output`), one block per arm."""
     with plt.rc_context(STYLE):
-        models = list(result.runs)
-        size = (TEXT_WIDTH, 0.42 * len(rows) + 0.7)
-        fig, axes = plt.subplots(len(rows), len(models), figsize=size, squeeze=False)
+        arms = list(result.runs)
+        # Digits are squares.
+        side = (0.905 * TEXT_WIDTH / len(arms)) / count
+        size = (TEXT_WIDTH, 1.02 * side * len(rows) + 0.85)
+        fig, axes = plt.subplots(len(rows), len(arms), figsize=size, squeeze=False)
         fig.subplots_adjust(wspace=0.03, hspace=0.06, left=0.09, right=0.995)
-        fig.subplots_adjust(top=1 - 0.36 / fig.get_figheight(), bottom=0.3 / fig.get_figheight())
-        before, operator = result.table.loc["input"], make_operator(result.runs[models[0]].config)
-        for column, model in zip(axes.T, models, strict=True):
+        fig.subplots_adjust(top=1 - 0.4 / fig.get_figheight(), bottom=0.42 / fig.get_figheight())
+        before, operator = result.table.loc["input"], make_operator(result.runs[arms[0]].config)
+        for column, arm in zip(axes.T, arms, strict=True):
             images = {
                 "truth": result.truth,
                 "input": result.observed,
-                "K output": operator.forward(result.outputs[model][:, None])[:, 0],
-                "output": result.outputs[model],
+                "K output": operator.forward(result.outputs[arm][:, None])[:, 0],
+                "output": result.outputs[arm],
             }
             for axis, row in zip(column, rows, strict=True):
                 strip = torch.cat(list(images[row][:count]), dim=-1)
                 axis.imshow(strip, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
-            after = result.table.loc[model]
-            column[0].set_title(
-                f"{MODEL_NAMES[model]}: {after.psnr:.1f} dB, SSIM {after.ssim:.2f} "
-                f"(input {before.psnr:.1f} dB, {before.ssim:.2f})"
-            )
+            after = result.table.loc[arm]
+            column[0].set_title(f"{ARM_NAMES[arm]}\n{after.psnr:.1f} dB, SSIM {after.ssim:.2f}")
         for axis, row in zip(axes[:, 0], rows, strict=True):
             axis.set_ylabel(row.replace("K", "$K$"), rotation=0, ha="right", va="center")
-        note(fig, budget(next(iter(result.runs.values())), profile))
+        missing = "".join(f"; {name}: not run" for arm, name in ARM_NAMES.items() if arm not in arms)
+        said = f"input {before.psnr:.1f} dB, SSIM {before.ssim:.2f}; "
+        note(fig, said + budget(next(iter(result.runs.values())), profile) + missing)
     return fig

@@ -31,12 +31,22 @@ DATA_NAMES = {"mnist": "MNIST", "faces": "AT&T faces", "celeba": "CelebA"}
 MODEL_COLORS = {"bilevel": "#0072b2", "deq": "#e69f00"}
 """Blue and orange differ for every kind of colour vision, and in grey one is dark and one is light."""
 
+ARM_NAMES = MODEL_NAMES | {"deq tied": "DEQ from $C = A$, ours"}
 
-def model_line(model: str) -> dict[str, Any]:
-    """Return the style of a model's curve."""
-    linestyle, marker = {"bilevel": ("-", "o"), "deq": ("--", "s")}[model]
-    style = {"linestyle": linestyle, "marker": marker, "color": MODEL_COLORS[model]}
+ARM_COLORS = MODEL_COLORS | {"deq tied": "#009e73"}
+"""The third is hatched where it fills an area, since in grey it is nearly as dark as the first."""
+
+
+def arm_line(arm: str) -> dict[str, Any]:
+    """Return the style of the curve of a model or arm."""
+    linestyle, marker = {"bilevel": ("-", "o"), "deq": ("--", "s"), "deq tied": ("-.", "^")}[arm]
+    style = {"linestyle": linestyle, "marker": marker, "color": ARM_COLORS[arm]}
     return style | {"linewidth": 1.2, "markersize": 2.5}
+
+
+def arm_patch(arm: str) -> dict[str, Any]:
+    """Return the style of an area that stands for an arm."""
+    return {"facecolor": ARM_COLORS[arm], "edgecolor": "k", "hatch": "//////" if arm == "deq tied" else ""}
 
 
 # pyplot loads its backend for the first figure, and the backend of notebooks switches the display of figures
@@ -59,6 +69,7 @@ STYLE: Any = {
     "ytick.labelsize": 8,
     "pdf.fonttype": 42,
     "savefig.dpi": 300,
+    "hatch.linewidth": 0.5,
 }
 """matplotlib's defaults, whatever the user's are; fonts that fit a column; text stays text in the PDF."""
 
@@ -101,7 +112,9 @@ def parameter_table(configs: Mapping[str, Config]) -> pd.DataFrame:
 
     def column(c: Config) -> dict[str, str]:
         optimizer = f"Adam, {c.learning_rate:g} to {c.final_learning_rate:g}, {c.schedule}"
-        experts, start, lam = "", "A and C independent", f"{c.lam:g}"
+        experts, lam = "", f"{c.lam:g}"
+        start = "C = A" if c.model == "bilevel" or c.initial == "tied" else "A and C independent"
+        start = start if isinstance(c.initial, str) else "a run's weights"
         if isinstance(c, FacesConfig):
             experts = f"{c.filters} kernels {c.filter_size}x{c.filter_size}"
             start = f"C = A, {c.initial if isinstance(c.initial, str) else 'learned on denoising'}"

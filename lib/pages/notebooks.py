@@ -61,9 +61,9 @@ class Page(NamedTuple):
 
 PAGES = {
     "fig01": Page("fig01_mnist_losses", grid),
-    "fig02": Page("fig02_mnist_denoising", profile_config, ("model",)),
-    "fig03": Page("fig03_mnist_inpainting", profile_config, ("model",)),
-    "fig04": Page("fig04_mnist_deblurring", profile_config, ("model",)),
+    "fig02": Page("fig02_mnist_denoising", profile_config, ("model", "initial")),
+    "fig03": Page("fig03_mnist_inpainting", profile_config, ("model", "initial")),
+    "fig04": Page("fig04_mnist_deblurring", profile_config, ("model", "initial")),
     "fig05": Page("fig05_mnist_best", grid),
     "fig06": Page("fig06_mnist_epochs", grid),
     "fig07": Page("fig07_faces_inpainting", faces_config),

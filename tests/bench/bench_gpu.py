@@ -44,7 +44,8 @@ CASES = list(product(GRID["task"], GRID["model"]))
 def stack_of(task: str, model: str, members: int, steps: int, **values: Any) -> list[RunConfig]:
     """Return members at even distances over the noise levels, steps and weights of the paper's grid."""
     values |= {"train_images": steps * values["batch_size"], "test_images": values["batch_size"]}
-    group = grid("paper", task=task, model=model, sigma="relu", epochs=1, time_budget=1e6, **values)
+    values |= {"task": task, "model": model, "sigma": "relu", "initial": "independent"}
+    group = grid("paper", epochs=1, time_budget=1e6, **values)
     return [group[(2 * k + 1) * len(group) // (2 * members)] for k in range(members)]
 
 

@@ -46,7 +46,8 @@ def configurations() -> dict[str, list[Config]]:
         for model in MODELS
     ]
     # A busy machine would spend a time budget.
-    part: list[Config] = [*grid("quick", noise=0.1, gamma=[0.1, 1.0], tau=[0.1, 0.9], time_budget=1e6)]
+    axes = {"noise": 0.1, "gamma": [0.1, 1.0], "tau": [0.1, 0.9], "initial": "independent"}
+    part: list[Config] = [*grid("quick", time_budget=1e6, **axes)]
     photographs: list[Config] = [faces_config("quick", "denoising", model=model) for model in MODELS]
     return {"grid": part, "figure 8": photographs, "figures 2 to 4": figures}
 

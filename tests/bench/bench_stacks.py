@@ -25,7 +25,8 @@ PROFILES = {"quick": (6, 3, (1, 8, 16, 64)), "paper": (2, 1, (1, 8, 64))}
 def members(profile: str, task: str, model: str, steps: int, count: int) -> list[RunConfig]:
     """Return configurations at even distances in the paper's 90 of a task and model with ReLU."""
     images = {"train_images": steps * grid(profile)[0].batch_size, "test_images": 1}
-    group = grid(profile, task=task, model=model, tau=GRID["tau"], epochs=1, sigma="relu", **images)
+    values = images | {"task": task, "model": model, "tau": GRID["tau"], "initial": "independent"}
+    group = grid(profile, epochs=1, sigma="relu", **values)
     return [group[k * len(group) // count] for k in range(count)]
 
 

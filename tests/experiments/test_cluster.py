@@ -27,7 +27,7 @@ from lib.experiments.store import REPOSITORY
 # Local jobs outlive the objects that started them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-VALUES: dict[str, Any] = {"task": "denoising", "epochs": 200}
+VALUES: dict[str, Any] = {"task": "denoising", "initial": "independent", "epochs": 200}
 CONFIGS = grid("smoke", **VALUES)
 RUN = ["run", "--profile", "smoke", *(text for name in VALUES for text in ("-p", name, str(VALUES[name])))]
 """Two stacks, one of each model."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lib.experiments.config import MODELS, TASKS, ConfigError, FacesConfig, RunConfig, parse_parameters
-from lib.experiments.profiles import GRID, PROFILES, SWEEPS, faces_config, grid, profile_config
+from lib.experiments.profiles import ARMS, GRID, PROFILES, SWEEPS, faces_config, grid, profile_config
 
 FIELDS = sorted(RunConfig.model_fields)
 FLOATS = {name for name, field in RunConfig.model_fields.items() if field.annotation is float}
@@ -156,9 +156,9 @@ def test_values_replace_those_of_a_profile() -> None:
 
 
 def test_the_papers_grid() -> None:
-    """All combinations of its six axes, with the paper's sizes."""
+    """All combinations of its six axes, with the paper's sizes, and again for ours, the DEQ from C = A."""
     configs = grid("paper")
-    assert len(configs) == len(set(configs)) == 2 * 3 * 5 * 6 * 3 * 3
+    assert len(configs) == len(set(configs)) == len(ARMS) * 3 * 5 * 6 * 3 * 3
     axes = levels(configs)
     assert (axes["model"], axes["task"]) == (set(MODELS), set(TASKS))
     assert (axes["gamma"], axes["sigma"]) == ({0.1, 0.5, 1.0}, {"relu", "softshrink", "identity"})
@@ -170,8 +170,13 @@ def test_the_papers_grid() -> None:
 @pytest.mark.parametrize("profile", SWEEPS)
 def test_grids_have_every_task_and_compare_the_models(profile: str) -> None:
     configs = grid(profile)
-    bilevel, deq = ([config for config in configs if config.model == model] for model in MODELS)
-    assert {config.model_copy(update={"model": "bilevel"}) for config in deq} == set(bilevel)
+    bilevel, *deqs = (
+        {c for c in configs if (c.model, c.initial) == (arm["model"], arm.get("initial", "independent"))}
+        for arm in ARMS.values()
+    )
+    for deq in deqs:
+        changes = {"model": "bilevel", "initial": "independent"}
+        assert {config.model_copy(update=changes) for config in deq} == bilevel
     assert levels(configs)["task"] == set(TASKS)
 
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from lib.experiments.config import TASKS
+from lib.experiments.profiles import ARMS
 from lib.experiments.records import REFERENCE
-from lib.experiments.sweep import Sweep
+from lib.experiments.sweep import Sweep, load_table, with_arms
 from lib.figures.comparison import (
     NO,
     NOT_DECIDED,
@@ -64,7 +65,7 @@ LOSSES = st.floats(0, 1)
 
 def runs_table(*rows: dict[str, Any]) -> pd.DataFrame:
     """A table of runs, `RUN` with some values replaced in each row."""
-    return pd.DataFrame([{"key": f"run {i}"} | RUN | row for i, row in enumerate(rows)])
+    return with_arms(pd.DataFrame([{"key": f"run {i}"} | RUN | row for i, row in enumerate(rows)]))
 
 
 def make_sweep(runs: pd.DataFrame, epochs: pd.DataFrame | None = None) -> Sweep:
@@ -103,12 +104,13 @@ def test_outcome_of_a_run(run: dict[str, Any], expected: str) -> None:
         CONFIGURATIONS, st.tuples(st.none() | LOSSES, st.none() | st.just(math.nan) | LOSSES), max_size=12
     )
 )
-def test_pairs_are_one_configuration_of_both_models(losses: dict[Any, Any]) -> None:
+def test_pairs_are_one_configuration_of_two_arms(losses: dict[Any, Any]) -> None:
     """Configurations with both losses, and no others; several seeds have their medians."""
+    arms = (ARMS["bilevel"] | {"initial": "independent"}, ARMS["deq tied"])
     rows = [
-        dict(zip(SHARED, configuration, strict=True)) | {"model": model, "test_loss": loss}
+        dict(zip(SHARED, configuration, strict=True)) | arm | {"test_loss": loss}
         for configuration, both in losses.items()
-        for model, loss in zip(("bilevel", "deq"), both, strict=True)
+        for arm, loss in zip(arms, both, strict=True)
         if loss is not None
     ]
     complete = {
@@ -121,11 +123,11 @@ def test_pairs_are_one_configuration_of_both_models(losses: dict[Any, Any]) -> N
     for configuration, both in complete.items():
         groups.setdefault(configuration[:-1] if several else configuration, []).append(both)
     expected = {name: tuple(np.median(both, axis=0).tolist()) for name, both in groups.items()}
-    pairs = paired(runs_table({"tau": 7.0}, *rows), "test_loss")
+    pairs = paired(runs_table({"tau": 7.0}, *rows), "test_loss", second="deq tied")
     shared = SHARED[:-1] if several else SHARED
     assert len(pairs) == len(expected)
     assert expected == {
-        tuple(pair[name] for name in shared): (pair["bilevel"], pair["deq"], pair["difference"])
+        tuple(pair[name] for name in shared): (pair["bilevel"], pair["deq tied"], pair["difference"])
         for pair in pairs.to_dict("records")
     }
 
@@ -169,7 +171,7 @@ def test_table_of_tests_has_a_row_per_group() -> None:
     table = paired_table(pairs, ["task"])
     assert table["pairs"].to_dict() == {"denoising": 4, "inpainting": 6}
     assert table["median"].to_dict() == {"denoising": 0.5, "inpainting": -3.5}
-    assert table["deq lower"].to_dict() == {"denoising": 0.5, "inpainting": 0.0}
+    assert table["second lower"].to_dict() == {"denoising": 0.5, "inpainting": 0.0}
     pairs["noise"] = [0.1, 0.1, 0.5, 0.5, *[0.1] * 6]
     assert paired_table(pairs, ["task", "noise"]).loc[("denoising", 0.5), "median"] == -0.5
     assert paired_table(pairs_table(), ["task"]).empty
@@ -185,7 +187,7 @@ def test_best_run_has_the_lowest_loss() -> None:
         {"tau": 1.1, "test_loss": 0.01, "status": "out of time", "epochs_finished": 0},
         {"tau": 1.1, "test_loss": math.nan, "status": "not run", "task": "deblurring"},
     )
-    best = best_runs(runs).set_index(["task", "model"])["test_loss"]
+    best = best_runs(runs).set_index(["task", "arm"])["test_loss"]
     assert best.to_dict() == {("denoising", "bilevel"): 0.2, ("denoising", "deq"): 0.1}
     assert best_runs(runs_table({"status": "diverged"}, {"status": "not run"})).empty
 
@@ -252,8 +254,9 @@ def test_answers_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_committed_answers_follow_from_the_committed_runs() -> None:
-    runs = pd.read_parquet(REFERENCE / "sweep" / "runs.parquet")
-    questions = questions_per_task(paired(kept_runs(runs), "test_loss"), "so?")
+    runs = kept_runs(load_table().runs)
+    arms = ("deq", "deq tied")
+    questions = [q for arm in arms for q in questions_per_task(paired(runs, "test_loss", second=arm), "so?")]
     committed = json.loads((REFERENCE / "fig01" / "questions.json").read_bytes())
     assert [(question.answer, question.numbers, question.rule) for question in questions] == [
         (question["answer"], question["numbers"], question["rule"]) for question in committed

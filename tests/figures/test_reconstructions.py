@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from lib.experiments.build import make_operator
 from lib.experiments.config import MODELS, RunConfig
-from lib.experiments.records import Run
+from lib.experiments.records import Run, run_folder
 from lib.figures.reconstructions import (
     SPREAD,
     Reconstructions,
@@ -48,25 +49,38 @@ def test_a_loss_holds_as_exactly_as_solves_define_it(loss: float, tol: float, ap
         assert keeps_loss(result, "deq", loss, 0.01)
 
 
-def test_seeds_of_both_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seeds_of_the_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each seed is trained or found; a run that did not complete has no PSNR but a reason."""
     first, of_seeds = get_runs_of_seeds("smoke", "denoising", 2, tmp_path, **SMALL)
-    assert [[run.config.seed for run in same] for same in of_seeds.values()] == [[3, 4], [3, 4]]
+    assert [[run.config.seed for run in same] for same in of_seeds.values()] == [[3, 4]] * 3
     table = seed_by_seed(of_seeds)
+    assert {arm: (run.config.model, run.config.initial) for arm, run in first.items()} == {
+        "bilevel": ("bilevel", "independent"),
+        "deq": ("deq", "independent"),
+        "deq tied": ("deq", "tied"),
+    }
     for model, same in of_seeds.items():
         assert table[model].tolist() == [run.history["test_psnr"].iloc[-1] for run in same]
     assert table["ahead"].tolist() == (table["deq"] - table["bilevel"]).tolist()
-    assert list(later_seeds(of_seeds)) == ["bilevel, seed 4", "deq, seed 4"]
+    assert table["tied ahead"].tolist() == (table["deq tied"] - table["bilevel"]).tolist()
+    assert list(later_seeds(of_seeds)) == ["bilevel, seed 4", "deq, seed 4", "deq tied, seed 4"]
     lost = replace(of_seeds["deq"][1], status="diverged", reason="the loss is not finite")
     partial = seed_by_seed(of_seeds | {"deq": [of_seeds["deq"][0], lost]})
     assert partial["deq"].isna().tolist() == partial["ahead"].isna().tolist() == [False, True]
     assert partial["reason"].tolist() == ["", "deq diverged: the loss is not finite"]
     _, drawn = get_runs_of_seeds("smoke", "denoising", 3, tmp_path, train=False, **SMALL)
-    assert seed_by_seed(drawn)["reason"].tolist() == ["", "", "bilevel not run; deq not run"]
+    assert seed_by_seed(drawn)["reason"].tolist() == [
+        "",
+        "",
+        "bilevel not run; deq not run; deq tied not run",
+    ]
+    shutil.rmtree(run_folder(first["deq tied"].config, tmp_path))
+    _, papers = get_runs_of_seeds("smoke", "denoising", 1, tmp_path, train=False, **SMALL)
+    assert list(papers) == ["bilevel", "deq"]
     # Their reconstructions pass the checks; those of other weights do not.
     result = reconstruct(first)
     check_reconstructions(result)
-    assert "deq: C is a parameter of its own\nwhere all its solves converge" in capsys.readouterr().out
+    assert "deq tied: C is a parameter of its own\nwhere all its solves converge" in capsys.readouterr().out
     more = with_images(result, "other", 0.9 * result.truth[:, None])
     assert more.table.loc["other", "mse"] == pytest.approx(
         0.01 * result.truth.square().mean().item(), rel=1e-4
@@ -95,10 +109,11 @@ def test_reconstructions_stand_in_the_column_of_their_model() -> None:
     result = Reconstructions(runs, truth, observed, outputs, table)
     fig = reconstruction_figure(result, ["truth", "input", "K output", "output"], "quick", count=3)
     panels = np.array(fig.axes).reshape(4, 2)
-    assert [axes.get_title().partition(" (")[0] for axes in panels[0]] == [
-        "bilevel: 20.0 dB, SSIM 0.20",
-        "DEQ: 30.0 dB, SSIM 0.30",
+    assert [axes.get_title() for axes in panels[0]] == [
+        "bilevel\n20.0 dB, SSIM 0.20",
+        "DEQ\n30.0 dB, SSIM 0.30",
     ]
+    assert " ".join(fig.texts[0].get_text().split()).endswith("DEQ from $C = A$, ours: not run")
     for column, model in zip(panels.T, MODELS, strict=True):
         forwarded = operator.forward(outputs[model][:, None])[:, 0]
         for axes, row in zip(column, (truth, observed, forwarded, outputs[model]), strict=True):

@@ -26,7 +26,7 @@ from lib.pages import notebooks
 from lib.pages.explore import collect, main
 
 TINY: dict[str, Any] = {"task": ["inpainting", "denoising"], "solver": "plain", "time_budget": [3600.0, 1e-6]}
-TINY |= {"train_images": 20, "test_images": 10, "batch_size": 10}
+TINY |= {"initial": "independent", "train_images": 20, "test_images": 10, "batch_size": 10}
 """Some of these runs diverge, and some run out of time."""
 
 

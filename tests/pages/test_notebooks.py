@@ -14,7 +14,7 @@ from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
 from lib.experiments.config import ConfigError
-from lib.experiments.profiles import PROFILES
+from lib.experiments.profiles import ARMS, PROFILES
 from lib.pages import notebooks
 
 FIGURES = [name for name in notebooks.PAGES if name.startswith("fig")]
@@ -79,9 +79,9 @@ def test_a_figure_makes_its_files(name: str, tmp_path: Path) -> None:
 def test_a_list_makes_an_axis_of_the_grid(tmp_path: Path) -> None:
     chosen = {"task": "denoising", "noise": [0.1, 0.5], "tau": 0.5}
     folder = notebooks.run("fig05", "smoke", chosen, tmp_path)
-    assert pd.read_csv(folder / "fig05.csv")["noise"].tolist() == [0.1, 0.1, 0.5, 0.5]
+    assert pd.read_csv(folder / "fig05.csv")["noise"].tolist() == [0.1] * 3 + [0.5] * 3
     runs = pd.read_parquet(tmp_path / "smoke" / "sweep_runs.parquet")
-    assert (len(runs), set(runs["task"]), set(runs["tau"])) == (4, {"denoising"}, {0.5})
+    assert (len(runs), set(runs["task"]), set(runs["tau"])) == (6, {"denoising"}, {0.5})
 
 
 def test_each_seed_of_a_table_is_in_its_provenance(tmp_path: Path) -> None:
@@ -89,9 +89,9 @@ def test_each_seed_of_a_table_is_in_its_provenance(tmp_path: Path) -> None:
     folder = notebooks.run("fig02", "smoke", {"seed": 4, "seeds": 2}, tmp_path)
     provenance = json.loads((folder / "provenance.json").read_text())
     runs = [*provenance["runs"].values(), *provenance.get("histories", {}).values()]
-    assert sorted((run["model"], run["seed"]) for run in runs) == [
-        *((model, seed) for model in ("bilevel", "deq") for seed in (4, 5))
-    ]
+    assert sorted((run["model"], run["seed"]) for run in runs) == sorted(
+        (arm["model"], seed) for arm in ARMS.values() for seed in (4, 5)
+    )
 
 
 def test_a_photograph_is_reconstructed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
