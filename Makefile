@@ -136,7 +136,7 @@ data: $(INSTALLED) ## fetch and verify the data (the figures do so by themselves
 
 refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to be committed
 	@$(EXECUTE) $$(git ls-files 'nbs/fig*.ipynb')
-	@$(BIN)/python -m lib.pages.explore collect
+	@$(BIN)/python .ci/collect.py
 	@$(EXECUTE) $$(git ls-files 'nbs/*.ipynb' ':!nbs/fig*')
 	@$(BIN)/python .ci/keep.py $(FIGURES) free_c weight hypergradients evaluate tomography scaling
 

@@ -165,5 +165,5 @@ def test_the_grid_is_that_of_the_reference() -> None:
     if reason := incomparable(here, provenance(REFERENCE / "sweep")):
         pytest.skip(f"the grid: {reason}")
     runs, epochs = (pd.read_parquet(REFERENCE / "sweep" / f"{name}.parquet") for name in ("runs", "epochs"))
-    assert "test_unconverged" in epochs, "`python -m lib.pages.explore collect` makes the reference anew"
+    assert "test_unconverged" in epochs, "`python .ci/collect.py` makes the reference anew"
     assert grid_differences(pd.read_parquet(MADE / "sweep_runs.parquet"), runs, epochs) == []

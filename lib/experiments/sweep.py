@@ -23,7 +23,7 @@ from lib.training import COMPLETED, DIVERGED, OUT_OF_TIME
 NOT_RUN, IN_PROGRESS = "not run", "in progress"
 
 TABLES = ("runs.parquet", "epochs.parquet")
-"""The tables of a sweep with reconstructions, which need neither runs nor data (`lib.pages.explore`)."""
+"""The tables of a sweep with reconstructions, which need neither runs nor data (`.ci/collect.py`)."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def load_table(profile: str = "quick", results: Results = None) -> Sweep:
         provenance = json.loads((folder / PROVENANCE).read_bytes())
         files = [io.BytesIO(read_described(folder / name, provenance)) for name in TABLES]
     except FileNotFoundError as error:
-        command = f"python -m lib.pages.explore collect --profile {profile}"
+        command = f"python .ci/collect.py --profile {profile}"
         raise DataError(f"{error.filename} is missing; `{command}` makes it from a trained sweep") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedFile(f"{folder / PROVENANCE}: it does not list the table's checksums") from None

@@ -101,17 +101,6 @@ def paired_test(differences: NDArray[np.float64]) -> dict[str, float]:
     return result | {"low": float(low), "high": float(high), "p": float(p)}
 
 
-def paired_table(pairs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Return `paired_test` for each group of pairs, such as each `task` or each `task` and `noise`."""
-    names = by[0] if len(by) == 1 else list(by)
-    rows = {
-        name: paired_test(group["difference"].to_numpy()) | {"second lower": (group["difference"] > 0).mean()}
-        for name, group in pairs.groupby(names)
-    }
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(names)
-    return table.astype({"pairs": int}) if len(table) else table
-
-
 def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs of the best configuration of each task, noise and arm: one per seed.
 

@@ -1,1 +1,1 @@
-"""What is looked at: executed notebooks, the report and the explorer."""
+"""What is looked at: executed notebooks and the report."""

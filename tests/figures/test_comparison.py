@@ -32,7 +32,6 @@ from lib.figures.comparison import (
     outcome,
     outcome_table,
     paired,
-    paired_table,
     paired_test,
     print_answers,
     questions_per_task,
@@ -164,17 +163,6 @@ def test_too_little_to_test_is_nan(differences: list[float], median: float) -> N
     assert result["pairs"] == len(differences)
     assert result["median"] == pytest.approx(median, nan_ok=True)
     assert all(math.isnan(result[name]) for name in ("low", "high", "p"))
-
-
-def test_table_of_tests_has_a_row_per_group() -> None:
-    pairs = pairs_table(denoising=np.array([1.0, 2.0, 0.0, -1.0]), inpainting=-np.arange(1.0, 7.0))
-    table = paired_table(pairs, ["task"])
-    assert table["pairs"].to_dict() == {"denoising": 4, "inpainting": 6}
-    assert table["median"].to_dict() == {"denoising": 0.5, "inpainting": -3.5}
-    assert table["second lower"].to_dict() == {"denoising": 0.5, "inpainting": 0.0}
-    pairs["noise"] = [0.1, 0.1, 0.5, 0.5, *[0.1] * 6]
-    assert paired_table(pairs, ["task", "noise"]).loc[("denoising", 0.5), "median"] == -0.5
-    assert paired_table(pairs_table(), ["task"]).empty
 
 
 def test_best_run_has_the_lowest_loss() -> None:

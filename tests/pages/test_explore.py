@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from lib.experiments.data import DataError
 from lib.experiments.profiles import grid
 from lib.experiments.records import run_key
 from lib.experiments.runs import get_run
-from lib.experiments.store import DamagedFile
+from lib.experiments.store import REPOSITORY, DamagedFile
 from lib.experiments.sweep import get_sweep, load_sweep, load_table, table_folder
 from lib.figures.reconstructions import reconstruct
 from lib.pages import notebooks
-from lib.pages.explore import collect, main
+
+COLLECT = runpy.run_path(str(REPOSITORY / ".ci" / "collect.py"))
+collect, main = COLLECT["collect"], COLLECT["main"]
 
 TINY: dict[str, Any] = {"task": ["inpainting", "denoising"], "solver": "plain", "time_budget": [3600.0, 1e-6]}
 TINY |= {"initial": "independent", "train_images": 20, "test_images": 10, "batch_size": 10}
@@ -84,16 +87,16 @@ def test_a_damaged_or_missing_file_is_named(name: str, store: Path) -> None:
     with pytest.raises(DamagedFile, match=f"^{path}: "):
         load_table("smoke", store)
     path.unlink()
-    with pytest.raises(DataError, match=f"^{path} is missing; .* collect --profile smoke"):
+    with pytest.raises(DataError, match=f"^{path} is missing; .*collect.py --profile smoke"):
         load_table("smoke", store)
 
 
 def test_the_command_makes_the_table(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [text for name, value in TINY.items() for text in ("-p", name, str(value))]
-    assert main(["collect", "--profile", "smoke", *arguments]) == 0
+    assert main(["--profile", "smoke", *arguments]) == 0
     assert capsys.readouterr().out == f"{store / 'smoke' / 'sweep'}\n"
-    assert main(["collect", "-p", "tau", "-1.0"]) == 2
-    assert main(["collect"]) == 1
+    assert main(["-p", "tau", "-1.0"]) == 2
+    assert main([]) == 1
     err = capsys.readouterr().err.splitlines()
     assert err[0] == "tau: got -1.0, allowed: greater than 0"
     assert err[1] == "no quick run is stored; `make sweep PROFILE=quick` trains them"

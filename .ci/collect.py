@@ -1,6 +1,6 @@
 """The explorer's table: a trained sweep with some reconstructions, without runs and data.
 
-`python -m lib.pages.explore collect --profile quick` makes it from the stored runs, and `nbs/explore.ipynb`
+`python .ci/collect.py --profile quick` makes it from the stored runs, and `nbs/explore.ipynb`
 shows it.
 """
 
@@ -14,6 +14,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lib.experiments.build import load_images, make_operator, test_noise
 from lib.experiments.command import Parser, command
@@ -81,8 +83,7 @@ def _strip(images: Tensor) -> bytes:
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m lib.pages.explore", description=__doc__)
-    parser.add_argument("command", choices=["collect"])
+    parser = Parser(description=__doc__)
     parser.add_argument("--profile", default="quick")
     options = parser.parse(arguments, "-p")
     print(collect(options.profile, **parse_parameters(options.p)))
