@@ -21,9 +21,9 @@ def test_a_device_is_measured_and_trains_a_sweep(tmp_path: Path, monkeypatch: py
     assert len(timed) == 2 * len(agreed) == 4
     assert (timed["ms"] > 0).all()
     assert (agreed.filter(like="loss") == 0).all(axis=None)
-    assert gpu.sweep("smoke", 0.0, device, tmp_path).startswith("0 of 12 runs of smoke are trained: ")
-    assert gpu.sweep("smoke", 60.0, device, tmp_path).startswith("12 of 12 runs of smoke are trained: ")
-    assert take_runs(tmp_path / "smoke.zip", tmp_path / "here").startswith("12 runs of ")
+    assert gpu.sweep("smoke", 0.0, device, tmp_path).startswith("0 of 18 runs of smoke are trained: ")
+    assert gpu.sweep("smoke", 60.0, device, tmp_path).startswith("18 of 18 runs of smoke are trained: ")
+    assert take_runs(tmp_path / "smoke.zip", tmp_path / "here").startswith("18 runs of ")
 
 
 @pytest.mark.parametrize(

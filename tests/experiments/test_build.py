@@ -176,12 +176,12 @@ def test_photographs_of_a_folder_are_split_cut_and_averaged(tmp_path: Path) -> N
     loaded = photographs(str(tmp_path), 2, 1)
     assert torch.equal(loaded["train"][0, 0], torch.from_numpy(images[0]) / 127.5 - 1)
     assert [split.shape for split in loaded.values()] == [(2, 1, 20, 24), (1, 1, 20, 24)]
-    reduced = photographs(str(tmp_path), 2, 1, reduction=3)["train"]
-    blocks = loaded["train"][..., :18, :].reshape(2, 1, 6, 3, 8, 3).mean((3, 5))
+    reduced = photographs(str(tmp_path), 2, 1, reduction=2)["train"]
+    blocks = loaded["train"].reshape(2, 1, 10, 2, 12, 2).mean((3, 5))
     torch.testing.assert_close(reduced, blocks, rtol=0, atol=1e-6)
     for arguments, message in (
         ((3, 2), "together at most the 4 images"),
-        ((1, 1, 21), "at most the images' 20"),
+        ((1, 1, 3), "allowed: at most 2, for images of 20 pixels"),
     ):
         with pytest.raises(DataError, match=message):
             photographs(str(tmp_path), *arguments)
