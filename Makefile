@@ -42,7 +42,7 @@ EXECUTE := $(BIN)/python -m nbconvert --to notebook --execute --inplace --Kernel
 PAGES := first_steps your_own theory free_c weight hypergradients reconstruct evaluate tomography explore scaling
 
 # Notebooks that `make test` executes with their defaults; the tests make the other figures in the profile `smoke`.
-VALIDATED := first_steps your_own theory_special_case reconstruct evaluate explore tomography fig03_mnist_inpainting \
+VALIDATED := first_steps your_own theory_special_case reconstruct evaluate explore fig03_mnist_inpainting \
   fig09_kernels_denoising_11x11_bilevel
 VALIDATED := $(addsuffix .ipynb,$(VALIDATED))
 

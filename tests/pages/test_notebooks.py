@@ -76,6 +76,12 @@ def test_a_figure_makes_its_files(name: str, tmp_path: Path) -> None:
         assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest
 
 
+@pytest.mark.parametrize("name", ["free_c", "hypergradients", "scaling", "tomography", "weight"])
+def test_a_page_beside_the_figures_makes_its_files(name: str, tmp_path: Path) -> None:
+    folder = notebooks.run(name, "smoke", {}, tmp_path)
+    assert {path.suffix for path in folder.iterdir()} >= {".ipynb", ".png", ".csv"}
+
+
 def test_a_list_makes_an_axis_of_the_grid(tmp_path: Path) -> None:
     chosen = {"task": "denoising", "noise": [0.1, 0.5], "tau": 0.5}
     folder = notebooks.run("fig05", "smoke", chosen, tmp_path)
