@@ -14,7 +14,7 @@ from pathlib import Path
 from lib.experiments.build import Config
 from lib.experiments.cluster import Jobs, job_options, train_on_cluster
 from lib.experiments.command import STOPPED, Parser, command, fail
-from lib.experiments.config import FacesConfig, RunConfig, parse_parameters
+from lib.experiments.config import ConfigError, FacesConfig, RunConfig, parse_parameters
 from lib.experiments.plan import duration, plan
 from lib.experiments.processes import default_device, workers
 from lib.experiments.profiles import faces_config, grid, profile_config
@@ -65,6 +65,11 @@ def one_config(profile: str, pairs: Sequence[tuple[str, str]]) -> Config:
     values = {"task": "denoising"} | parse_parameters(pairs, types)
     task = values.pop("task")
     config = make(profile, task, **values)
+    idle = {"learning_rate", "final_learning_rate", "schedule"} & values.keys()
+    if idle and getattr(config, "optimizer", "adam") == "lbfgs":
+        raise ConfigError(
+            f"{min(idle)}: got a value, allowed: none with optimizer = lbfgs, which has no such"
+        )
     # None is the profile's own value in `make`; here it was asked for, such as no `patience`.
     nothing = {name: None for name, value in values.items() if value is None}
     return kind(**dict(config) | nothing)

@@ -10,21 +10,8 @@ import subprocess
 from ast import literal_eval
 from pathlib import Path
 
-SOURCES = {
-    "index-url",
-    "extra-index-url",
-    "no-index",
-    "find-links",
-    "cert",
-    "client-cert",
-    "proxy",
-    "trusted-host",
-    "timeout",
-    "default-timeout",
-    "retries",
-    "cache-dir",
-    "keyring-provider",
-}
+SOURCES = {"index-url", "extra-index-url", "no-index", "find-links", "cert", "client-cert", "proxy"}
+SOURCES |= {"trusted-host", "timeout", "default-timeout", "retries", "cache-dir", "keyring-provider"}
 """pip's options for where it finds packages and how it gets there."""
 
 

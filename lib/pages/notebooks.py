@@ -95,7 +95,11 @@ def notebook_path(name: str) -> Path:
 
 def cell_parameters(name: str) -> dict[str, tuple[Any, FieldInfo]]:
     """Return types, defaults and comments of the variables in a notebook's cell with the tag `parameters`."""
-    cells = nbformat.read(notebook_path(name), as_version=4).cells
+    path = notebook_path(name)
+    try:
+        cells = nbformat.read(path, as_version=4).cells
+    except nbformat.reader.NotJSONError:
+        raise ConfigError(f"{path} is no notebook any more: resolve its conflicts, or check it out") from None
     source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ()))
     comments, variables = dict(re.findall(r"^(\w+)\b.*# *(.*)", source, re.MULTILINE)), dict[str, Any]()
     exec(compile(source, name, "exec", dont_inherit=True), variables)
@@ -139,6 +143,10 @@ def require(name: str, profile: str, values: dict[str, Any], results: Path = RES
         make(given["profile"], **given[TRAINING])
     if given.get("results"):
         given["results"] = str(absolute(given["results"]))
+        try:
+            Path(given["results"]).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"results: {given['results']} cannot be made: {error.strerror}") from None
     return given
 
 

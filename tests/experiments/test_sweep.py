@@ -303,6 +303,9 @@ def test_one_training(
     assert (Path(printed[-1]) / "run.json").exists()
     config = command.one_config("quick", [("dataset", "faces"), ("patience", "none"), ("filters", "5")])
     assert (config.dataset, config.patience, config.task) == ("faces", None, "denoising")
+    searched = [("dataset", "faces"), ("optimizer", "lbfgs"), ("learning_rate", "0.1")]
+    with pytest.raises(ConfigError, match=r"^learning_rate: got a value"):
+        command.one_config("quick", searched)
 
 
 def test_runs_of_another_machine_are_taken(

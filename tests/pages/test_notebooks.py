@@ -145,6 +145,7 @@ def test_a_failure_leaves_the_old_result(tmp_path: Path, monkeypatch: pytest.Mon
         ("fig02", ["model", "deq"], "model: no such parameter, allowed: profile, "),
         ("fig01", ["tau", "[0.1, x]"], "tau: got 'x', allowed: a valid number"),
         ("fig09", ["filter_size", "4"], "filter_size: got 4, allowed: an odd number"),
+        ("fig02", ["results", "/proc/x"], "results: /proc/x cannot be made"),
         ("reconstruct", ["clean", "maybe"], "clean: got 'maybe', allowed: a valid boolean"),
     ],
 )
@@ -161,6 +162,16 @@ def test_the_command_refuses_before_a_kernel_starts(
     error = capsys.readouterr().err
     assert error.startswith(f"{name}: {said}")
     assert error.count("\n") == 1
+
+
+def test_a_notebook_with_conflicts_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+    path = tmp_path / "fig03_mnist_inpainting.ipynb"
+    path.write_text("<<<<<<< HEAD")
+    assert notebooks.main(["run", "fig03"]) == 2
+    assert capsys.readouterr().err.startswith(f"fig03: {path} is no notebook any more")
 
 
 @pytest.mark.parametrize(
