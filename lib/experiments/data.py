@@ -336,9 +336,7 @@ def photograph(path: Path | str, largest: int = LARGEST_SIDE, changes: Changes |
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path} cannot be read as an image: {reason}") from None
-    reduced = (
-        "" if grey.size == before else f" ({before[1]}x{before[0]} pixels to {grey.height}x{grey.width})"
-    )
+    reduced = f" ({before[1]}x{before[0]} pixels to {grey.height}x{grey.width})" * (grey.size != before)
     if min(grey.size) < SMALLEST_SIDE:
         got = f"{grey.height}x{grey.width} pixels{' when reduced' if reduced else ''}"
         raise DataError(f"{path}: got {got}, allowed: {SMALLEST_SIDE}x{SMALLEST_SIDE} or more")

@@ -194,6 +194,8 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
 
     from lib.experiments.data import DataError
 
+    # It cannot parse annotated variables, and calls them unknown.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     results = Path(given.get("results") or results) / given.get("profile", "")
     failed = results / f"{name}.failed.ipynb"
     with tempfile.TemporaryDirectory(prefix=f"{name}-") as staging:
