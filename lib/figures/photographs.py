@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from lib.experiments.build import Weights, image_shape, make_model, solve
@@ -25,7 +27,7 @@ from lib.experiments.store import Results
 from lib.figures.baselines import best_tv_weight, chambolle, tuning_data, tv_method
 from lib.figures.comparison import paired_test
 from lib.figures.reconstructions import Reconstructions, image_quality, runs_by_seed, seed_by_seed, test_data
-from lib.figures.style import MODEL_NAMES, STYLE, TEXT_WIDTH, budget, image_grid, note
+from lib.figures.style import MODEL_COLORS, MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.kernels import spectral_norm
 from lib.regularizer import GRADIENT_NORM
 from lib.training import generator, one_thread
@@ -105,24 +107,22 @@ def photograph_by_photograph(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
         A row for each `seed` and `photograph`, with columns such as `psnr TV` (dB) and `ssim TV`. The weight
         of total variation is the best one on training images.
     """
-    first = next(iter(runs.values()))
-    images = TEST_FACES if first[0].config.dataset == "faces" else first[0].config.test_images
+    first = next(iter(runs.values()))[0].config
+    images = TEST_FACES if first.dataset == "faces" else first.test_images
 
-    def measured(name: str, run: Run) -> pd.DataFrame:
-        config: Any = run.config.model_copy(update={"test_images": images})
-        u, f = test_data(config)
-        outputs = {"input": lambda: f, "TV": lambda: total_variation(config, f[:, 0])[0]}
-        with torch.no_grad():
-            output = outputs.get(name, lambda: solve(run.model(), f, config).value)()
-        table = pd.DataFrame(image_quality(output, u)).drop(columns="mse").add_suffix(f" {name}")
-        return table.set_index(pd.MultiIndex.from_product([[config.seed], range(1, images + 1)]))
+    @torch.no_grad()
+    def measured(same: Sequence[Run]) -> pd.DataFrame:
+        configs: list[Any] = [run.config.model_copy(update={"test_images": images}) for run in same]
+        u, f = test_data(configs[0])
+        outputs = {"input": f, "TV": total_variation(configs[0], f[:, 0])[0]}
+        outputs |= {n: solve(r.model(), f, c).value for n, r, c in zip(runs, same, configs, strict=True)}
+        qualities = {name: image_quality(output, u) for name, output in outputs.items()}
+        columns = {f"{q} {n}": own[q] for q in ("psnr", "ssim") for n, own in qualities.items()}
+        return pd.DataFrame(columns, pd.MultiIndex.from_product([[configs[0].seed], range(1, images + 1)]))
 
-    columns = {"input": first, "TV": first} | dict(runs)
     with one_thread(), ThreadPoolExecutor(cores()) as pool:
-        parts = [pool.map(partial(measured, name), column) for name, column in columns.items()]
-        table = pd.concat([pd.concat(rows) for rows in parts], axis="columns")
-    ordered = [f"{quantity} {name}" for quantity in ("psnr", "ssim") for name in columns]
-    return table[ordered].rename_axis(["seed", "photograph"])
+        table = pd.concat(pool.map(measured, zip(*runs.values(), strict=True)))
+    return table.rename_axis(["seed", "photograph"])
 
 
 def ahead_of(table: pd.DataFrame) -> pd.DataFrame:
@@ -180,30 +180,62 @@ def total_variation(config: FacesConfig, observed: Tensor) -> tuple[Tensor, str]
     return method(observed[:, None], weight), f"{'weight' if method is chambolle else 'lambda'} {weight:g}"
 
 
+ZOOM = (0.42, 0.6, 0.07, 0.5)
+"""Top, bottom, left and right of the enlarged part, as shares of the sides: an eye in the AT&T faces."""
+
+
 def photograph_figure(
-    result: Reconstructions, rows: Sequence[Mapping[str, str]], profile: str, image: int = 0
+    result: Reconstructions, rows: Sequence[Mapping[str, Mapping[str, str]]], profile: str, image: int = 0
 ) -> Figure:
-    """One test image in a grid of reconstructions, with PSNR and SSIM of that image under each.
+    """One test image in rows of reconstructions, each over its enlarged `ZOOM` and its PSNR and SSIM.
+
+    A frame has the colour of its model.
 
     Args:
         result: what to show.
-        rows: in each row, the names of the images (`truth`, `input`, or an output's) with their titles.
+        rows: in each row, by heading, the names of the images (`truth`, `input`, or an output's) with their
+            titles.
         profile: name of the profile, for the line below.
         image: index of the test image.
     """
     images = {"truth": result.truth, "input": result.observed} | result.outputs
+    truth = result.truth[image]
+    top, bottom, left, right = (round(share * truth.shape[i // 2]) for i, share in enumerate(ZOOM))
+    side = TEXT_WIDTH / max(sum(map(len, row.values())) for row in rows)
+    wide = side - 0.08
+    tall, low = wide * truth.shape[0] / truth.shape[1], wide * (bottom - top) / (right - left)
+    height = len(rows) * (tall + low + 0.82) + 0.37
+    with plt.rc_context(STYLE | {"axes.titlesize": 8, "axes.labelsize": 7}):
+        fig = plt.figure(figsize=(TEXT_WIDTH, height))
 
-    def panel(name: str, title: str) -> tuple[str, Tensor, str]:
-        shown = images[name][image]
-        return title, shown, "" if name == "truth" else quality(shown, result.truth[image])
+        def draw(shades: Tensor, x: float, y: float, tallness: float, color: str) -> Axes:
+            place = (x / TEXT_WIDTH, y / height, wide / TEXT_WIDTH, tallness / height)
+            axis = fig.add_axes(place, xticks=[], yticks=[])
+            axis.imshow(shades, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+            axis.spines[:].set(color=color, linewidth=1.5)
+            return axis
 
-    experts = [f"{count} kernels {size}" for size, (count, _) in FILTERS.items()]
-    configs: list[Any] = [run.config for run in result.runs.values()]
-    learned = [c for c in configs if c.learn_weight]
-    own = {f"ours {c.filters} of {c.filter_size}x{c.filter_size}, {c.epochs} iterations" for c in learned}
-    first = next(iter(result.runs.values()))
-    text = budget(first, profile, ", ".join([*experts, *sorted(own)]))
-    return image_grid([[panel(*named) for named in row.items()] for row in rows], text)
+        for line, row in enumerate(rows):
+            x, y = 0.04, height - 0.57 - line * (tall + low + 0.82)
+            for heading, titles in row.items():
+                ends = (x / TEXT_WIDTH, (x + side * len(titles) - 0.08) / TEXT_WIDTH)
+                fig.text(sum(ends) / 2, (y + 0.41) / height, heading, ha="center", size=8.5)
+                if heading:
+                    fig.add_artist(Line2D(ends, [(y + 0.38) / height] * 2, color="0.4", linewidth=0.6))
+                for name, title in titles.items():
+                    picture = images[name][image]
+                    color = next((MODEL_COLORS[m] for m, n in MODEL_NAMES.items() if name.startswith(n)), "w")
+                    draw(picture, x, y - tall, tall, color).set_title(title, pad=3)
+                    below = draw(picture[top:bottom, left:right], x, y - tall - low - 0.03, low, color)
+                    below.set_xlabel("" if name == "truth" else quality(picture, truth), labelpad=2)
+                    x += side
+        corner = (left - 0.5, top - 0.5)
+        fig.axes[0].add_patch(Rectangle(corner, right - left, bottom - top, fill=False, edgecolor="w"))
+        text = budget(next(iter(result.runs.values())), profile, "kernels as above")
+        configs: list[Any] = [run.config for run in result.runs.values()]
+        learned = {f"; {c.epochs} iterations with a learned weight" for c in configs if c.learn_weight}
+        note(fig, text + "".join(learned))
+    return fig
 
 
 def quality(image: Tensor, truth: Tensor) -> str:

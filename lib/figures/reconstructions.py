@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -107,13 +108,42 @@ def with_images(result: Reconstructions, name: str, images: Tensor) -> Reconstru
 
 
 def training_table(runs: Mapping[str, Run]) -> pd.DataFrame:
-    """Return the status and the last row of the history of each run."""
-    rows = {
-        name: {"status": run.status, "reason": run.reason}
-        | (run.history.iloc[-1].to_dict() if len(run.history) else {})
-        for name, run in runs.items()
-    }
-    return pd.DataFrame(rows)
+    """Return for a page how each training ended, a row per run."""
+    last = [run.history.iloc[-1] if len(run.history) else pd.Series(dtype=float) for run in runs.values()]
+    table = pd.DataFrame(last, index=list(runs)).reindex(columns=["seconds", "train_loss", "test_loss"])
+    table.insert(0, "ending", [ending(run) for run in runs.values()])
+    return shown(table)
+
+
+def ending(run: Run) -> str:
+    """Return the status of a run, with the epoch of a training that ended early."""
+    return " in ".join([run.status, *re.findall(r"epoch \d+", run.reason)])
+
+
+TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "steps": "solver steps", "unconverged": "share unconverged"}
+TITLES |= {
+    "ending": "training",
+    "seconds": "time, s",
+    "train_loss": "training loss",
+    "test_loss": "test loss",
+}
+TITLES |= {"bilevel": "bilevel, dB", "deq": "DEQ, dB", "deq tied": "DEQ from C = A, dB", "ahead": "ahead, dB"}
+TITLES |= {"tied ahead": "DEQ from C = A ahead, dB", "low": "95 % interval from, dB", "high": "to, dB"}
+DIGITS = {"ssim": 3, "steps": 0, "seconds": 0, "train_loss": 4, "test_loss": 4}
+"""Titles of columns on a page, and to how many digits their numbers are rounded where it is not two."""
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table's columns in `TITLES` for a page: rounded, with units, and without empty cells."""
+
+    def text(value: str | float, digits: int) -> str:
+        if isinstance(value, str):
+            return value
+        # Adding zero removes the sign of a negative zero.
+        return "–" if math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"
+
+    columns = {TITLES[n]: [text(v, DIGITS.get(n, 2)) for v in table[n]] for n in table if n in TITLES}
+    return pd.DataFrame(columns, table.index)
 
 
 SPREAD = 4.0
@@ -186,28 +216,19 @@ def later_seeds(runs: Mapping[str, Sequence[Run]]) -> dict[str, Run]:
 def seed_by_seed(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     """Return the final `test_psnr` (dB) of each arm and seed, and by how much the DEQs are ahead of bilevel.
 
-    A run that did not complete has NaN, and the column `reason` says why.
+    A run that did not complete has how it ended in the place of a number, such as `diverged in epoch 3`.
     """
-    columns = {
-        model: {
-            run.config.seed: run.history["test_psnr"].iloc[-1] if run.status == COMPLETED else math.nan
-            for run in of_seeds
-        }
-        for model, of_seeds in runs.items()
-    }
+
+    def cell(run: Run) -> Any:
+        return run.history["test_psnr"].iloc[-1] if run.status == COMPLETED else ending(run)
+
+    columns = {arm: {run.config.seed: cell(run) for run in same} for arm, same in runs.items()}
     table = pd.DataFrame(columns).rename_axis("seed")
-    lost = [
-        "; ".join(
-            f"{name} {run.status}" + (f": {run.reason}" if run.reason else "")
-            for name, run in zip(runs, same, strict=True)
-            if run.status != COMPLETED
-        )
-        for same in zip(*runs.values(), strict=True)
-    ]
-    ahead = {"ahead": table["deq"] - table["bilevel"]}
-    if "deq tied" in table:
-        ahead["tied ahead"] = table["deq tied"] - table["bilevel"]
-    return table.assign(**ahead, reason=lost)
+    numbers = table.apply(pd.to_numeric, errors="coerce")
+    for arm, column in {"deq": "ahead", "deq tied": "tied ahead"}.items():
+        if arm in table:
+            table[column] = numbers[arm] - numbers["bilevel"]
+    return table
 
 
 def check_weights(runs: Mapping[str, Run]) -> None:

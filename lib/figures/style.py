@@ -84,7 +84,7 @@ def budget(run: Run, profile: str, experts: str = "") -> str:
     name = DATA_NAMES.get(c.dataset, Path(c.dataset).name)
     own = f"{c.filters} kernels {c.filter_size}x{c.filter_size}" if isinstance(c, FacesConfig) else c.sigma
     return (
-        f"{name} {height}x{width}, {c.task}, noise {c.noise:g}, "
+        f"{name} {height}x{width}, {c.task}, noise {c.noise:g} ({127.5 * c.noise:.4g} of 255), "
         rf"$\tau$ = {c.tau:g}, $\gamma$ = {c.gamma:g}, {experts or own}; profile {profile}: "
         f"{c.train_images:,} training images, {c.epochs} epochs; {c.test_images:,} test images"
     )
@@ -123,7 +123,7 @@ def parameter_table(configs: Mapping[str, Config]) -> pd.DataFrame:
         size, data = "x".join(map(str, image_shape(c))), DATA_NAMES.get(c.dataset, Path(c.dataset).name)
         return {
             "data": f"{data} {size}, {c.train_images:,} to train, {c.test_images:,} to test",
-            "task, noise": f"{c.task}, {c.noise:g}",
+            "task, noise": f"{c.task}, {c.noise:g} ({127.5 * c.noise:.4g} of 255)",
             "tau, lambda, gamma": f"{c.tau:.4g}, {lam}, {c.gamma:g}",
             "experts": experts or f"dense, {getattr(c, 'sigma', '')}",
             "start": start,

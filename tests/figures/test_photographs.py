@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
@@ -23,6 +24,7 @@ from lib.experiments.records import Run
 from lib.experiments.runs import get_run
 from lib.figures.baselines import chambolle
 from lib.figures.photographs import (
+    ZOOM,
     ahead_of,
     check_kernels,
     distance,
@@ -37,6 +39,7 @@ from lib.figures.photographs import (
     with_weights,
 )
 from lib.figures.reconstructions import reconstruct
+from lib.figures.style import MODEL_COLORS, TEXT_WIDTH
 from lib.regularizer import GRADIENT_NORM
 
 pytestmark = [
@@ -163,20 +166,27 @@ def test_figure_of_kernels(name: str, chosen: list[int] | None, trained: dict[st
 
 
 def test_photographs_stand_above_their_quality(trained: dict[str, Run]) -> None:
+    """Each over the same enlarged part, in a frame of its model's colour, on a page's width."""
     result = reconstruct({name: trained[name] for name in ("bilevel", "DEQ")})
-    rows = [{"truth": "u", "input": "f", "DEQ": "a DEQ"}, {"bilevel": "tied"}]
+    rows = [{"": {"truth": "u", "input": "f"}, "free": {"DEQ": "a DEQ"}}, {"tied": {"bilevel": "one"}}]
     fig = photograph_figure(result, rows, "smoke", 1)
+    assert fig.get_figwidth() == TEXT_WIDTH
     images = {"truth": result.truth, "input": result.observed} | result.outputs
-    drawn = [axis for axis in fig.axes if axis.images]
-    assert [axis.get_title() for axis in drawn] == ["u", "f", "a DEQ", "tied"]
+    assert [axis.get_title() for axis in fig.axes[::2]] == ["u", "f", "a DEQ", "one"]
+    assert [text.get_text() for text in fig.texts[:3]] == ["", "free", "tied"]
     truth = result.truth[1].numpy()
-    for axis, name in zip(drawn, ("truth", "input", "DEQ", "bilevel"), strict=True):
+    top, bottom, left, right = (round(z * side) for z, side in zip(ZOOM, (28, 28, 23, 23), strict=True))
+    colors = ("w", "w", MODEL_COLORS["deq"], MODEL_COLORS["bilevel"])
+    names = ("truth", "input", "DEQ", "bilevel")
+    for whole, part, name, color in zip(fig.axes[::2], fig.axes[1::2], names, colors, strict=True):
         picture = images[name][1].numpy()
-        np.testing.assert_array_equal(axis.images[0].get_array(), picture)
+        np.testing.assert_array_equal(whole.images[0].get_array(), picture)
+        np.testing.assert_array_equal(part.images[0].get_array(), picture[top:bottom, left:right])
+        assert same_color(whole.spines["left"].get_edgecolor(), color)
         if name != "truth":
             decibels = peak_signal_noise_ratio(truth, picture, data_range=2)
             ssim = structural_similarity(truth, picture, data_range=2)
-            assert axis.texts[0].get_text() == f"{decibels:.1f} dB, SSIM {ssim:.2f}"
+            assert part.get_xlabel() == f"{decibels:.1f} dB, SSIM {ssim:.2f}"
 
 
 @pytest.mark.parametrize(("task", "weight"), [("denoising", "weight"), ("deblurring", "lambda")])

@@ -27,6 +27,8 @@ from lib.figures.reconstructions import (
     reconstruct,
     reconstruction_figure,
     seed_by_seed,
+    shown,
+    training_table,
     with_images,
 )
 
@@ -49,8 +51,16 @@ def test_a_loss_holds_as_exactly_as_solves_define_it(loss: float, tol: float, ap
         assert keeps_loss(result, "deq", loss, 0.01)
 
 
+def test_shown_numbers_are_rounded_and_none_is_missing() -> None:
+    table = pd.DataFrame(
+        {"ahead": [-0.001, 2.346], "mse": [1.0, 2.0], "deq": ["diverged in epoch 3", math.nan]}
+    )
+    expected = {"ahead, dB": ["0.00", "2.35"], "DEQ, dB": ["diverged in epoch 3", "–"]}
+    assert shown(table).to_dict("list") == expected
+
+
 def test_seeds_of_the_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each seed is trained or found; a run that did not complete has no PSNR but a reason."""
+    """Each seed is trained or found; a run that did not complete has how it ended in place of its PSNR."""
     first, of_seeds = get_runs_of_seeds("smoke", "denoising", 2, tmp_path, **SMALL)
     assert [[run.config.seed for run in same] for same in of_seeds.values()] == [[3, 4]] * 3
     table = seed_by_seed(of_seeds)
@@ -64,16 +74,13 @@ def test_seeds_of_the_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert table["ahead"].tolist() == (table["deq"] - table["bilevel"]).tolist()
     assert table["tied ahead"].tolist() == (table["deq tied"] - table["bilevel"]).tolist()
     assert list(later_seeds(of_seeds)) == ["bilevel, seed 4", "deq, seed 4", "deq tied, seed 4"]
-    lost = replace(of_seeds["deq"][1], status="diverged", reason="the loss is not finite")
+    lost = replace(of_seeds["deq"][1], status="diverged", reason="training loss 6e+03 in epoch 3, step 9")
     partial = seed_by_seed(of_seeds | {"deq": [of_seeds["deq"][0], lost]})
-    assert partial["deq"].isna().tolist() == partial["ahead"].isna().tolist() == [False, True]
-    assert partial["reason"].tolist() == ["", "deq diverged: the loss is not finite"]
+    assert partial["deq"].tolist() == [table["deq"].iloc[0], "diverged in epoch 3"]
+    assert partial["ahead"].isna().tolist() == [False, True]
+    assert training_table({"lost": lost})["training"].tolist() == ["diverged in epoch 3"]
     _, drawn = get_runs_of_seeds("smoke", "denoising", 3, tmp_path, train=False, **SMALL)
-    assert seed_by_seed(drawn)["reason"].tolist() == [
-        "",
-        "",
-        "bilevel not run; deq not run; deq tied not run",
-    ]
+    assert set(seed_by_seed(drawn).loc[5, ["bilevel", "deq", "deq tied"]]) == {"not run"}
     shutil.rmtree(run_folder(first["deq tied"].config, tmp_path))
     _, papers = get_runs_of_seeds("smoke", "denoising", 1, tmp_path, train=False, **SMALL)
     assert list(papers) == ["bilevel", "deq"]
