@@ -1,6 +1,7 @@
 """Copy figures to the committed results: `python .ci/keep.py --profile overnight fig02 fig03`.
 
 For `overnight` with the runs behind all committed figures; those that no figure needs any more are removed.
+The tables of results/reference/README.md are written again.
 """
 
 from __future__ import annotations
@@ -58,3 +59,7 @@ if __name__ == "__main__":
             print(
                 f"{name} has not been made: make {name} PROFILE={options.profile} makes it", file=sys.stderr
             )
+    # Beside this file: the tables of the pages that show the evidence.
+    import evidence
+
+    evidence.main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 from itertools import product
 
@@ -16,7 +17,13 @@ from lib.pages.report import FIGURES, QUESTIONS
 
 README = REPOSITORY / "README.md"
 
-PAGES = ["README.md", "CONTRIBUTING.md", "nbs/README.md", "results/bench/README.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "nbs/README.md",
+    "results/bench/README.md",
+    "results/reference/README.md",
+]
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,6 +40,14 @@ def test_links_and_targets_exist(name: str) -> None:
         assert (page.parent / target).exists(), target
     targets = set(re.findall(r"(?:`|^    (?:\S+=\S+ )?)make ([a-z][a-z_0-9-]*)(?![\w-])", text, re.MULTILINE))
     subprocess.run(["make", "-n", *targets], cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=True)
+
+
+def test_generated_tables_are_those_of_the_evidence() -> None:
+    """`python .ci/evidence.py` writes them."""
+    evidence = runpy.run_path(str(REPOSITORY / ".ci" / "evidence.py"))
+    for page in evidence["PAGES_WITH_PARTS"]:
+        text = page.read_text(encoding="utf-8")
+        assert text == evidence["updated"](text)
 
 
 def answers_table() -> str:
