@@ -22,15 +22,17 @@ NEIGHBOURS = tuple((i, j) for i, j in itertools.product(range(3), range(-2, 3)) 
 """Offsets of up to two rows and columns, one of each pair of opposite ones."""
 
 
-def block_side(kernel_side: int) -> int:
-    """Return the side `r` of the blocks: 2 for kernels of 3x3, 8 for 11x11, near the fastest on a CPU."""
-    return max(1, 3 * kernel_side // 4)
+def block_side(count: int, side: int) -> int:
+    """Return the side `r` of the blocks, near the fastest on a CPU: many kernels make large products alone.
+
+    It is 2 for kernels of 3x3 or at least 16, and 8 for two of 11x11.
+    """
+    return max(1, 3 * side // 4) if count < 16 else 2
 
 
 @cache
-def _packing(k: int) -> Tensor:
+def _packing(k: int, r: int) -> Tensor:
     """Return the indices of the block matrix's entries, `(r r, p p)`, in a kernel followed by a zero."""
-    r = block_side(k)
     p = k + r - 1
     origin = torch.full((r, r, p, p), k * k)
     for i, j in itertools.product(range(r), repeat=2):
@@ -41,7 +43,9 @@ def _packing(k: int) -> Tensor:
 def _block_matrix(kernels: Tensor) -> Tensor:
     """Return the block matrices `(*stack, F r r, p p)` of kernels `(*stack, F, k, k)`."""
     padded: Tensor = functional.pad(kernels.flatten(-2), (0, 1))
-    matrices: Tensor = padded[..., _packing(kernels.shape[-1]).to(kernels.device)].flatten(-3, -2)
+    matrices: Tensor = padded[
+        ..., _packing(kernels.shape[-1], block_side(*kernels.shape[-3:-1])).to(kernels.device)
+    ].flatten(-3, -2)
     return matrices
 
 
@@ -79,7 +83,7 @@ def correlate(kernels: Tensor, u: Tensor) -> Tensor:
         `(*stack, N, F r r, blocks)`, the experts block by block (see `block_side`).
     """
     k = kernels.shape[-1]
-    r, (height, width) = block_side(k), u.shape[-2:]
+    r, (height, width) = block_side(*kernels.shape[-3:-1]), u.shape[-2:]
     padded = functional.pad(
         u.reshape(-1, 1, height, width), (k // 2, k // 2 - width % -r, k // 2, k // 2 - height % -r)
     )
@@ -91,7 +95,7 @@ def correlate(kernels: Tensor, u: Tensor) -> Tensor:
 def correlate_adjoint(kernels: Tensor, z: Tensor, height: int, width: int) -> Tensor:
     """Return `A^T z`, `(*stack, N, 1, H, W)`, of experts `z` in the layout of `correlate`."""
     k = kernels.shape[-1]
-    r = block_side(k)
+    r = block_side(*kernels.shape[-3:-1])
     patches = _for_each(_block_matrix(kernels).mT, _restricted(z, height, width, r))
     sides = (height - height % -r + k - 1, width - width % -r + k - 1)
     summed: Tensor = functional.fold(patches.flatten(0, -3), sides, k + r - 1, stride=r)

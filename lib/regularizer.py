@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,52 @@ def smoothed_sign(sharpness: float) -> Activation:
     )
 
 
+class LearnedSpline(nn.Module):
+    """A learned odd spline `sigma(z) = sum_j (d_j - d_(j+1)) clip(z, -a_j, a_j)`, the same for all experts.
+
+    `d_j` is its slope between the knots `a_(j-1)` and `a_j`, zero beyond the last one, so that the potential
+    is a combination of Huber functions. All slopes are positive, and `R` is convex; with `concave` there is
+    one more, the last, of -1 (a smoothed minimax concave penalty; Zhang, Ann. Statist. 38(2), 2010).
+
+    Args:
+        knots: `(J,)`, positive and ascending.
+        slopes: `(J,)`, or `(J - 1,)` with `concave`, positive.
+        concave: whether the last slope is -1.
+    """
+
+    def __init__(self, knots: Tensor, slopes: Tensor, concave: bool) -> None:
+        super().__init__()
+        self.gaps = nn.Parameter(torch.diff(knots, prepend=torch.zeros_like(knots[:1])).log())
+        self.log_slopes = nn.Parameter(slopes.log())
+        self.concave = concave
+
+    def shape(self) -> tuple[Tensor, Tensor]:
+        """Return the knots and the slopes, both `(J,)`."""
+        d = self.log_slopes.exp()
+        return self.gaps.exp().cumsum(0), torch.cat([d, -torch.ones_like(d[:1])]) if self.concave else d
+
+    @property
+    def steepest(self) -> float:
+        """The largest slope."""
+        return self.log_slopes.max().exp().item()
+
+    def _terms(self) -> list[tuple[Any, Any]]:
+        """Return weights and bounds of the clips; numbers, which are faster, if there is no gradient."""
+        a, d = self.shape()
+        w = d - torch.cat([d[1:], torch.zeros_like(d[:1])])
+        return list(zip(*((w, a) if torch.is_grad_enabled() else (w.tolist(), a.tolist())), strict=True))
+
+    def sigma(self, z: Tensor, tau: Tensor) -> Tensor:
+        return cast(Tensor, sum(w * torch.clamp(z, -a, a) for w, a in self._terms()))
+
+    def slope(self, z: Tensor, tau: Tensor) -> Tensor:
+        return cast(Tensor, sum(w * (z.abs() < a).to(z) for w, a in self._terms()))
+
+    def potential(self, z: Tensor, tau: Tensor) -> Tensor:
+        clipped = [(w, torch.clamp(z, -a, a)) for w, a in self._terms()]
+        return cast(Tensor, sum(w * c * (z - c / 2) for w, c in clipped))
+
+
 def broadcast(value: Tensor, like: Tensor) -> Tensor:
     """Return a value per model, `(*stack)`, with as many dimensions as `like` has."""
     return value.view(*value.shape, *[1] * (like.dim() - value.dim()))
@@ -101,8 +147,32 @@ class WeightedExperts(nn.Module):
         super().__init__()
         self.t = nn.Parameter(t)
 
+    def weights(self, A: Tensor) -> Tensor:
+        """Return `p`, `(*stack, m)`."""
+        return self.t.exp()
+
     def forward(self, A: Tensor) -> Tensor:
-        return broadcast(self.t.exp(), A) * A
+        return broadcast(self.weights(A), A) * A
+
+
+class WeaklyConvexExperts(WeightedExperts):
+    """`C = P A` for kernels, with weights that keep `bound/2 ||u||^2 + R(u)` convex.
+
+    If no slope of `sigma` is below `-concavity`, no eigenvalue of the Hessian of `R` is below
+    `-concavity max_w sum_i p_i |A_i(w)|^2`. `p = exp(t)`, scaled down where this exceeds `bound`. The maximum
+    of the trigonometric polynomial follows from its values on a grid (Ehlich and Zeller, Math. Z. 86, 1964).
+    """
+
+    def __init__(self, t: Tensor, concavity: float, bound: float) -> None:
+        super().__init__(t)
+        self.concavity, self.bound = concavity, bound
+
+    def weights(self, A: Tensor) -> Tensor:
+        p, k = self.t.exp(), A.shape[-1]
+        n = 16 * k
+        power = torch.fft.rfft2(A, s=(n, n)).abs().square()
+        most = broadcast(p, power).mul(power).sum(-3).amax((-2, -1)) / math.cos(math.pi * (k - 1) / n) ** 2
+        return p * (self.bound / (self.concavity * most)).clamp(max=1)[..., None]
 
 
 class TiedOnKernel(nn.Module):
@@ -132,8 +202,13 @@ class FieldsOfExperts(nn.Module, ABC):
 
     weight_dims: ClassVar[int]
 
-    def __init__(self, A: Tensor, C: Tensor | nn.Module | None, activation: Activation) -> None:
+    coupled: Tensor
+
+    def __init__(
+        self, A: Tensor, C: Tensor | nn.Module | None, activation: Activation | LearnedSpline
+    ) -> None:
         super().__init__()
+        self.register_buffer("coupled", None)
         self.A = nn.Parameter(A)
         # A copy: `C` may be the same tensor as `A`.
         self.C = nn.Parameter(C.clone()) if isinstance(C, Tensor) else C
@@ -172,7 +247,7 @@ class FieldsOfExperts(nn.Module, ABC):
 
     def steepest(self) -> Tensor | float:
         """Return the largest slope of the weighted activations, `max p_i sigma'`."""
-        p = self.C.t.exp().amax(-1) if isinstance(self.C, WeightedExperts) else 1.0
+        p = self.C.weights(self.A).amax(-1) if isinstance(self.C, WeightedExperts) else 1.0
         return p * self.activation.steepest
 
     def require(self, f: Tensor) -> None:
@@ -223,7 +298,7 @@ class FieldsOfExperts(nn.Module, ABC):
         z = self.analysis(u)
         potential = self.activation.potential(z, broadcast(tau, z)).flatten(u.dim() - 3)
         if isinstance(self.C, WeightedExperts):
-            p = self.C.t.exp()
+            p = self.C.weights(self.A)
             potential = p[..., None, :] * potential.unflatten(-1, (p.shape[-1], -1)).sum(-1)
         return gamma[..., None] * potential.sum(-1)
 
@@ -239,12 +314,12 @@ class DenseFieldsOfExperts(FieldsOfExperts):
     """
 
     weight_dims = 2
-    coupled: Tensor
 
-    def __init__(self, A: Tensor, b: Tensor, C: Tensor | nn.Module | None, activation: Activation) -> None:
+    def __init__(
+        self, A: Tensor, b: Tensor, C: Tensor | nn.Module | None, activation: Activation | LearnedSpline
+    ) -> None:
         super().__init__(A, C, activation)
         self.b = nn.Parameter(b)
-        self.register_buffer("coupled", None)
         self.refresh()
 
     @torch.no_grad()
@@ -310,7 +385,7 @@ class ConvFieldsOfExperts(FieldsOfExperts):
         self,
         A: Tensor,
         C: Tensor | nn.Module | None,
-        activation: Activation,
+        activation: Activation | LearnedSpline,
         direction: Tensor | None = None,
         differentiate_norm: bool = False,
     ) -> None:
@@ -321,18 +396,21 @@ class ConvFieldsOfExperts(FieldsOfExperts):
         self.register_buffer("scales", A.new_ones(*A.shape[:-3], sets))
         if direction is not None:
             self.register_buffer("directions", torch.stack([direction] * sets, dim=-5))
-            self.refresh(tol=0.0)
+        self.refresh(tol=0.0)
 
+    @torch.no_grad()
     def refresh(self, tol: float = NORM_TOL) -> None:
-        """Compute the norms of normalized kernels to a relative tolerance."""
+        """Compute the norms of normalized kernels to a relative tolerance, and `C` if it is a module."""
         if self.normalized:
             kernels = torch.stack([k.detach() for k in (self.A, self.C) if isinstance(k, Tensor)], dim=-4)
             norms, self.directions = spectral_norm(kernels, self.directions, NORM_ITERATIONS, tol)
             self.scales = GRADIENT_NORM / norms
+        if isinstance(self.C, nn.Module):
+            self.coupled = self.C(self._kernels("A"))
 
     def _kernels(self, name: str) -> Tensor:
         if name == "C" and isinstance(self.C, nn.Module):
-            return cast(Tensor, self.C(self._kernels("A")))
+            return cast(Tensor, self.C(self._kernels("A"))) if torch.is_grad_enabled() else self.coupled
         kernels, index = (self.C, 1) if name == "C" and isinstance(self.C, Tensor) else (self.A, 0)
         scale = self.scales[..., index]
         if self.differentiate_norm and torch.is_grad_enabled():

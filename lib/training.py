@@ -181,8 +181,8 @@ class Training:
         penalty: added to the loss, `(model, u*) -> (*stack)`; its gradient goes to the weights alone.
         precondition: whether both solves are preconditioned (`FixedPointModel.preconditioner`).
         warm_start: whether solves start from the solutions of the last epoch; every image then keeps its
-            noise, and all images form one batch. Otherwise each epoch draws order and noise.
-        test: images of the evaluation; None skips it.
+            batch and its noise. Otherwise each epoch draws order and noise.
+        test: images of the evaluation, of any size if the weights are kernels; None skips it.
         test_every: epochs from one evaluation to the next.
         time_budget: seconds after which a member ends as `out of time`.
         precision: of the products on a GPU, `float32` or `tf32`.
@@ -194,7 +194,7 @@ class Training:
         epoch, step: number of finished epochs and optimizer steps.
 
     Raises:
-        ValueError: L-BFGS or a warm start with batches, or L-BFGS with a stack.
+        ValueError: L-BFGS with batches or with a stack.
     """
 
     def __init__(
@@ -229,8 +229,8 @@ class Training:
         self.time_budget, self.seed = time_budget, seed
         self.members = [History() for _ in range(model.tau.numel())]
         self.alive = list(range(len(self.members)))
-        if self.steps_per_epoch > 1 and (warm_start or isinstance(optimizer, LBFGS)):
-            raise ValueError(f"batch_size: got {batch_size}, allowed: all images, for a warm start or L-BFGS")
+        if self.steps_per_epoch > 1 and isinstance(optimizer, LBFGS):
+            raise ValueError(f"batch_size: got {batch_size}, allowed: all images, for L-BFGS")
         if isinstance(optimizer, LBFGS):
             if len(self.members) > 1:
                 raise ValueError(f"model: got a stack of {len(self.members)}, allowed: one model for L-BFGS")
@@ -242,7 +242,6 @@ class Training:
             fused = self.device.type != "cpu"
             rate = optimizer.learning_rate
             self.optimizer = torch.optim.Adam(model.parameters(), lr=rate, foreach=not fused, fused=fused)
-        self.data_shape = model.operator.forward(images[:1]).shape[1:]
         self.epoch = self.step = 0
         self.solutions: dict[str, Tensor] = {}
         self.P: Tensor | None = None
@@ -296,14 +295,19 @@ class Training:
             on_step()
         return meter
 
+    def _batch(self) -> int:
+        """Return the number of the batch in its epoch."""
+        return self.step - self.epoch * self.steps_per_epoch
+
     def _draw(self, images: Tensor, draws: torch.Generator) -> Tensor:
         """Draw the noise `n` of images, of the shape of their data."""
-        return torch.randn(len(images), *self.data_shape, generator=draws).to(images)
+        shape = self.model.operator.forward(images[:1]).shape[1:]
+        return torch.randn(len(images), *shape, generator=draws).to(images)
 
     def _train_step(self, images: Tensor, n: Tensor, meter: _Meter) -> None:
         start = time.perf_counter()
         f = observe(self.model.operator, images, self.noise, n)
-        step = self.step - self.epoch * self.steps_per_epoch
+        step = self._batch()
         if self.precondition and step % PRECONDITIONER_AGE == 0:
             self.P = self.model.preconditioner(images.shape[-3:])
         if isinstance(self.schedule, LBFGS):
@@ -337,9 +341,10 @@ class Training:
     def _evaluate_gradient(self, images: Tensor, f: Tensor) -> Evaluation:
         """Compute the gradient, and return the losses `(members,)` and both solutions."""
         problem, u0 = self.model.problem(f, self.P), self.start(f)
-        if self.solutions:
-            last = self.solutions
-            problem, u0 = replace(problem, first_adjoint=lambda g: last["backward"]), last["forward"]
+        forward, backward = f"forward {self._batch()}", f"backward {self._batch()}"
+        if forward in self.solutions:
+            w0, u0 = self.solutions[backward], self.solutions[forward]
+            problem = replace(problem, first_adjoint=lambda g: w0)
         adjoint: list[Solution] = []
         solution = implicit_fixed_point(problem, u0, self.solver, self.adjoint, adjoint.append)
         loss = (solution.value - images).square().mean((-4, -3, -2, -1))
@@ -349,10 +354,8 @@ class Training:
         torch.where(loss.detach() <= LOSS_LIMIT, loss, 0).sum().backward()
         if self.warm_start:
             zero = torch.zeros_like(solution.value)
-            self.solutions = {
-                "forward": _usable(solution, self.start(f)),
-                "backward": _usable(adjoint[0], zero),
-            }
+            self.solutions[forward] = _usable(solution, self.start(f))
+            self.solutions[backward] = _usable(adjoint[0], zero)
         return loss.detach().reshape(-1), solution, adjoint[0]
 
     def _search(self, images: Tensor, f: Tensor) -> Evaluation:
@@ -491,7 +494,7 @@ class Training:
             self.optimizer.load_state_dict(self.optimizer.state_dict() | search)
         for name in states[0]["buffers"]:
             buffer = joined([state["buffers"][name] for state in states])
-            if name in ("forward", "backward"):
+            if name.split()[0] in ("forward", "backward"):
                 self.solutions[name] = buffer
             else:
                 module, _, attribute = name.rpartition(".")

@@ -23,6 +23,7 @@ from problems import (
     normal,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lib.implicit import implicit_fixed_point
 from lib.models import WEIGHT_PACE, FixedPointModel
@@ -34,10 +35,13 @@ from lib.regularizer import (
     ConvFieldsOfExperts,
     DenseFieldsOfExperts,
     FieldsOfExperts,
+    LearnedSpline,
     TiedOnKernel,
+    WeaklyConvexExperts,
     WeightedExperts,
     smoothed_sign,
 )
+from lib.solvers import Anderson
 
 SEEDS = st.integers(0, 2**32 - 1)
 STACKS = st.sampled_from([(), (2,), (2, 3)])
@@ -93,6 +97,58 @@ def test_the_step_with_a_learned_weight_follows_the_largest_expert() -> None:
     assert model.weight is not None
     assert torch.exp(WEIGHT_PACE * model.weight).item() == pytest.approx(4)
     assert model.tau.item() == pytest.approx(expected, rel=1e-12)
+
+
+@given(st.floats(0.1, 3), st.floats(0.1, 2), st.floats(-3, 3), SEEDS)
+@settings(max_examples=20)
+def test_weakly_convex_experts_keep_their_bound(
+    concavity: float, bound: float, scale: float, seed: int
+) -> None:
+    """No Hessian of `R` has an eigenvalue below `-bound`, and the weights are `exp(t)` where that is free."""
+    A = normal(3, 3, 3, seed=seed)
+    C = WeaklyConvexExperts(normal(3, seed=seed + 1) + scale, concavity, bound)
+    weights = C.weights(A).detach()
+    units = torch.eye(PIXELS, dtype=torch.float64).view(PIXELS, 1, HEIGHT, WIDTH)
+    matrix = functional.conv2d(units, A[:, None], padding=1).flatten(2).permute(1, 2, 0)
+    slopes = concavity * normal(*matrix.shape[:2], seed=seed + 2).sign()
+    for d in (slopes, torch.full_like(slopes, -concavity)):
+        hessian = torch.einsum("ixu,ix,ixv->uv", matrix, weights[:, None] * d, matrix)
+        assert torch.linalg.eigvalsh(hessian).min() >= -bound * (1 + 1e-10)
+    assert (weights <= C.t.exp() * (1 + 1e-12)).all()
+    assert torch.equal(WeaklyConvexExperts(C.t - 20, concavity, bound).weights(A), (C.t - 20).exp())
+
+
+def test_learned_potentials_and_weights_have_the_gradients_of_differences() -> None:
+    """Directional derivatives of a training loss with respect to kernels, weights, knots and slopes."""
+    truth = normal(2, 1, HEIGHT, WIDTH, seed=0)
+    f = truth + 0.5 * normal(*truth.shape, seed=1)
+    sigma = LearnedSpline(torch.tensor([0.2, 1.5]).double(), torch.tensor([6.0]).double(), concave=True)
+    C = WeaklyConvexExperts(torch.zeros(3, dtype=torch.float64), 1.0, 0.9)
+    model = FixedPointModel(
+        Identity(), ConvFieldsOfExperts(normal(3, 3, 3, seed=2), C, sigma), 0.05, 1.0, 1.0
+    )
+
+    def loss() -> Tensor:
+        model.refresh()
+        problem = model.problem(f, model.preconditioner(f.shape[-3:]))
+        solution = implicit_fixed_point(problem, f, Anderson(1e-13, 500, memory=10))
+        assert_converged(solution)
+        return (solution.value - truth).square().mean()
+
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss(), parameters)
+    assert len(parameters) == 4
+    for seed, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        direction, values = normal(*parameter.shape, seed=seed), []
+        for step in (1e-6, -2e-6):
+            with torch.no_grad():
+                parameter += step * direction
+                values.append(loss())
+        with torch.no_grad():
+            parameter += 1e-6 * direction
+        assert (gradient * direction).sum().item() == pytest.approx(
+            ((values[0] - values[1]) / 2e-6).item(), rel=1e-5, abs=1e-9
+        )
 
 
 @EVERY_OPERATOR

@@ -28,19 +28,20 @@ from lib.kernels import (
 SIDES = (3, 5, 7, 11)
 EVERY_SIDE = pytest.mark.parametrize("k", SIDES)
 IMAGE_SIDES = st.integers(1, 20)
+FILTERS = st.sampled_from([1, 2, 3, 16])
 SEEDS = st.integers(0, 2**32 - 1)
 STACKS = st.lists(st.integers(1, 3), max_size=2).map(tuple)
 
 
 def layout(k: int, filters: int, height: int, width: int) -> tuple[int, int]:
     """Return the last two dimensions of the experts of an image, block by block."""
-    r = block_side(k)
+    r = block_side(filters, k)
     return filters * r * r, math.ceil(height / r) * math.ceil(width / r)
 
 
-def as_images(z: Tensor, k: int, height: int, width: int) -> Tensor:
+def as_images(z: Tensor, k: int, filters: int, height: int, width: int) -> Tensor:
     """Return experts as images `(..., F, H, W)` that are whole blocks."""
-    r = block_side(k)
+    r = block_side(filters, k)
     grid = z.unflatten(-1, (math.ceil(height / r), math.ceil(width / r))).unflatten(-3, (-1, r, r))
     return grid.movedim((-2, -1), (-4, -2)).flatten(-4, -3).flatten(-2)
 
@@ -51,7 +52,7 @@ def convolved(kernels: Tensor, u: Tensor) -> Tensor:
 
 
 @EVERY_SIDE
-@given(IMAGE_SIDES, IMAGE_SIDES, st.integers(1, 4), st.integers(1, 3), SEEDS)
+@given(IMAGE_SIDES, IMAGE_SIDES, FILTERS, st.integers(1, 3), SEEDS)
 @settings(max_examples=30)
 def test_analysis_is_torchs_convolution(
     k: int, height: int, width: int, filters: int, batch: int, seed: int
@@ -61,7 +62,7 @@ def test_analysis_is_torchs_convolution(
     u = normal(batch, 1, height, width, seed=seed + 1).requires_grad_()
     z = correlate(kernels, u)
     assert z.shape == (batch, *layout(k, filters, height, width))
-    images = as_images(z, k, height, width)
+    images = as_images(z, k, filters, height, width)
     expected = convolved(kernels, u)
     torch.testing.assert_close(images[..., :height, :width], expected, rtol=1e-11, atol=1e-11)
     assert not images[..., height:, :].any()

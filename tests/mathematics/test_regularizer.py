@@ -20,6 +20,7 @@ from lib.regularizer import (
     ConvFieldsOfExperts,
     DenseFieldsOfExperts,
     FieldsOfExperts,
+    LearnedSpline,
     initial_weights,
     smoothed_sign,
 )
@@ -45,14 +46,23 @@ def draw_field(
     return ConvFieldsOfExperts(A, None if tied else C, smoothed_sign(SHARPNESS), start), u, gamma, tau
 
 
-ACTIVATIONS = st.one_of(st.sampled_from(sorted(DENSE)).map(DENSE.get), st.floats(0.1, 200).map(smoothed_sign))
+def draw_spline(concave: bool) -> LearnedSpline:
+    knots, slopes = torch.tensor([[0.3, 1.2], [5.0, 0.5]], dtype=torch.float64)
+    return LearnedSpline(knots, slopes[: 2 - concave], concave)
+
+
+ACTIVATIONS = st.one_of(
+    st.sampled_from(sorted(DENSE)).map(DENSE.get),
+    st.floats(0.1, 200).map(smoothed_sign),
+    st.booleans().map(draw_spline),
+)
 
 
 @given(ACTIVATIONS, st.floats(0.01, 3), SEEDS)
 def test_sigma_is_the_derivative_of_its_potential(
-    activation: regularizer.Activation, tau: float, seed: int
+    activation: regularizer.Activation | LearnedSpline, tau: float, seed: int
 ) -> None:
-    """`sigma = phi'`, at kinks of `sigma` too, and `slope = sigma'` in [0, steepest]."""
+    """`sigma = phi'`, at kinks too, and `slope = sigma'` in [0, steepest], or from -1 if concave."""
     z = torch.cat([3 * normal(50, seed=seed), normal(50, seed=seed + 1) / activation.steepest])
     kinks = torch.tensor([-tau, 0.0, tau], dtype=torch.float64)
     threshold, z = torch.tensor(tau, dtype=torch.float64), torch.cat([z, kinks]).requires_grad_()
@@ -62,8 +72,8 @@ def test_sigma_is_the_derivative_of_its_potential(
     smooth = slice(None, -3)
     (derivative,) = torch.autograd.grad(sigma.sum(), z) if sigma.requires_grad else (torch.ones_like(z),)
     torch.testing.assert_close(slope[smooth], derivative[smooth], rtol=1e-8, atol=1e-11 * activation.steepest)
-    assert slope.min() >= 0
-    assert slope.max() <= activation.steepest
+    assert slope.min() >= (-1 if getattr(activation, "concave", False) else 0)
+    assert slope.max() <= activation.steepest * (1 + 1e-12)
 
 
 @given(st.floats(0.01, 3), st.floats(0.1, 200), SEEDS)
