@@ -86,7 +86,8 @@ def difference(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{mean} (no interval)"
     low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
-    return f"{mean} ({signed(low)} to {signed(high)})"
+    # Unbreakable spaces keep an interval on one line.
+    return f"{mean} ({signed(low)}\u00a0to\u00a0{signed(high)})"
 
 
 def of_seeds(seeds: pd.DataFrame, arm: str = "deq") -> tuple[str, str]:
@@ -120,7 +121,7 @@ def results() -> str:
         else:
             (arm,) = [arm for arm in arms.loc[task].index if arm.endswith("from C = A")]
             ahead, low, high = (signed(value) for value in arms.loc[(task, arm), ["ahead", "low", "high"]])
-            row = (f"{ahead} ({low} to {high})", count, source(free))
+            row = (f"{ahead} ({low}\u00a0to\u00a0{high})", count, source(free))
         rows.append((f"digits, {task}", "C = A, ours", *row))
     for task, name in PHOTOGRAPHS.items():
         own = pd.read_csv(OVERNIGHT / name / "seeds.csv", index_col="kernels")
@@ -367,10 +368,12 @@ PARTS = {part.__name__: part for part in (results, claims, questions, sizes, hou
 def updated(text: str) -> str:
     """Return a page with its generated parts as they are today."""
     for name, part in PARTS.items():
-        marks = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        if marks[0] in text:
-            before, _, rest = text.partition(marks[0])
-            text = before + marks[0] + part() + marks[1] + rest.partition(marks[1])[2]
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        if mark:
+            _, end, after = rest.partition(f"<!-- /{name} -->")
+            if not end:
+                raise ValueError(f"the part {name} has no end, <!-- /{name} -->")
+            text = f"{before}{mark}{part()}\n{end}{after}"
     return text
 
 

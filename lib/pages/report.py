@@ -1,13 +1,14 @@
 """The report page of a profile, `results/quick/index.html`: `python -m lib.pages.report --profile quick`.
 
-The page shows the figures' folders and the text of the notebooks, and computes nothing. It needs no network;
-the executed notebooks become pages in the figures' folders.
+The page shows committed evidence, the figures' folders and the text of the notebooks, and computes nothing.
+It needs no network; the executed notebooks become pages in the figures' folders.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -25,6 +26,7 @@ from lib.experiments.config import require_name
 from lib.experiments.plan import duration
 from lib.experiments.profiles import PROFILES
 from lib.experiments.provenance import PROVENANCE, read_described
+from lib.experiments.records import REFERENCE
 from lib.experiments.store import RESULTS, DamagedFile, write_atomic
 from lib.pages.notebooks import PAGES, notebook_path
 from lib.training import COMPLETED
@@ -33,6 +35,9 @@ READING = "## What one sees"
 """Heading of a notebook's cell that describes its figure."""
 
 QUESTIONS = "questions.json"
+
+EVIDENCE = REFERENCE / "README.md"
+"""Page of the committed evidence, whose tables `.ci/evidence.py` writes."""
 
 FIGURES = [name for name in PAGES if name.startswith("fig")]
 
@@ -46,7 +51,7 @@ TEMPLATES = jinja2.Environment(
 
 
 class _Renderer(IPythonRenderer):
-    """Markdown with formulas as MathML, which browsers draw without a script."""
+    """Markdown with formulas as MathML, which browsers draw without a script, and tables that scroll."""
 
     def inline_math(self, body: str, display: str = "inline") -> str:
         return convert(body, display=display)
@@ -54,10 +59,16 @@ class _Renderer(IPythonRenderer):
     def block_math(self, body: str) -> str:
         return self.inline_math(body, "block")
 
+    def table(self, text: str) -> str:
+        # A region with a name and a focus can be scrolled with the keyboard.
+        region = '<div class="scroll" role="region" aria-label="Table" tabindex="0">'
+        return f"{region}<table>{text}</table></div>"
+
 
 def markdown(source: str) -> Markup:
-    """Return Markdown with formulas as HTML; raw HTML in it is shown as text."""
-    return Markup(MarkdownWithMath(renderer=_Renderer(exclude_anchor_links=True)).render(source))
+    """Return Markdown as HTML with formulas and the pictures of `EVIDENCE`; raw HTML is shown as text."""
+    renderer = _Renderer(exclude_anchor_links=True, embed_images=True, path=str(EVIDENCE.parent))
+    return Markup(MarkdownWithMath(renderer=renderer).render(source))
 
 
 def build(profile: str, results: Path = RESULTS) -> Path:
@@ -77,7 +88,11 @@ def build(profile: str, results: Path = RESULTS) -> Path:
     problems: list[str] = []
     figures = [_figure(name, results / profile, problems) for name in FIGURES]
     page = TEMPLATES.get_template("report.html.j2")
-    content = page.render(profile=profile, figures=figures, problems=problems, duration=duration)
+    text = re.sub("<!--.*?-->", "", EVIDENCE.read_text(encoding="utf-8"))
+    _, *parts = re.split(r"^## (.*)$", text, flags=re.MULTILINE)
+    evidence = dict(zip(parts[::2], map(markdown, parts[1::2]), strict=True))
+    shown = {"figures": figures, "problems": problems, "evidence": evidence, "duration": duration}
+    content = page.render(profile=profile, **shown)
     write_atomic(results / profile / "index.html", content.encode())
     return results / profile / "index.html"
 
@@ -102,6 +117,7 @@ def _figure(name: str, results: Path, problems: list[str]) -> dict[str, Any]:
     reading = next((cell.removeprefix(READING) for cell in cells if cell.startswith(READING)), "")
     folder, executed = results / name, results / name / f"{name}.ipynb"
     figure: dict[str, Any] = {"name": name, "title": title.lstrip("# "), "made": folder.is_dir()}
+    figure["alt"] = next((cell.metadata["alt"] for cell in notebook.cells if "alt" in cell.metadata), title)
     figure |= {"caption": markdown(text.strip().partition("\n\n")[0]), "reading": markdown(reading.strip())}
     if (results / f"{name}.failed.ipynb").exists():
         problems.append(f"the last run of {name} failed: {results.name}/{name}.failed.ipynb has the error")
@@ -124,7 +140,7 @@ def _page(notebook: nbformat.NotebookNode, name: str, title: str) -> str:
     """Return an executed notebook as a page of its own: nbconvert's cells in our style."""
     for cell in notebook.cells:
         # The alternative text of the pictures.
-        cell.metadata["alt"] = title
+        cell.metadata.setdefault("alt", title)
     exporter = HTMLExporter(template_name="basic", filters={"markdown2html": markdown})
     cells = Markup(exporter.from_notebook_node(notebook)[0])
     return TEMPLATES.get_template("page.html.j2").render(title=title, name=name, cells=cells)

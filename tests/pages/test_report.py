@@ -27,12 +27,32 @@ QUESTIONS = [
 ]
 
 
+EVIDENCE = """# Evidence
+
+## Results
+
+<!-- results -->
+| setting | dB |
+| --- | --- |
+| digits | +0.79 |
+<!-- /results -->
+
+![a face](picture.png)
+
+## Data and licences
+
+MNIST
+"""
+
+
 def notebook(name: str, text: str) -> nbformat.NotebookNode:
     """An executed notebook of a figure with a caption, a reading, a picture and printed text."""
     picture = nbformat.v4.new_output("display_data", data={"image/png": PNG})
     outputs = [picture, nbformat.v4.new_output("stream", text=text)]
     words = [f"# Figure {int(name[3:])}: {text}\n\n{text} $A^\\top < b$", f"## What one sees\n\n{text}"]
-    cells = [*map(nbformat.v4.new_markdown_cell, words), nbformat.v4.new_code_cell("x = 1", outputs=outputs)]
+    alt = {"alt": f"a picture of {text}"}
+    drawn = nbformat.v4.new_code_cell("x = 1", outputs=outputs, metadata=alt)
+    cells = [*map(nbformat.v4.new_markdown_cell, words), drawn]
     return nbformat.v4.new_notebook(cells=cells)
 
 
@@ -49,8 +69,11 @@ def write_figure(parent: Path, name: str, questions: Sequence[Question] = (), **
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Figures 1 and 2 of the profile quick, and the notebooks of figures 1 to 3, the only ones."""
+    """Figures 1 and 2 of the profile quick, the notebooks of figures 1 to 3, and evidence."""
     (tmp_path / "nbs").mkdir()
+    (tmp_path / "picture.png").write_bytes(base64.b64decode(PNG))
+    (tmp_path / "README.md").write_text(EVIDENCE, encoding="utf-8")
+    monkeypatch.setattr(report, "EVIDENCE", tmp_path / "README.md")
     monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path / "nbs")
     monkeypatch.setattr(report, "FIGURES", ["fig01", "fig02", "fig03"])
     for name in report.FIGURES:
@@ -70,11 +93,15 @@ def text_of(page: BeautifulSoup, selector: str) -> str:
 
 
 def test_a_figure_is_shown_with_its_provenance(results: Path) -> None:
-    """Of figures those that the repository has, not a user's copies."""
+    """Results first; of figures those that the repository has, not a user's copies."""
     for copy in ("fig02_mine", "figures_talk"):
         (results / "nbs" / f"{copy}.ipynb").write_text("<<<<<<<")
     page = built(results)
-    assert [section["id"] for section in page.select("section")[1:]] == ["fig01", "fig02", "fig03"]
+    order = ["results", "fig01", "fig02", "fig03", "missing", "data-and-licences"]
+    assert [section["id"] for section in page.select("section")] == order
+    assert [cell.get_text() for cell in page.select("#results td")] == ["digits", "+0.79"]
+    assert "results" not in page.select_one("#results p").get_text()
+    assert page.select_one("#fig02 img")["alt"] == "a picture of a figure"
     shown = text_of(page, "#fig02")
     assert "training runs: 540 completed, in 10 min" in shown
     assert f"Python {platform.python_version()}, torch" in shown
