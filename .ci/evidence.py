@@ -46,10 +46,10 @@ Row = Sequence[object]
 
 
 def table(columns: Sequence[str], rows: Iterable[Row]) -> str:
-    """Return a table in Markdown, whose numbers have typographic minus signs."""
+    """Return a table in Markdown, whose numbers have typographic minus signs, and zero none."""
     lines = [columns, ["---"] * len(columns), *rows]
     text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-    return re.sub(r"(?<![\w.-])-(?=\d)", "−", text)
+    return re.sub(r"(?<![\w.-])-(?=\d)", "−", re.sub(r"[+-](?=0(\.0+)?\b(?!\.))", "", text))
 
 
 def origin(folder: Path) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def source(folder: Path) -> str:
 
 
 def signed(value: float) -> str:
-    return f"{round(value, 2) + 0.0:+.2f}".replace("+0.00", "0.00")
+    return f"{value:+.2f}"
 
 
 def difference(values: Sequence[float]) -> str:
