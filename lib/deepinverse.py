@@ -1,4 +1,4 @@
-"""Adapters to DeepInverse: its physics as `K`, a field as its prior, a model as its reconstructor.
+"""Adapters to DeepInverse: its physics as `K`, its priors as fields and fields as its priors, reconstructors.
 
 DeepInverse (Tachella et al., JOSS 10(115), 2025) is imported in this module alone: that takes seconds.
 """
@@ -88,6 +88,44 @@ def with_operator(model: FixedPointModel, operator: Any, norm: float = 1.0) -> F
     lam = model.lam if model.weight is None else torch.exp(WEIGHT_PACE * model.weight)
     tau = 1 / (1 / model.tau + lam.detach() * max(0.0, norm**2 - 1))
     return FixedPointModel(operator, model.regularizer, tau, lam, model.gamma)
+
+
+class PriorField(torch.nn.Module):
+    """A prior of DeepInverse as the regularizer of one `FixedPointModel`, for images in [-1, 1].
+
+    The field is `gamma grad`; the prior's parameters are trained.
+
+    Args:
+        prior: whose `grad` autograd can differentiate.
+        arguments: of `grad` and `fn` after the images, such as `sigma_denoiser`.
+    """
+
+    def __init__(self, prior: Any, *arguments: Any) -> None:
+        super().__init__()
+        self.prior, self.arguments = prior, arguments
+
+    def field(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
+        # Explicit priors require a gradient of the tensor itself, which may be an iterate.
+        field: Tensor = gamma * self.prior.grad(u if u.requires_grad else u.detach(), *self.arguments)
+        return field
+
+    def energy(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
+        """Return `gamma R(u)` of an explicit prior, `(N,)`."""
+        energy: Tensor = gamma * self.prior.fn(u, *self.arguments).view(-1)
+        return energy
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.prior.named_parameters()}
+
+    def refresh(self, tol: float) -> None:
+        """Nothing depends on the parameters but the field."""
+
+    def require(self, f: Tensor) -> None:
+        if f.dim() != 4:
+            raise ValueError(f"images: got {tuple(f.shape)}, allowed: (N, C, H, W)")
+
+    def steepest(self) -> float:
+        raise ValueError("learn_weight: got True, allowed: False for a prior, whose curvature is unknown")
 
 
 class FieldPrior(deepinv.optim.Prior):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class FixedPointModel(nn.Module):
 
     Args:
         operator: `K`.
-        regularizer: the learned field.
+        regularizer: the learned field, or a module that has its methods (`lib.deepinverse.PriorField`).
         tau: step size, a number or `(*stack)`.
         lam: weight `lambda` of the data term, a number or `(*stack)`.
         gamma: weight of the regularizer, a number or `(*stack)`.
@@ -48,7 +49,7 @@ class FixedPointModel(nn.Module):
     def __init__(
         self,
         operator: Operator,
-        regularizer: FieldsOfExperts,
+        regularizer: FieldsOfExperts | Any,
         tau: float | Tensor,
         lam: float | Tensor,
         gamma: float | Tensor,
@@ -57,9 +58,9 @@ class FixedPointModel(nn.Module):
         super().__init__()
         self.operator = operator
         self.regularizer = regularizer
-        A = regularizer.A
+        like = next(regularizer.parameters(), torch.empty(0))
         for name, value in (("tau", tau), ("lam", lam), ("gamma", gamma)):
-            self.register_buffer(name, torch.as_tensor(value, dtype=A.dtype, device=A.device))
+            self.register_buffer(name, torch.as_tensor(value, dtype=like.dtype, device=like.device))
         self.weight = nn.Parameter(self.lam.log() / WEIGHT_PACE) if learn_weight else None
         self._follow_weight()
 
@@ -89,6 +90,7 @@ class FixedPointModel(nn.Module):
         Kernels are evaluated on running images only. Dense weights are not: one product serves the whole
         batch, and fewer images would be hardly cheaper and round differently. In denoising the adjoint
         equation starts from the solution for the data term alone, of `w = (1 - tau lambda) w + dL/du*`.
+        The transposed Jacobian of a regularizer other than fields of experts is left to autograd.
 
         Args:
             f: `(*stack, batch, C, H, W)`.
@@ -106,7 +108,7 @@ class FixedPointModel(nn.Module):
         start = solved_without_experts if isinstance(self.operator, Identity) else None
         return FixedPointProblem(
             self.step_map(f),
-            self.vjp,
+            self.vjp if isinstance(self.regularizer, FieldsOfExperts) else None,
             restrict=(lambda images: self.step_map(f.index_select(-4, images))) if conv else None,
             precondition=precondition,
             first_adjoint=precondition or start,
@@ -157,7 +159,8 @@ class FixedPointModel(nn.Module):
             ValueError: dense weights are free, or `K` is a mask and the weights are kernels.
         """
         field, conv = self.regularizer, isinstance(self.regularizer, ConvFieldsOfExperts)
-        if (conv and isinstance(self.operator, Mask)) or not (conv or field.C is None):
+        tied = getattr(field, "C", field) is None
+        if (conv and isinstance(self.operator, Mask)) or not (conv or tied):
             raise ValueError("preconditioner: allowed for tied dense weights, and for kernels without a mask")
         curvature = field.activation.steepest / 2 * field.curvature(shape)
         tau, lam, gamma = (value[..., None, None] for value in (self.tau, self.lam, self.gamma))

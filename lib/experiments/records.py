@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lib.experiments.build import Config, Weights, trained_model
-from lib.experiments.config import ConfigError, FacesConfig, RunConfig, shown
+from lib.experiments.config import MODELS, ConfigError, FacesConfig, RunConfig, require_name, shown
 from lib.experiments.data import FACES_FILES, MNIST_FILES, notice, photograph_files
 from lib.experiments.method import METHOD_VERSION
 from lib.experiments.provenance import environment
@@ -34,6 +34,10 @@ DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
 
 REFERENCE, KERNELS = RESULTS / "reference", "kernels.json"
 """The committed figures, and the file of trained kernels in the folders of some of them."""
+
+COMMITTED_KERNELS = {"faces": ("fig*", 8)}
+"""Folders of committed kernels, and how many of them the pages take, by the images that they were trained on.
+The first entry is the pages' default."""
 
 COMMITTED = {"quick": "reference", "overnight": "reference/overnight"}
 """Profiles whose figures are committed, and where among the results."""
@@ -233,18 +237,37 @@ def load_kernels(path: Path) -> Run:
     return _run(record["provenance"]["run"], record | {"history": []}, weights)
 
 
-def trained_kernels(task: str, model: str, filters: int, folder: Path = REFERENCE) -> Run:
-    """Return the committed run of a task and a model with so many kernels.
+def committed_kernels(
+    task: str,
+    model: str | None = None,
+    filters: int | None = None,
+    kernels: str | None = None,
+    folder: Path = REFERENCE,
+) -> list[Run]:
+    """Return the committed runs of a task, one per model, DEQ last.
+
+    Args:
+        model: of the only run; None returns those of all models.
+        filters, kernels: number of kernels, and a key of `COMMITTED_KERNELS`; None takes the default.
 
     Raises:
         ConfigError: there is none.
     """
-    committed = [load_kernels(path) for path in sorted(folder.glob("fig*/kernels*.json"))]
-    for run in committed:
-        if (run.config.task, run.config.model, len(run.weights["A"])) == (task, model, filters):
-            return run
-    known = ", ".join(f"{run.config.task} {run.config.model} {len(run.weights['A'])}" for run in committed)
-    raise ConfigError(f"task, model, filters: got {task} {model} {filters}, allowed: {known}")
+    kernels = kernels or next(iter(COMMITTED_KERNELS))
+    require_name("kernels", kernels, COMMITTED_KERNELS)
+    pattern, usual = COMMITTED_KERNELS[kernels]
+    runs = [load_kernels(path) for path in sorted(folder.glob(f"{pattern}/kernels*.json"))]
+    known = {f"{run.config.task} {run.config.model} {len(run.weights['A'])}": run for run in reversed(runs)}
+    chosen = [f"{task} {name} {filters or usual}" for name in ([model] if model else MODELS)]
+    if not known.keys() & set(chosen):
+        got, allowed = " or ".join(chosen), ", ".join(reversed(known))
+        raise ConfigError(f"task, model, filters: got {got}, allowed: {allowed}")
+    return [known[name] for name in chosen if name in known]
+
+
+def trained_kernels(task: str, model: str, filters: int, folder: Path = REFERENCE) -> Run:
+    """Return the committed run of a task and a model with so many kernels, trained on faces."""
+    return committed_kernels(task, model, filters, "faces", folder)[0]
 
 
 def keep_run(path: Path, results: Results = None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lib.experiments.build import Config, image_shape
 from lib.experiments.config import FacesConfig
 from lib.experiments.provenance import write_with_provenance
-from lib.experiments.records import Run, data_digests
+from lib.experiments.records import Run
 from lib.experiments.store import RESULTS, Results
 from lib.experiments.sweep import NOT_RUN, Sweep
 from lib.figures.comparison import Question, has_converged
@@ -235,7 +235,7 @@ def _provenance(named: Mapping[str, Run], histories: Mapping[str, Run]) -> dict[
     return {
         "runs": records(named),
         **({"histories": records(histories)} if histories else {}),
-        "data": {run.config.dataset: data_digests(run.config) for run in runs},
+        "data": {run.config.dataset: run.provenance["data"] for run in runs},
         "training_seconds": sum(run.provenance["seconds"] for run in runs),
         "trained_on": {run.key: run.provenance["environment"] for run in runs},
         "trained_by": sorted({run.provenance["method"] for run in runs}),

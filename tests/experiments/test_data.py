@@ -20,7 +20,15 @@ from PIL import Image
 from torch import Tensor
 
 from lib.experiments import data, store
-from lib.experiments.data import DataError, faces, mnist, photograph, photograph_files, photographs
+from lib.experiments.data import (
+    DataError,
+    faces,
+    mnist,
+    photograph,
+    photograph_files,
+    photographs,
+    split_files,
+)
 
 GREY = np.arange(240, dtype=np.uint8).reshape(12, 20)
 
@@ -30,11 +38,12 @@ def cached() -> None:
     """The repository's own cache is complete; the first time, it is downloaded."""
     mnist("test", 1)
     faces("test", 1)
+    split_files("natural")
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache with both wheels and nothing else; the folder `index` beside it is pip's only source."""
+    """A cache with all wheels and nothing else; the folder `index` beside it is pip's only source."""
     for name, value in (("CONFIG_FILE", os.devnull), ("NO_INDEX", "1"), ("FIND_LINKS", tmp_path / "index")):
         monkeypatch.setenv(f"PIP_{name}", str(value))
     shutil.copytree(data.DATA / "wheels", tmp_path / "data" / "wheels")
@@ -75,6 +84,22 @@ def test_faces_are_split_by_person() -> None:
         faces("test", 101)
 
 
+def test_natural_photographs_are_those_of_two_wheels(root: Path) -> None:
+    """A file of the wheel that was damaged is extracted again; those of scikit-image stay where they are."""
+    flip_bit(split_files("natural", root)["test"][-1])
+    split_files.cache_clear()
+    files = split_files("natural", root)
+    with zipfile.ZipFile(root / "wheels" / data.NATURAL_WHEEL.filename) as archive:
+        extracted = {name for name in archive.namelist() if re.fullmatch(r"sporco/data/.*\.png", name)}
+        for path in (root / "natural").iterdir():
+            assert path.read_bytes() == archive.read(f"sporco/data/{path.name}")
+    assert {f"sporco/data/{path.name}" for path in (root / "natural").iterdir()} == extracted
+    assert {split: len(set(paths)) for split, paths in files.items()} == {"train": 6, "test": 8}
+    assert photographs("natural", 6, 8, root=root)["test"].shape == (8, 1, 170, 256)
+    with pytest.raises(DataError, match=r"^train_images: got 7, allowed: at most the 6 of natural$"):
+        photograph_files("natural", 7, 1, root)
+
+
 def test_damaged_data_are_repaired(root: Path) -> None:
     folder = shutil.copytree(data.DATA / "MNIST" / "raw", root / "MNIST" / "raw")
     flip_bit(folder / "train-images-idx3-ubyte")
@@ -109,7 +134,7 @@ def test_two_processes_prepare_a_cache_at_once(root: Path) -> None:
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         assert list(pool.map(prepare, [root] * 2)) == [prepare(data.DATA)] * 2
     files = {path.name for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"}
-    assert files == {data.FACES_WHEEL.filename}
+    assert files == {data.FACES_WHEEL.filename, *data.SPLITS["faces"]["train"], *data.SPLITS["faces"]["test"]}
 
 
 def test_complete_data_are_read_without_writing(tmp_path: Path) -> None:
@@ -272,5 +297,5 @@ def test_celeba_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_without_images_is_refused(folder: Path) -> None:
     for name in (folder.parent, folder / "bb"):
-        with pytest.raises(DataError, match="holds no images; allowed: faces, celeba or a folder of images"):
+        with pytest.raises(DataError, match="holds no images; allowed: faces, natural, celeba or a folder"):
             photograph_files(str(name), 1, 1)

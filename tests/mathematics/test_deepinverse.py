@@ -10,11 +10,21 @@ from problems import normal
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lib.deepinverse import FieldPrior, PhysicsOperator, Reconstructor, deepinv, tomography, with_operator
+from lib.deepinverse import (
+    FieldPrior,
+    PhysicsOperator,
+    PriorField,
+    Reconstructor,
+    deepinv,
+    tomography,
+    with_operator,
+)
+from lib.implicit import implicit_fixed_point
 from lib.models import FixedPointModel
 from lib.operators import CircularBlur, Identity, Mask
 from lib.regularizer import ConvFieldsOfExperts, smoothed_sign
 from lib.solvers import Anderson, PlainIteration, Status, fixed_point
+from lib.training import Adam, train
 
 SIDE = 12
 EXACT = Anderson(tol=1e-11, max_steps=2000, memory=10, regularization=1e-12)
@@ -163,6 +173,74 @@ def test_deepinverse_trains_a_model() -> None:
         non_blocking_transfers=False,
     ).train()
     assert error() < 0.8 * before
+
+
+class Ridges(torch.nn.Module):
+    """`sum sqrt(1 + (w * x)^2)` of every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = torch.nn.Parameter(0.3 * normal(3, 1, 3, 3, seed=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 + torch.nn.functional.conv2d(x, self.kernels, padding=1) ** 2).sqrt().sum((1, 2, 3))
+
+
+def their_field(name: str) -> PriorField:
+    """A learned prior of DeepInverse, explicit or a denoiser's, as a field in float64."""
+    if name == "explicit":
+        return PriorField(deepinv.optim.Prior(Ridges()))
+    torch.manual_seed(0)
+    denoiser = deepinv.models.DnCNN(1, 1, depth=3, nf=4, pretrained=None).double()
+    denoiser.out_conv.weight.data /= 20
+    return PriorField(deepinv.optim.RED(denoiser), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("prior", "physics"),
+    [("explicit", "inpainting"), ("explicit", "downsampling"), ("denoiser", "denoising")],
+)
+def test_gradients_of_their_priors_are_those_of_differences(prior: str, physics: str) -> None:
+    """In a random direction of all parameters."""
+    field, K, u = their_field(prior), PhysicsOperator(PHYSICS[physics]()), normal(2, 1, SIDE, SIDE, seed=6)
+    model = FixedPointModel(K, field, 1 / 8, 5.0, 0.8)
+    f = K.forward(u) + 0.1 * normal(*K.forward(u).shape, seed=7)
+    parameters = list(field.parameters())
+    directions = [normal(*parameter.shape, seed=8 + i) for i, parameter in enumerate(parameters)]
+
+    def loss(step: float) -> Tensor:
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter += step * direction
+        solution = implicit_fixed_point(model.problem(f), K.adjoint(f), EXACT)
+        assert solution.fraction(Status.CONVERGED) == 1
+        return (solution.value - u).square().mean()
+
+    gradients = torch.autograd.grad(loss(0.0), parameters)
+    size = sum(gradient.square().sum() for gradient in gradients) ** 0.5
+    h = 1e-6
+    difference = (loss(h) - loss(-2 * h)).item() / (2 * h)
+    derivative = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+    assert size > 1e-6
+    assert abs(derivative - difference) <= 1e-5 * size * sum(d.square().sum() for d in directions) ** 0.5
+
+
+def test_their_prior_of_our_field_is_our_model() -> None:
+    """The same fixed point, energy and gradient; training takes the same steps up to roundings."""
+    ours, u = small_model(True), normal(4, 1, SIDE, SIDE, seed=6).tanh()
+    theirs = FixedPointModel(Identity(), PriorField(FieldPrior(small_model(True))), 1 / 50, 20.0, 1.0)
+    torch.testing.assert_close(theirs.lower_level(u, u), ours.lower_level(u, u), rtol=1e-12, atol=0)
+    options = {"epochs": 3, "optimizer": Adam(0.05), "solver": EXACT}
+    histories = [train(model, u, 0.3, **options) for model in (ours, theirs)]
+    losses = [[row["train_loss"] for row in history.rows] for history in histories]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-8)
+    assert list(histories[1].weights) == ["model.regularizer.A"]
+    with pytest.raises(ValueError, match=r"^learn_weight: got True, allowed: False for a prior"):
+        FixedPointModel(Identity(), theirs.regularizer, 1.0, 1.0, 1.0, learn_weight=True)
+    with pytest.raises(ValueError, match=r"^images: got \(2, 4, 1, 12, 12\), allowed: \(N, C, H, W\)$"):
+        theirs.problem(u.expand(2, *u.shape))
+    with pytest.raises(ValueError, match=r"^preconditioner: allowed for tied dense weights, "):
+        theirs.preconditioner(u.shape[-3:])
 
 
 def test_a_step_is_made_for_the_norm() -> None:
