@@ -63,7 +63,7 @@ report: $(INSTALLED) ## the page of the figures that are there: results/$(PROFIL
 	@$(BIN)/python -m lib.pages.report --profile $(PROFILE)
 
 first_steps: $(INSTALLED) ## the mathematics alone, from an operator to a training, in 60 lines and some seconds
-your_own: $(INSTALLED) ## your own potential, operator and physics of DeepInverse, each trained and checked
+your_own: $(INSTALLED) ## your own potential, operator, physics and prior of DeepInverse, each trained and checked
 theory: $(INSTALLED) ## bilevel learning as a deep equilibrium model with tied weights, in numbers
 free_c: $(INSTALLED) ## when it pays to free C: what the start decides, and DEQs that are safe
 weight: $(INSTALLED) ## why a learned weight brings the learned models ahead of total variation
@@ -132,7 +132,7 @@ lab: $(INSTALLED) ## JupyterLab on the notebooks (ARGS: its options)
 	@$(LAB) nbs $(ARGS)
 
 data: $(INSTALLED) ## fetch and verify the data (the figures do so by themselves)
-	@$(BIN)/python -c "from lib.experiments.data import faces, mnist; print(len(mnist('train', 60_000)), len(faces('train', 300)))"
+	@$(BIN)/python -c "from lib.experiments.data import mnist, split_files; print(len(mnist('train', 60_000)), *map(len, (split_files(name)['train'] for name in ('faces', 'natural'))))"
 
 refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to be committed
 	@$(EXECUTE) $$(git ls-files 'nbs/fig*.ipynb')

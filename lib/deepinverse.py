@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lib.implicit import implicit_fixed_point
 from lib.models import WEIGHT_PACE, FixedPointModel
-from lib.solvers import Solution, Solver
+from lib.solvers import Solver
 
 try:
     import torchvision  # noqa: F401
@@ -91,12 +91,10 @@ def with_operator(model: FixedPointModel, operator: Any, norm: float = 1.0) -> F
 
 
 class PriorField(torch.nn.Module):
-    """A prior of DeepInverse as the regularizer of one `FixedPointModel`, for images in [-1, 1].
-
-    The field is `gamma grad`; the prior's parameters are trained.
+    """A prior of DeepInverse as the regularizer of one model: the field `gamma grad` of images in [-1, 1].
 
     Args:
-        prior: whose `grad` autograd can differentiate.
+        prior: whose `grad` autograd can differentiate; its parameters are trained.
         arguments: of `grad` and `fn` after the images, such as `sigma_denoiser`.
     """
 
@@ -105,27 +103,24 @@ class PriorField(torch.nn.Module):
         self.prior, self.arguments = prior, arguments
 
     def field(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
-        # Explicit priors require a gradient of the tensor itself, which may be an iterate.
-        field: Tensor = gamma * self.prior.grad(u if u.requires_grad else u.detach(), *self.arguments)
-        return field
+        # An explicit prior requires a gradient of its argument, which is an iterate in a solve.
+        return torch.mul(gamma, self.prior.grad(u if u.requires_grad else u.detach(), *self.arguments))
 
     def energy(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
-        """Return `gamma R(u)` of an explicit prior, `(N,)`."""
-        energy: Tensor = gamma * self.prior.fn(u, *self.arguments).view(-1)
-        return energy
+        return torch.mul(gamma, self.prior.fn(u, *self.arguments).view(-1))
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.prior.named_parameters()}
 
     def refresh(self, tol: float) -> None:
-        """Nothing depends on the parameters but the field."""
+        """Update nothing: the field alone depends on the parameters."""
 
     def require(self, f: Tensor) -> None:
         if f.dim() != 4:
             raise ValueError(f"images: got {tuple(f.shape)}, allowed: (N, C, H, W)")
 
     def steepest(self) -> float:
-        raise ValueError("learn_weight: got True, allowed: False for a prior, whose curvature is unknown")
+        raise ValueError("learn_weight: got True, allowed: False for a prior of DeepInverse")
 
 
 class FieldPrior(deepinv.optim.Prior):
@@ -140,13 +135,11 @@ class FieldPrior(deepinv.optim.Prior):
 
     def __init__(self, model: FixedPointModel) -> None:
         super().__init__()
-        self.model = model
-        self.explicit_prior = model.regularizer.C is None
+        self.model, self.explicit_prior = model, model.regularizer.C is None
 
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return `R(x)` of images `(N, C, H, W)`, `(N,)`; for a DEQ `R` has `A` and `b`."""
-        model = self.model
-        return model.regularizer.energy(self._stacked(x), model.gamma, model.tau).view(-1)
+        return self.model.regularizer.energy(self._stacked(x), self.model.gamma, self.model.tau).view(-1)
 
     def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return `gamma C^T sigma(A x + b)`, `(N, C, H, W)` like `x`."""
@@ -172,8 +165,6 @@ class Reconstructor(deepinv.models.Reconstructor):
     Attributes:
         solution: the last `Solution`, without a gradient.
     """
-
-    solution: Solution
 
     def __init__(
         self, model: FixedPointModel, solver: Solver, adjoint_solver: Solver | None = None, norm: float = 1.0

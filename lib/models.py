@@ -28,7 +28,7 @@ class FixedPointModel(nn.Module):
 
     Args:
         operator: `K`.
-        regularizer: the learned field, or a module that has its methods (`lib.deepinverse.PriorField`).
+        regularizer: the learned field, or `lib.deepinverse.PriorField`, whose `vjp` is left to autograd.
         tau: step size, a number or `(*stack)`.
         lam: weight `lambda` of the data term, a number or `(*stack)`.
         gamma: weight of the regularizer, a number or `(*stack)`.
@@ -56,8 +56,7 @@ class FixedPointModel(nn.Module):
         learn_weight: bool = False,
     ) -> None:
         super().__init__()
-        self.operator = operator
-        self.regularizer = regularizer
+        self.operator, self.regularizer = operator, regularizer
         like = next(regularizer.parameters(), torch.empty(0))
         for name, value in (("tau", tau), ("lam", lam), ("gamma", gamma)):
             self.register_buffer(name, torch.as_tensor(value, dtype=like.dtype, device=like.device))
@@ -81,8 +80,7 @@ class FixedPointModel(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights of the regularizer and a learned `lam`, by name."""
-        learned = {} if self.weight is None else {"lam": self.lam}
-        return self.regularizer.weights() | learned
+        return self.regularizer.weights() | ({} if self.weight is None else {"lam": self.lam})
 
     def problem(self, f: Tensor, P: Tensor | None = None) -> FixedPointProblem:
         """Return the problem `u = T(u)` for the data `f`.
@@ -90,7 +88,6 @@ class FixedPointModel(nn.Module):
         Kernels are evaluated on running images only. Dense weights are not: one product serves the whole
         batch, and fewer images would be hardly cheaper and round differently. In denoising the adjoint
         equation starts from the solution for the data term alone, of `w = (1 - tau lambda) w + dL/du*`.
-        The transposed Jacobian of a regularizer other than fields of experts is left to autograd.
 
         Args:
             f: `(*stack, batch, C, H, W)`.
@@ -101,11 +98,8 @@ class FixedPointModel(nn.Module):
         """
         conv = isinstance(self.regularizer, ConvFieldsOfExperts)
         precondition = None if P is None else partial(self.precondition, P=P)
-
-        def solved_without_experts(g: Tensor) -> Tensor:
-            return g / broadcast(self.tau * self.lam, g)
-
-        start = solved_without_experts if isinstance(self.operator, Identity) else None
+        denoising = isinstance(self.operator, Identity)
+        start = (lambda g: g / broadcast(self.tau * self.lam, g)) if denoising else None
         return FixedPointProblem(
             self.step_map(f),
             self.vjp if isinstance(self.regularizer, FieldsOfExperts) else None,
@@ -159,8 +153,7 @@ class FixedPointModel(nn.Module):
             ValueError: dense weights are free, or `K` is a mask and the weights are kernels.
         """
         field, conv = self.regularizer, isinstance(self.regularizer, ConvFieldsOfExperts)
-        tied = getattr(field, "C", field) is None
-        if (conv and isinstance(self.operator, Mask)) or not (conv or tied):
+        if (conv and isinstance(self.operator, Mask)) or not (conv or getattr(field, "C", field) is None):
             raise ValueError("preconditioner: allowed for tied dense weights, and for kernels without a mask")
         curvature = field.activation.steepest / 2 * field.curvature(shape)
         tau, lam, gamma = (value[..., None, None] for value in (self.tau, self.lam, self.gamma))

@@ -77,11 +77,11 @@ def best_weight(method: Method, f: Tensor, truth: Tensor, low: float, high: floa
     return float(f"{math.exp(best.x):.3g}")
 
 
-def tuning_data(config: FacesConfig, noise: float) -> tuple[Tensor, Tensor]:
-    """Return the first training images of a configuration, `(N, 1, H, W)`, and data with another noise."""
+def tuning_data(config: FacesConfig) -> tuple[Tensor, Tensor]:
+    """Return the first training images of a configuration, `(N, 1, H, W)`, and their data."""
     truth = load_images(config)["train"][:TUNING_IMAGES]
     n = torch.randn(truth.shape, generator=generator(config.seed, "noise of the baseline"))
-    return truth, observe(make_operator(config), truth, torch.tensor(noise), n)
+    return truth, observe(make_operator(config), truth, torch.tensor(config.noise), n)
 
 
 def tv_method(config: FacesConfig, shape: tuple[int, int]) -> Method:

@@ -174,7 +174,7 @@ def total_variation(config: FacesConfig, observed: Tensor) -> tuple[Tensor, str]
     Returns:
         The reconstructions, `(N, 1, H, W)`, and the weight in words.
     """
-    truth, f = tuning_data(config, config.noise)
+    truth, f = tuning_data(config)
     weight = best_tv_weight(config, f, truth)
     method = tv_method(config, (observed.shape[-2], observed.shape[-1]))
     return method(observed[:, None], weight), f"{'weight' if method is chambolle else 'lambda'} {weight:g}"

@@ -356,7 +356,9 @@ def test_what_the_store_knows_of_kernels_is_said(tmp_path: Path, capsys: pytest.
     ]
 
 
-def test_kernels_of_another_run_are_trained_first_and_found_by_key(tmp_path: Path) -> None:
+def test_kernels_of_another_run_are_trained_first_and_found_by_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = get_run(FROM_KERNELS, tmp_path)
     first = get_run(KERNELS, tmp_path)
     start = runs.learned_start(FROM_KERNELS, tmp_path)
@@ -376,6 +378,14 @@ def test_kernels_of_another_run_are_trained_first_and_found_by_key(tmp_path: Pat
     assert torch.equal(loaded.weights["A"], run.weights["A"])
     with pytest.raises(ConfigError, match=r"got denoising deq 8, allowed: deblurring bilevel 2$"):
         records.trained_kernels("denoising", "deq", 8, tmp_path)
+    monkeypatch.setattr(records, "COMMITTED_KERNELS", {"own": ("own", 2)} | records.COMMITTED_KERNELS)
+    deq = replace(run, config=run.config.model_copy(update={"model": "deq", "initial": "random"}))
+    for name, one in {"kernels_deq.json": deq, "kernels_bilevel.json": run}.items():
+        records.save_kernels(one, tmp_path / "own", name)
+    found = records.committed_kernels("deblurring", folder=tmp_path)
+    assert [own.config.model for own in found] == ["bilevel", "deq"]
+    (own,) = records.committed_kernels("deblurring", kernels="faces", filters=2, folder=tmp_path)
+    assert own.key == run.key
     flip(folder / records.KERNELS)
     with pytest.raises(DamagedFile, match=f"^{folder / records.KERNELS}: "):
         records.load_kernels(folder / records.KERNELS)

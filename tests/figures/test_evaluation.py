@@ -46,6 +46,8 @@ def folder(tmp_path: Path) -> Path:
     ("chosen", "message"),
     [
         ({"noise": 0.1, "sigma": 25.0}, "sigma: got 25 beside noise = 0.1, allowed: one of them"),
+        ({"kernels": "flowers"}, "kernels: got 'flowers', allowed: faces"),
+        ({"run": ["0.1"], "kernels": "faces"}, "kernels: got 'faces' beside run, allowed: one of them"),
         ({"dataset": "small"}, "0.png: got 40x6 pixels, allowed: 7x7 or more"),
         ({"run": ["0.1", "0.3"]}, "run: got runs with noise = 0.1 and 0.3, allowed: one noise"),
         ({"run": ["0.1"], "task": "deblurring"}, "task: got 'deblurring', allowed: denoising, which run "),

@@ -21,7 +21,7 @@ MATHEMATICS = (
 )
 
 
-@pytest.mark.parametrize(("name", "checks", "lines"), [("first_steps", 6, 60), ("your_own", 6, 100)])
+@pytest.mark.parametrize(("name", "checks", "lines"), [("first_steps", 6, 60), ("your_own", 7, 120)])
 def test_a_page_of_the_mathematics_is_short_and_its_checks_hold(name: str, checks: int, lines: int) -> None:
     """It imports nothing that stores or draws for it, and its compared outputs are facts that are true."""
     cells = nbformat.read(notebook_path(name), as_version=4).cells
