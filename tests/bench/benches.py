@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -122,9 +122,14 @@ def timed_training(configs: Sequence[Config], device: torch.device) -> tuple[lis
 
 
 def save(
-    name: str, table: pd.DataFrame, device: torch.device | str = "cpu", digits: int = 3, **provenance: Any
+    name: str,
+    table: pd.DataFrame,
+    device: torch.device | str = "cpu",
+    digits: int = 3,
+    pictures: Mapping[str, bytes] | None = None,
+    **provenance: Any,
 ) -> None:
-    """Print a table with some significant digits, and write it as CSV with its provenance."""
+    """Print a table with some significant digits, and write it as CSV, with pictures and its provenance."""
     print(table.to_string(float_format=f"{{:.{digits}g}}".format))
-    files = {f"{name}.csv": table.to_csv(float_format=f"%.{digits}g").encode()}
+    files = {f"{name}.csv": table.to_csv(float_format=f"%.{digits}g").encode(), **(pictures or {})}
     write_with_provenance(RESULTS / "bench", files, provenance, f"{name}_provenance.json", device)

@@ -1,0 +1,98 @@
+"""The re-implemented upper-level methods: they agree with L-BFGS, and MAID never climbs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from upper_level import CountedModel, Problem, hoag, maid
+
+from lib.kernels import cosine_kernels
+from lib.regularizer import ConvFieldsOfExperts, WeightedExperts, smoothed_sign
+from lib.solvers import Anderson
+from lib.training import LBFGS, Training
+
+NOISE = 0.2
+IMAGES = torch.linspace(-1, 1, 12, dtype=torch.float64).sign().expand(3, 1, 12, 12).contiguous()
+
+
+class Enough(Exception):
+    """End of a method."""
+
+
+def make_model(weights_alone: bool = False) -> CountedModel:
+    A, t = cosine_kernels(2, 3).double(), torch.zeros(2, dtype=torch.float64)
+    model = CountedModel(ConvFieldsOfExperts(A, WeightedExperts(t), smoothed_sign(10)), lam=10.0)
+    model.regularizer.A.requires_grad_(not weights_alone)
+    return model
+
+
+def run(problem: Problem, method: partial[None], iterations: int) -> list[Tensor]:
+    """Return the parameters after each iteration."""
+    path = [problem.theta()]
+
+    def on_iteration() -> None:
+        path.append(problem.theta())
+        if len(path) > iterations:
+            raise Enough
+
+    with pytest.raises(Enough):
+        method(problem, on_iteration=on_iteration)
+    return path
+
+
+def exact(problem: Problem, theta: Tensor) -> float:
+    problem.move(theta)
+    return problem.loss(1e-12).loss
+
+
+METHODS = {
+    "maid": partial(maid, tol=1e-2, length=0.1),
+    "fixed": partial(maid, tol=1e-6, length=0.1, adaptive=False),
+    "hoag": partial(hoag, tol=1e-2, length=0.1),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_minimum_is_that_of_lbfgs(name: str) -> None:
+    model = make_model(weights_alone=True)
+    solver = Anderson(1e-9, 500, 10)
+    Training(
+        model, IMAGES, NOISE, epochs=40, optimizer=LBFGS(), solver=solver, precondition=True, warm_start=True
+    ).run()
+    reference = Problem(model, IMAGES, NOISE)
+    problem = Problem(make_model(weights_alone=True), IMAGES, NOISE)
+    start, best = exact(problem, problem.theta()), exact(reference, reference.theta())
+    end = exact(problem, run(problem, METHODS[name], 60)[-1])
+    print(name, start, best, end, (end - best) / (start - best))
+    assert abs(end - best) <= 1e-3 * (start - best)
+
+
+def test_maid_never_accepts_a_step_that_raises_the_exact_loss() -> None:
+    problem = Problem(make_model(), IMAGES, NOISE)
+    path = run(problem, METHODS["maid"], 60)
+    losses = torch.tensor([exact(problem, theta) for theta in path], dtype=torch.float64)
+    print(losses, losses.diff().max())
+    assert (losses.diff() <= 1e-9).all()
+    assert losses[-1] < losses[0] / 1.5
+
+
+def test_bounds_hold_at_every_accuracy() -> None:
+    problem = Problem(make_model(), IMAGES, NOISE)
+    true = exact(problem, problem.theta())
+    gradient = problem.gradient(1e-12).gradient
+    for tol in (1e-1, 1e-2, 1e-3, 1e-4, 1e-6):
+        problem.u, problem.w = problem.f, torch.zeros_like(problem.f)
+        now = problem.gradient(tol)
+        print(
+            tol,
+            now.loss,
+            now.lower,
+            true,
+            now.upper,
+            now.gradient_error,
+            ((now.gradient - gradient).norm() / gradient.norm()).item(),
+        )
+        assert now.lower <= true <= now.upper
