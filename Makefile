@@ -122,6 +122,7 @@ bench: $(INSTALLED) ## times beside other implementations and of stacks, errors,
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_stacks.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_tolerances.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_reproducibility.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_upper_level.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_pylopt.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_published.py
 

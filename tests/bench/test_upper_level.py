@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -55,44 +56,35 @@ METHODS = {
 }
 
 
+@pytest.fixture(scope="module")
+def minimum() -> float:
+    """Loss that L-BFGS reaches over the weights alone."""
+    model, solver = make_model(weights_alone=True), Anderson(1e-9, 500, 10)
+    options: dict[str, Any] = {"solver": solver, "precondition": True, "warm_start": True}
+    Training(model, IMAGES, NOISE, epochs=8, optimizer=LBFGS(), **options).run()
+    problem = Problem(model, IMAGES, NOISE)
+    return exact(problem, problem.theta())
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_the_minimum_is_that_of_lbfgs(name: str) -> None:
-    model = make_model(weights_alone=True)
-    solver = Anderson(1e-9, 500, 10)
-    Training(
-        model, IMAGES, NOISE, epochs=40, optimizer=LBFGS(), solver=solver, precondition=True, warm_start=True
-    ).run()
-    reference = Problem(model, IMAGES, NOISE)
+def test_the_minimum_is_that_of_lbfgs(name: str, minimum: float) -> None:
+    """To a thousandth of what there is to gain."""
     problem = Problem(make_model(weights_alone=True), IMAGES, NOISE)
-    start, best = exact(problem, problem.theta()), exact(reference, reference.theta())
-    end = exact(problem, run(problem, METHODS[name], 60)[-1])
-    print(name, start, best, end, (end - best) / (start - best))
-    assert abs(end - best) <= 1e-3 * (start - best)
+    start = exact(problem, problem.theta())
+    end = exact(problem, run(problem, METHODS[name], 40)[-1])
+    assert abs(end - minimum) <= 1e-3 * (start - minimum)
 
 
 def test_maid_never_accepts_a_step_that_raises_the_exact_loss() -> None:
     problem = Problem(make_model(), IMAGES, NOISE)
-    path = run(problem, METHODS["maid"], 60)
+    path = run(problem, METHODS["maid"], 30)
     losses = torch.tensor([exact(problem, theta) for theta in path], dtype=torch.float64)
-    print(losses, losses.diff().max())
-    assert (losses.diff() <= 1e-9).all()
-    assert losses[-1] < losses[0] / 1.5
+    assert (losses.diff() <= 1e-12).all()
+    assert losses[-1] < 0.97 * losses[0]
 
 
-def test_bounds_hold_at_every_accuracy() -> None:
+@pytest.mark.parametrize("tol", [1e-1, 1e-3, 1e-6])
+def test_the_bounds_enclose_the_exact_loss(tol: float) -> None:
     problem = Problem(make_model(), IMAGES, NOISE)
-    true = exact(problem, problem.theta())
-    gradient = problem.gradient(1e-12).gradient
-    for tol in (1e-1, 1e-2, 1e-3, 1e-4, 1e-6):
-        problem.u, problem.w = problem.f, torch.zeros_like(problem.f)
-        now = problem.gradient(tol)
-        print(
-            tol,
-            now.loss,
-            now.lower,
-            true,
-            now.upper,
-            now.gradient_error,
-            ((now.gradient - gradient).norm() / gradient.norm()).item(),
-        )
-        assert now.lower <= true <= now.upper
+    approximate = problem.loss(tol)
+    assert approximate.lower <= exact(problem, problem.theta()) <= approximate.upper
