@@ -45,8 +45,11 @@ BUDGET = 800.0
 MARKS = (0.0, 50.0, 100.0, 200.0, 400.0, 600.0, BUDGET)
 """Evaluations that a method has, and those after which it is measured."""
 
-RATES = (0.003, 0.01, 0.03)
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """Learning rates of Adam; the others' first steps are as long as Adam's. L-BFGS has none."""
+
+TRIED = slice(1, 4)
+"""Rates that are tried first; then neighbours of the best one until it is between two worse ones."""
 
 EXACT = 1e-8
 """Tolerance of the exact loss."""
@@ -60,8 +63,9 @@ LINES += [(method, tol) for method in ("MAID", "HOAG") for tol in (1e-2, 1e-4)]
 """Methods with their tolerance, the first one where it changes. In short trials L-BFGS and descent did not
 leave their start at 1e-2, where Adam was fastest."""
 
-LOOKS = {"L-BFGS": ("k", "-"), "MAID": ("#d55e00", "--"), "Adam": ("#0072b2", "-.")}
-LOOKS |= {"descent": ("#999999", "-"), "HOAG": ("#56b4e9", ":")}
+LOOKS = {"L-BFGS": ("k", "-", "o"), "Adam": ("#0072b2", "-.", "s"), "HOAG": ("#56b4e9", ":", "v")}
+LOOKS |= {"descent": ("#999999", "-", "D"), "MAID": ("#d55e00", "--", "^")}
+"""Color, line and marker of each method."""
 
 
 class Spent(Exception):
@@ -136,58 +140,67 @@ def measure(method: str, tol: float, rate: float, seed: int) -> list[dict[str, A
         problem.move(state.theta)
         loss = problem.loss(EXACT).loss
         rows.append(
-            {"method": method, "tol": tol, "seed": seed, "evaluations": mark, "rate": rate}
-            | {"iterations": index, "seconds": state.seconds, "loss": loss}
+            {"method": method, "tol": tol, "seed": seed, "evaluations": mark}
+            | {"rate": float("nan") if method == "L-BFGS" else rate, "iterations": index}
+            | {"seconds": state.seconds, "loss": loss}
             | {"dB": psnr(torch.tensor(loss)).item(), "ended": ended}
         )
     return rows
 
 
-def tune() -> pd.DataFrame:
-    """Return the dB at the end of each line for each rate, on the seed of the tuning."""
-    rows = []
+def tune() -> pd.Series:
+    """Return the dB at the end by method, tolerance and rate, on the seed of the tuning."""
+    dB: dict[tuple[str, float, float], float] = {}
+
+    def attempt(method: str, tol: float, rate: float) -> None:
+        if (method, tol, rate) not in dB:
+            dB[method, tol, rate] = measure(method, tol, rate, TUNING)[-1]["dB"]
+
     for method, tol in tqdm(LINES, desc="rates"):
-        for rate in RATES[: 1 if method == "L-BFGS" else None]:
-            rows.append(measure(method, tol, rate, TUNING)[-1])
-    return pd.DataFrame(rows).pivot_table(index=["method", "tol"], columns="rate", values="dB")
+        for rate in RATES[:1] if method == "L-BFGS" else RATES[TRIED]:
+            attempt(method, tol, rate)
+    for method in set(LOOKS) - {"L-BFGS"}:
+        tried = 0
+        while tried < len(dB):
+            tried = len(dB)
+            _, tol, rate = max((key for key in dB if key[0] == method), key=lambda key: dB[key])
+            index = RATES.index(rate)
+            for neighbour in RATES[max(index - 1, 0) : index + 2]:
+                attempt(method, tol, neighbour)
+    return pd.Series(dB, name="dB").rename_axis(["method", "tol", "rate"])
 
 
-def summary(table: pd.DataFrame, best: dict[str, float]) -> pd.DataFrame:
-    """Return each line's dB at the end, and how far MAID and L-BFGS are ahead of it, with 95 % intervals."""
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Return each method's end, and how far MAID and L-BFGS are ahead of it, with 95 % intervals."""
     final = table[table["evaluations"] == BUDGET]
-    by_seed = final.pivot_table(index="seed", columns=["method", "tol"], values="dB")
-    cost = final.groupby(["method", "tol"])[["iterations", "seconds"]].mean()
-    rows = []
-    for method, tol in LINES:
-        row = {"method": method, "tol": tol, "chosen": best[method] == tol, **cost.loc[(method, tol)]}
-        row["dB"] = by_seed[method, tol].mean()
-        for leader in ("MAID", "L-BFGS"):
-            ahead = by_seed[leader, best[leader]] - by_seed[method, tol]
-            half = stats.t.ppf(0.975, len(ahead) - 1) * ahead.sem()
-            row |= {f"{leader} ahead": ahead.mean(), f"{leader} low": ahead.mean() - half}
-            row |= {f"{leader} high": ahead.mean() + half}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    by_seed = final.pivot_table(index="seed", columns="method", values="dB")
+    means = final.groupby("method")[["tol", "rate", "iterations", "seconds", "dB"]].mean()
+    for leader in ("MAID", "L-BFGS"):
+        ahead = -by_seed.sub(by_seed[leader], axis=0)
+        half = stats.t.ppf(0.975, len(ahead) - 1) * ahead.sem()
+        means[f"{leader} ahead"] = ahead.mean()
+        means[f"{leader} low"], means[f"{leader} high"] = ahead.mean() - half, ahead.mean() + half
+    return means
 
 
-def draw(table: pd.DataFrame, best: dict[str, float]) -> bytes:
+def draw(table: pd.DataFrame, tuning: pd.Series) -> bytes:
     with plt.rc_context(STYLE):
         figure, (left, middle, right) = plt.subplots(
             1, 3, figsize=(TEXT_WIDTH, 2.5), sharey=True, layout="constrained"
         )
-        for method, (color, style) in LOOKS.items():
-            lines = table[table["method"] == method]
-            run = lines[lines["tol"] == best[method]]
-            mean = run.groupby("evaluations")[["seconds", "dB"]].mean()
+        for method, (color, style, marker) in LOOKS.items():
+            mean = table[table["method"] == method].groupby("evaluations")[["seconds", "dB"]].mean()
             look: dict[str, Any] = {"color": color, "linestyle": style, "label": method}
+            look |= {"marker": marker, "markersize": 3, "linewidth": 1.2}
             left.plot(mean.index, mean["dB"], **look)
             middle.plot(mean["seconds"], mean["dB"], **look)
-            final = lines[lines["evaluations"] == BUDGET].groupby("tol")["dB"].mean()
-            right.semilogx(final.index, final, marker="o", markersize=3, **look)
-        left.set(xlabel="evaluations", ylabel="training PSNR, dB")
-        middle.set(xlabel="seconds of one core")
-        right.set(xlabel="tolerance, fixed or first")
-        left.legend(loc="lower right")
+            best = tuning[method].groupby("tol").max()
+            right.semilogx(best.index, best, **look)
+        left.set(xlabel="evaluations", ylabel="training PSNR, dB", title="five seeds")
+        middle.set(xlabel="seconds of one core", title="five seeds")
+        right.set(xlabel="tolerance, fixed or first", title="tuning: after all evaluations")
+        left.set_ylim(bottom=table.loc[table["evaluations"] == 0, "dB"].mean())
+        right.legend(loc="lower center", ncols=2, columnspacing=1)
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=200, metadata={"Software": None})
         plt.close(figure)
@@ -196,18 +209,16 @@ def draw(table: pd.DataFrame, best: dict[str, float]) -> bytes:
 
 def main() -> None:
     tuning = tune()
-    save("upper_level_tuning", tuning, digits=5, seed=TUNING)
-    rates = tuning.idxmax(axis=1)
-    best = dict(tuning.max(axis=1).sort_values().index)
+    save("upper_level_tuning", tuning.to_frame(), digits=5, seed=TUNING)
+    chosen = sorted(tuning.groupby("method").idxmax())
     rows: list[dict[str, Any]] = []
     for seed in tqdm(SEEDS, desc="upper level"):
-        for method, tol in LINES:
-            rows += measure(method, tol, rates[method, tol], seed)
+        for method, tol, rate in chosen:
+            rows += measure(method, tol, rate, seed)
     table = pd.DataFrame(rows)
     save("upper_level", table.set_index(["method", "tol", "seed", "evaluations"]), digits=6)
-    final = summary(table, best).set_index(["method", "tol"])
-    pictures = {"upper_level.png": draw(table, best)}
-    save("upper_level_summary", final, digits=6, pictures=pictures, tie=TIE)
+    pictures = {"upper_level.png": draw(table, tuning)}
+    save("upper_level_summary", summary(table), digits=6, pictures=pictures, tie=TIE)
 
 
 if __name__ == "__main__":
