@@ -1,6 +1,6 @@
 """Adapters to DeepInverse: its physics as `K`, its priors as fields and fields as its priors, reconstructors.
 
-DeepInverse (Tachella et al., JOSS 10(115), 2025) is imported in this module alone: that takes seconds.
+DeepInverse (Tachella et al., JOSS 10(115), 2025) is imported in this module alone: the import takes seconds.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PhysicsOperator:
     def __init__(self, physics: Any) -> None:
         if not isinstance(physics, deepinv.physics.LinearPhysics):
             raise ValueError(
-                f"physics: got {type(physics).__name__}, allowed: a LinearPhysics of DeepInverse"
+                f"`physics` must be a LinearPhysics of DeepInverse, got {type(physics).__name__}."
             )
         self.physics = physics
 
@@ -153,13 +153,13 @@ class Reconstructor(deepinv.models.Reconstructor):
     """A model as a reconstructor of DeepInverse, for its trainer and its metrics.
 
     Images of DeepInverse are in [0, 1]: `x = (u + 1) / 2`. In the units of `u` its data `y` are `2 y - A 1`,
-    and noise of standard deviation `s` has `2 s`. Gradients are implicit ones. In training mode each call
+    and noise of standard deviation `s` has `2 s`. Gradients are implicit. In training mode each call
     updates the norms of normalized kernels (`FixedPointModel.refresh`).
 
     Args:
         model: such as `run.model()`. Its `K` is not used; its `lambda` fits the noise of its training.
-        solver: of the fixed point.
-        adjoint_solver: of the adjoint equation; None is `solver`.
+        solver: solver of the fixed point.
+        adjoint_solver: solver of the adjoint equation; None uses `solver`.
         norm: upper bound of the norm of the physics (see `with_operator`).
 
     Attributes:

@@ -154,7 +154,7 @@ class FixedPointModel(nn.Module):
         """
         field, conv = self.regularizer, isinstance(self.regularizer, ConvFieldsOfExperts)
         if (conv and isinstance(self.operator, Mask)) or not (conv or getattr(field, "C", field) is None):
-            raise ValueError("preconditioner: allowed for tied dense weights, and for kernels without a mask")
+            raise ValueError("A preconditioner requires tied dense weights, or kernels without a mask.")
         curvature = field.activation.steepest / 2 * field.curvature(shape)
         tau, lam, gamma = (value[..., None, None] for value in (self.tau, self.lam, self.gamma))
         if conv:

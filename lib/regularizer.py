@@ -251,21 +251,17 @@ class FieldsOfExperts(nn.Module, ABC):
         return p * self.activation.steepest
 
     def require(self, f: Tensor) -> None:
-        """Check that the weights can act on `K^T f`.
-
-        Raises:
-            ValueError: the shape is another one; the message has the expected one.
-        """
+        """Raise ValueError unless the weights can act on images of the shape of `f`."""
         stack = tuple(self.A.shape[: -self.weight_dims])
         pixels = self.A.shape[-1] if self.weight_dims == 2 else None
         fits = f.dim() == len(stack) + 4 and f.shape[: len(stack)] == stack
         if pixels is None:
             fits, size = fits and f.shape[-3] == 1, "C = 1"
         else:
-            fits, size = fits and f.shape[-3:].numel() == pixels, f"C H W = {pixels}, as the weights have it"
+            fits, size = fits and f.shape[-3:].numel() == pixels, f"C H W = {pixels}"
         if not fits:
             layout = ", ".join([*map(str, stack), "N", "C", "H", "W"])
-            raise ValueError(f"images: got {tuple(f.shape)}, allowed: ({layout}) with {size}")
+            raise ValueError(f"Images must have shape ({layout}) with {size}, got {tuple(f.shape)}.")
 
     def field(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
         """Return `gamma C^T sigma(A u + b)`, which is `grad R(u)` when `C = A`.

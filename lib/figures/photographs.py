@@ -89,7 +89,7 @@ def get_runs_and_ours(
     papers = [face_configs(profile, task, **values | {"seed": number}) for number in numbers]
     ours = range(start, start + our_seeds)
     if train:
-        # The slow ones first, so that no process waits for one of them in the end.
+        # Slow runs first, so that no process waits for one at the end.
         of_all = sorted((c for same in papers for c in same.values()), key=lambda config: -config.filters)
         train_runs([*of_all, *_our_configs(profile, task, ours, **common)], results)
     of_seeds = runs_by_seed({name: [same[name] for same in papers] for name in papers[0]}, results, train)
@@ -126,7 +126,7 @@ def photograph_by_photograph(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
 
 
 def ahead_of(table: pd.DataFrame) -> pd.DataFrame:
-    """Return medians of `photograph_by_photograph`, and how far each method is ahead of total variation.
+    """Return the medians of `photograph_by_photograph` and the gain over total variation by method.
 
     Returns:
         A row for each method: the medians of `psnr` (dB) and `ssim` over photographs and seeds; and in dB
@@ -159,7 +159,7 @@ def starting_weights(run: Run, results: Results = None, train: bool = True) -> W
 
 
 def with_weights(run: Run, weights: Weights, status: str) -> Run:
-    """Return a run's model with other weights, which the status names."""
+    """Return a run with other weights, described by its status."""
     return replace(run, weights=weights, status=status, reason="", history=pd.DataFrame())
 
 
@@ -168,11 +168,11 @@ def total_variation(config: FacesConfig, observed: Tensor) -> tuple[Tensor, str]
     """Reconstruct data by total variation with the weight that is best on training images.
 
     Args:
-        config: gives the task, the noise and the training images.
+        config: task, noise and training images.
         observed: data, `(N, H, W)`.
 
     Returns:
-        The reconstructions, `(N, 1, H, W)`, and the weight in words.
+        The reconstructions, `(N, 1, H, W)`, and the weight as text.
     """
     truth, f = tuning_data(config)
     weight = best_tv_weight(config, f, truth)
@@ -187,14 +187,13 @@ ZOOM = (0.42, 0.6, 0.07, 0.5)
 def photograph_figure(
     result: Reconstructions, rows: Sequence[Mapping[str, Mapping[str, str]]], profile: str, image: int = 0
 ) -> Figure:
-    """One test image in rows of reconstructions, each over its enlarged `ZOOM` and its PSNR and SSIM.
+    """Draw rows of reconstructions of a test image, each over its enlarged `ZOOM`, PSNR and SSIM.
 
     A frame has the colour of its model.
 
     Args:
-        result: what to show.
-        rows: in each row, by heading, the names of the images (`truth`, `input`, or an output's) with their
-            titles.
+        result: reconstructions.
+        rows: titles of images by name (`truth`, `input`, or an output's) and heading, for each row.
         profile: name of the profile, for the line below.
         image: index of the test image.
     """
@@ -239,13 +238,13 @@ def photograph_figure(
 
 
 def quality(image: Tensor, truth: Tensor) -> str:
-    """Return PSNR and SSIM of an image `(H, W)` in words."""
+    """Return PSNR and SSIM of an image `(H, W)` as text."""
     measured = image_quality(image[None, None], truth[None, None])
     return f"{measured['psnr'].item():.1f} dB, SSIM {measured['ssim'].item():.2f}"
 
 
 def distance(weights: Weights) -> float:
-    """`||A - C|| / ||A||` of kernels; 0 where they are tied."""
+    """Return `||A - C|| / ||A||` of kernels; 0 if they are tied."""
     A, C = weights["A"], weights.get("C", weights["A"])
     return float(torch.linalg.vector_norm(A - C) / torch.linalg.vector_norm(A))
 
@@ -292,7 +291,7 @@ def kernel_figure(run: Run, before: Weights, profile: str, chosen: Sequence[int]
 
 
 def kernel_table(run: Run, before: Weights) -> pd.DataFrame:
-    """Norms of the kernels on the training's images, and how far `C` is from `A`, before and after."""
+    """Return norms of the kernels on images, and the distance of `C` from `A`, before and after training."""
     shape = image_shape(run.config)
     direction = torch.randn(1, 1, *shape, generator=generator(0, "direction of the check"))
     rows = {}
@@ -308,7 +307,7 @@ def kernel_table(run: Run, before: Weights) -> pd.DataFrame:
 
 
 def check_kernels(run: Run, table: pd.DataFrame) -> None:
-    """Check that kernels are normalized and tied where they should be, and print it."""
+    """Check the norms of kernels and whether they are tied, and print the results."""
     for name in (name for name in run.weights if name != "lam"):
         worst = (table[f"norm of {name}"] / GRADIENT_NORM - 1).abs().max()
         assert worst <= 0.01, f"norm of {name}: {table[f'norm of {name}'].tolist()}, not {GRADIENT_NORM}"

@@ -50,7 +50,7 @@ class Reconstructions:
 
 
 def test_data(config: Config) -> tuple[Tensor, Tensor]:
-    """True test images `u` and their data `f`, `(N, 1, H, W)`."""
+    """Return the test images `u` and their data `f`, `(N, 1, H, W)`."""
     truth = load_images(config)["test"]
     return truth, observe(make_operator(config), truth, torch.tensor(config.noise), test_noise(config))
 
@@ -86,7 +86,7 @@ def reconstruct(runs: Mapping[str, Run]) -> Reconstructions:
 
 
 def image_quality(images: Tensor, truth: Tensor) -> dict[str, Any]:
-    """PSNR (dB), SSIM and mean squared error, `(N,)` each, of images `(N, 1, H, W)`."""
+    """Return PSNR (dB), SSIM and mean squared error, `(N,)` each, of images `(N, 1, H, W)`."""
     mse = (images - truth).square().mean((-3, -2, -1))
     pairs = zip(images[:, 0].numpy(), truth[:, 0].numpy(), strict=True)
     ssim = [skimage.metrics.structural_similarity(u, v, data_range=2) for u, v in pairs]
@@ -108,7 +108,7 @@ def with_images(result: Reconstructions, name: str, images: Tensor) -> Reconstru
 
 
 def training_table(runs: Mapping[str, Run]) -> pd.DataFrame:
-    """Return for a page how each training ended, a row per run."""
+    """Return the status, time and losses of each run for a page."""
     last = [run.history.iloc[-1] if len(run.history) else pd.Series(dtype=float) for run in runs.values()]
     table = pd.DataFrame(last, index=list(runs)).reindex(columns=["seconds", "train_loss", "test_loss"])
     table.insert(0, "ending", [ending(run) for run in runs.values()])
@@ -121,16 +121,12 @@ def ending(run: Run) -> str:
 
 
 TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "steps": "solver steps", "unconverged": "share unconverged"}
-TITLES |= {
-    "ending": "training",
-    "seconds": "time, s",
-    "train_loss": "training loss",
-    "test_loss": "test loss",
-}
+TITLES |= {"ending": "training", "seconds": "time, s"}
+TITLES |= {"train_loss": "training loss", "test_loss": "test loss"}
 TITLES |= {"bilevel": "bilevel, dB", "deq": "DEQ, dB", "deq tied": "DEQ from C = A, dB", "ahead": "ahead, dB"}
 TITLES |= {"tied ahead": "DEQ from C = A ahead, dB", "low": "95 % interval from, dB", "high": "to, dB"}
 DIGITS = {"ssim": 3, "steps": 0, "seconds": 0, "train_loss": 4, "test_loss": 4}
-"""Titles of columns on a page, and to how many digits their numbers are rounded where it is not two."""
+"""Titles of columns on a page, and their numbers of digits if not two."""
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -147,7 +143,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 SPREAD = 4.0
-"""Largest distance of two solves of a test set, in tolerances: eight times that of AVX2 and no AVX."""
+"""Largest distance of two solves of a test set, in tolerances: eight times that of AVX2 from no AVX."""
 
 
 def keeps_loss(result: Reconstructions, name: str, loss: float, unconverged: float) -> bool:
@@ -214,9 +210,9 @@ def later_seeds(runs: Mapping[str, Sequence[Run]]) -> dict[str, Run]:
 
 
 def seed_by_seed(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
-    """Return the final `test_psnr` (dB) of each arm and seed, and by how much the DEQs are ahead of bilevel.
+    """Return the final `test_psnr` (dB) of each arm and seed, and the DEQs' gains over bilevel.
 
-    A run that did not complete has how it ended in the place of a number, such as `diverged in epoch 3`.
+    A run that did not complete has its `ending` instead of a number, such as `diverged in epoch 3`.
     """
 
     def cell(run: Run) -> Any:
@@ -232,14 +228,14 @@ def seed_by_seed(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
 
 
 def check_weights(runs: Mapping[str, Run]) -> None:
-    """Check that only the DEQs have a `C` of their own, and print it."""
+    """Check that only the DEQs have a `C` of their own, and print the results."""
     for name, run in runs.items():
         assert ("C" in run.weights) == (run.config.model == "deq"), f"{name}: weights"
         print(f"{name}: C is {'a parameter of its own' if 'C' in run.weights else 'tied to A'}")
 
 
 def check_reconstructions(result: Reconstructions) -> None:
-    """Check noise, weights and test losses of reconstructions, and print it."""
+    """Check the noise, weights and test losses of reconstructions, and print the results."""
     config = next(iter(result.runs.values())).config
     operator = make_operator(config)
     noise = (result.observed[:, None] - operator.forward(result.truth[:, None])).std().item()

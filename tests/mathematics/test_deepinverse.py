@@ -254,5 +254,7 @@ def test_a_step_is_made_for_the_norm() -> None:
 
 
 def test_a_nonlinear_physics_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^physics: got Identity, allowed: a LinearPhysics of DeepInverse$"):
+    with pytest.raises(
+        ValueError, match=r"^`physics` must be a LinearPhysics of DeepInverse, got Identity\.$"
+    ):
         PhysicsOperator(Identity())

@@ -245,7 +245,7 @@ def test_members_without_a_preconditioner_have_the_identity() -> None:
     identity = torch.eye(PIXELS, dtype=torch.float64)
     assert [torch.equal(member, identity) for member in P] == [False, True, True]
     for kind, operator, tied in (("relu", "identity", False), ("kernels", "mask", True)):
-        with pytest.raises(ValueError, match="preconditioner: allowed for tied"):
+        with pytest.raises(ValueError, match="A preconditioner requires tied"):
             make_problem(kind, operator, tied).build()[0].preconditioner(SHAPE)
 
 
@@ -298,5 +298,5 @@ def test_data_of_another_size_are_refused(shape: list[int]) -> None:
         if fit:
             assert fixed_point(model.problem(f), f, PlainIteration(max_steps=1)).value.shape == f.shape
         else:
-            with pytest.raises(ValueError, match=r"^images: got .*, allowed: \(N, C, H, W\) with "):
+            with pytest.raises(ValueError, match=r"^Images must have shape \(N, C, H, W\) with .*, got "):
                 model.problem(f)
