@@ -10,4 +10,4 @@ if sys.argv[:1] == ["-m"]:
     import resource
 
     if 0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < 3e9:
-        sys.exit("ulimit -v: allowed: unlimited, or at least 3000000, which torch and its threads need")
+        sys.exit("`ulimit -v` must be unlimited or at least 3000000 for torch and its threads.")

@@ -38,7 +38,9 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
-        raise RuntimeError("implicit_fixed_point: got a second derivative, allowed: first derivatives")
+        raise RuntimeError(
+            "`implicit_fixed_point` must be differentiated only once, got a second derivative."
+        )
 
 
 class _Implicit(torch.autograd.Function):

@@ -201,7 +201,7 @@ def difference_kernels(order: int, count: int, side: int) -> Tensor:
     differences = _differences(order, side)
     if count > len(differences):
         raise ValueError(
-            f"filters: got {count}, allowed: at most {len(differences)} differences of {side}x{side}"
+            f"`count` must be at most {len(differences)} for kernels of {side}x{side}, got {count}."
         )
     kernels = torch.zeros(count, side, side)
     for kernel, corners in zip(kernels, differences, strict=False):

@@ -57,7 +57,7 @@ class Mask:
     def forward(self, u: Tensor) -> Tensor:
         if u.shape[-2:] != self.mask.shape:
             got, size = ("x".join(map(str, shape)) for shape in (u.shape[-2:], self.mask.shape))
-            raise ValueError(f"images: got {got} pixels, allowed: the mask's {size}")
+            raise ValueError(f"Images must have the mask's {size} pixels, got {got}.")
         # Moved once: a copy from another device would wait for all that this one still has to do.
         key = (u.dtype, u.device)
         if key not in self._moved:
@@ -96,7 +96,9 @@ class CircularBlur:
             height, width = u.shape[-2:]
             p, q = self.kernel.shape
             if p > height or q > width:
-                raise ValueError(f"blur kernel: got {p}x{q}, allowed: at most the image's {height}x{width}")
+                raise ValueError(
+                    f"Images must have at least the kernel's {p}x{q} pixels, got {height}x{width}."
+                )
             padded = torch.zeros(height, width, dtype=u.dtype, device=u.device)
             padded[:p, :q] = self.kernel.to(padded)
             centred = padded.roll((-(p // 2), -(q // 2)), dims=(0, 1))

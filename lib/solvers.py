@@ -177,7 +177,7 @@ class _OnRunning:
         if self.restrict is None or running.all():
             step = self.step_map(u.view(self.shape))
             if step.shape != self.shape:
-                raise ValueError(f"T: got values of {tuple(step.shape)}, allowed: u0's {tuple(self.shape)}")
+                raise ValueError(f"`T` must keep the shape {tuple(self.shape)}, got {tuple(step.shape)}.")
             self.last = step.flatten(-3)
         else:
             still = running.view(-1, self.shape[-4]).any(0).nonzero().squeeze(1)
@@ -229,8 +229,7 @@ def fixed_point(problem: FixedPointProblem | StepMap, u0: Tensor, solver: Solver
     least = 4 if problem.restrict else 3
     if u0.dim() < least or not u0.is_floating_point():
         layout = "(..., N, C, H, W)" if problem.restrict else "(..., C, H, W)"
-        got = f"{tuple(u0.shape)} of {u0.dtype}".replace("torch.", "")
-        raise ValueError(f"u0: got {got}, allowed: {layout} of floating point numbers")
+        raise ValueError(f"`u0` must be a floating point {layout}, got {tuple(u0.shape)} of {u0.dtype}.")
     u = u0.reshape(-1, u0.shape[-3:].numel()).clone()
     accelerate, evaluate = solver.start(u), _OnRunning(problem, u0)
     n, evaluations, limit = u.shape[0], 0, torch.empty(0)

@@ -230,10 +230,10 @@ class Training:
         self.members = [History() for _ in range(model.tau.numel())]
         self.alive = list(range(len(self.members)))
         if self.steps_per_epoch > 1 and isinstance(optimizer, LBFGS):
-            raise ValueError(f"batch_size: got {batch_size}, allowed: all images, for L-BFGS")
+            raise ValueError(f"`batch_size` must be all images for L-BFGS, got {batch_size}.")
         if isinstance(optimizer, LBFGS):
             if len(self.members) > 1:
-                raise ValueError(f"model: got a stack of {len(self.members)}, allowed: one model for L-BFGS")
+                raise ValueError(f"`model` must be a single model for L-BFGS, got {len(self.members)}.")
             search = (1.0, 1, optimizer.evaluations, 0.0, 0.0, optimizer.memory, "strong_wolfe")
             self.optimizer: torch.optim.Optimizer = torch.optim.LBFGS(model.parameters(), *search)
         else:
@@ -477,7 +477,7 @@ class Training:
         """
         self.epoch = states[0]["epoch"]
         if any(state["epoch"] != self.epoch for state in states):
-            raise ValueError(f"checkpoints of a stack are of one epoch, got {[s['epoch'] for s in states]}")
+            raise ValueError(f"Checkpoints must be of one epoch, got {[s['epoch'] for s in states]}.")
         self.step = self.epoch * self.steps_per_epoch
 
         def joined(slices: Sequence[Tensor]) -> Tensor:

@@ -67,9 +67,7 @@ def one_config(profile: str, pairs: Sequence[tuple[str, str]]) -> Config:
     config = make(profile, task, **values)
     idle = {"learning_rate", "final_learning_rate", "schedule"} & values.keys()
     if idle and getattr(config, "optimizer", "adam") == "lbfgs":
-        raise ConfigError(
-            f"{min(idle)}: got a value, allowed: none with optimizer = lbfgs, which has no such"
-        )
+        raise ConfigError(f"`{min(idle)}` must be left out with optimizer = lbfgs.")
     # None is the profile's own value in `make`; here it was asked for, such as no `patience`.
     nothing = {name: None for name, value in values.items() if value is None}
     return kind(**dict(config) | nothing)

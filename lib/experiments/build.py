@@ -54,7 +54,7 @@ Weights = dict[str, Tensor]
 def require_device(config: TrainingConfig, device: torch.device) -> None:
     """Raise `ConfigError` for a configuration that a device cannot train."""
     if config.precision == "tf32" and device.type != "cuda":
-        raise ConfigError("precision: got 'tf32', allowed: float32 where there is no GPU")
+        raise ConfigError("`precision` must be float32 without a GPU, got 'tf32'.")
 
 
 def shared(config: Config) -> Config:
@@ -78,7 +78,7 @@ def make_training(
     """
     config, device = configs[0], torch.device(device)
     if any(shared(other) != shared(config) for other in configs):
-        raise ValueError(f"a stack's members may differ in {', '.join(STACKED)} only")
+        raise ValueError(f"Members of a stack must differ in {', '.join(STACKED)} only.")
     require_device(config, device)
     images = {split: tensor.to(device) for split, tensor in load_images(config).items()}
     lbfgs = isinstance(config, FacesConfig) and config.optimizer == "lbfgs"
@@ -169,7 +169,7 @@ def make_operator(config: Config, shape: tuple[int, int] | None = None) -> Opera
         return Mask((central_block_mask if faces else top_rows_mask)(height, width))
     blur = config.blur if isinstance(config, FacesConfig) else BLUR_SIDE
     if blur > min(height, width):
-        raise ConfigError(f"blur: got {blur}, allowed: at most the images' {min(height, width)} pixels")
+        raise ConfigError(f"`blur` must be at most {min(height, width)} for these images, got {blur}.")
     return CircularBlur(diagonal_motion_kernel(blur))
 
 
@@ -199,7 +199,7 @@ def make_model(configs: Sequence[Config], start: Weights | None = None) -> Fixed
         A = initial_kernels(first)
         start = {"A": A, "C": A}
     if start is None:
-        raise ValueError("start: got None, allowed: the weights of the run that `initial` names")
+        raise ValueError("`start` must be the weights of the run in `initial`, got None.")
     numbers = {name: torch.tensor([getattr(c, name) for c in configs]) for name in ("tau", "lam", "gamma")}
     weights = {name: stacked(weight) for name, weight in start.items()}
     direction = stacked(torch.randn(1, 1, *shape, generator=generator(first.seed, "direction")))

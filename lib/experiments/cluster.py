@@ -92,7 +92,7 @@ def job_options(cluster: str, pairs: Sequence[tuple[str, str]]) -> Jobs | None:
     require_name("cluster", cluster, ("none", "local", "slurm"))
     for name in dict(pairs):
         if cluster == "none" or (cluster == "local" and name != "jobs"):
-            raise ConfigError(f"{named(name)}: not an option of jobs with CLUSTER={cluster}")
+            raise ConfigError(f"`{named(name)}` is not an option of jobs with CLUSTER={cluster}.")
     return None if cluster == "none" else Jobs(**dict[str, Any](pairs) | {"cluster": cluster})
 
 

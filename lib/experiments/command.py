@@ -38,11 +38,9 @@ class Parser(argparse.ArgumentParser):
             if rest[-1] in flags:
                 flag, name, value, more = rest.pop(), operand(), operand(), operand()
                 if name is None or value is None:
-                    raise ConfigError(f"{name or flag}: got no value, allowed: {flag} NAME VALUE")
+                    raise ConfigError(f"`{name or flag}` must have a value: {flag} NAME VALUE.")
                 if more is not None:
-                    raise ConfigError(
-                        f"{name}: got {value} {more}, allowed: one value, in quotes: '{value} {more}'"
-                    )
+                    raise ConfigError(f"`{name}` must be one value; quote it: '{value} {more}'.")
                 pairs[flag.lstrip("-")].append((name, value))
         return argparse.Namespace(**vars(self.parse_args(rest)), **pairs)
 

@@ -1,4 +1,4 @@
-"""What a run is: one validated, immutable configuration."""
+"""Configurations of runs: validated and immutable."""
 
 from __future__ import annotations
 
@@ -26,11 +26,22 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
+PHRASES = {
+    "greater than or equal to": "a number of at least",
+    "less than or equal to": "a number of at most",
+    "greater than": "a number above",
+    "less than": "a number below",
+    "a valid integer": "an integer",
+    "a valid number": "a number",
+    "a valid boolean": "True or False",
+}
+"""Plain words for those of Pydantic."""
+
 WORDS = {"none": None, "true": True, "false": False}
 
 
 class ConfigError(ValueError):
-    """A value that makes no sense, in one line: the parameter, what it was and what is allowed."""
+    """Invalid value; the message is one line with the parameter, the accepted values and the value."""
 
 
 class Checked(BaseModel):
@@ -50,20 +61,20 @@ class Checked(BaseModel):
 
 
 def _start(values: dict[str, Any]) -> Literal["zero", "data"]:
-    """The data in denoising; the paper's zero where `K` loses something and a DEQ need not converge."""
+    """Return the start: the data in denoising, else zero as in the paper: a DEQ need not converge there."""
     return "data" if values["task"] == "denoising" else "zero"
 
 
 def _adjoint(values: dict[str, Any]) -> Literal["solved", "neumann"]:
-    """A series where `K` loses something and the equation is ill-conditioned."""
+    """Return the adjoint: a series unless `K` is the identity, because the equation is ill-conditioned."""
     return "solved" if values["task"] == "denoising" else "neumann"
 
 
 class TrainingConfig(Checked):
     """The parameters of every training: model, task, step map, optimizer and solver, with defaults for MNIST.
 
-    The largest values are those that make sense: with more noise the data alone would count as a divergence,
-    a step of Adam is about as long as the learning rate, and larger factors overflow in single precision.
+    The upper bounds exclude noise that alone counts as divergence, learning rates that exceed the images'
+    range, and factors that overflow in single precision.
     """
 
     model: Model = Field("bilevel", description="C = A (bilevel) or C free (deq)")
@@ -73,45 +84,43 @@ class TrainingConfig(Checked):
     gamma: NonNegative = Field(0.1, le=1e6, description="weight of the regularizer")
     lam: Positive = Field(1.0, le=1e6, description="weight lambda of the data term")
     epochs: Count = Field(100, description="passes over the training images")
-    learning_rate: Positive = Field(1e-3, le=10, description="of Adam, at the first step")
-    final_learning_rate: NonNegative = Field(1e-6, description="of Adam, after the last step")
+    learning_rate: Positive = Field(1e-3, le=10, description="learning rate of Adam at the first step")
+    final_learning_rate: NonNegative = Field(1e-6, description="learning rate of Adam after the last step")
     schedule: Literal["cosine", "linear"] = Field("cosine", description="decay of the learning rate")
     test_every: Count = Field(1, description="epochs from one evaluation to the next")
-    solver: Literal["anderson", "plain"] = Field("anderson", description="of both equations")
+    solver: Literal["anderson", "plain"] = Field("anderson", description="solver of both equations")
     adjoint: Literal["solved", "neumann"] = Field(
         default_factory=_adjoint, description="solve the adjoint equation, or sum a Neumann series"
     )
     neumann_steps: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
-        20, description="highest power of the Jacobian in that series; 0 is Jacobian-free"
+        20, description="highest power of the Jacobian in the series; 0 is Jacobian-free"
     )
     adjoint_tol: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="tol of the adjoint equation; None: the same"
+        None, description="tol of the adjoint equation; None: tol"
     )
     precondition: bool = Field(False, description="precondition all solves with the mean curvature")
     start: Literal["zero", "data"] = Field(
         default_factory=_start, description="first iterate of the fixed point"
     )
     tol: Positive = Field(1e-3, le=1, description="relative residual at which a sample has converged")
-    max_steps: Count = Field(50, description="evaluations of the step map in a solve, at most")
+    max_steps: Count = Field(50, description="maximum number of evaluations of the step map in a solve")
     memory: Count = Field(5, le=1_000, description="iterates that Anderson acceleration combines")
     regularization: Positive = Field(1e-4, le=1e6, description="ridge of Anderson acceleration, relative")
     beta: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="mixing of Anderson acceleration")
     patience: Count | None = Field(
-        10, description="evaluations without progress after which a sample is given up; None: never"
+        10, description="evaluations without progress after which a sample stops; None: never"
     )
     precision: Literal["float32", "tf32"] = Field(
-        "float32", description="of products; tf32 rounds the factors, on a GPU only"
+        "float32", description="precision of products; tf32 (GPU only) rounds the factors"
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of all random numbers")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of all random numbers")
     time_budget: Positive = Field(3600.0, le=1e9, description="seconds after which a training is stopped")
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         if self.final_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"final_learning_rate: got {self.final_learning_rate}, allowed: at most "
-                f"learning_rate = {self.learning_rate}"
-            )
+            most = f"learning_rate = {self.learning_rate}"
+            raise ValueError(f"`final_learning_rate` must be at most {most}, got {self.final_learning_rate}.")
         return self
 
 
@@ -125,42 +134,43 @@ def _default(name: str, default: Any) -> Any:
 class RunConfig(TrainingConfig):
     """A training run on MNIST with dense fields of experts. The defaults are the paper's.
 
-    `precondition`, `patience`, `adjoint` and the `start` of denoising are ours. `precondition` takes effect
-    for the bilevel model alone, with a few accelerated steps in place of a Neumann series that is not 0.
-    Where `K` loses something, a free `C` may turn the map into no contraction, and after some steps the
-    residual stays as it is: the steps after that change nothing but the time. There the adjoint equation is
-    ill-conditioned as well. The paper's Anderson acceleration of it has a ridge far above the squares of its
-    residuals and so averages plain iterations: its 50 steps have the hypergradient of some 20 of the Neumann
-    series, which costs less (`results/bench/adjoints.csv`).
+    `precondition`, `patience`, `adjoint` and the `start` of denoising are ours. `precondition` applies to the
+    bilevel model alone, with a few accelerated steps instead of a nonzero Neumann series. If `K` is not
+    injective, the map need not contract with a free `C`, and `patience` saves the steps after the residual
+    stagnates. The adjoint equation is ill-conditioned then: 50 steps of the paper's Anderson acceleration,
+    whose ridge exceeds the squared residuals, have the hypergradient of about 20 terms of the cheaper Neumann
+    series (`results/bench/adjoints.csv`).
     """
 
-    dataset: Literal["mnist"] = Field("mnist", description="where the images come from")
+    dataset: Literal["mnist"] = Field("mnist", description="data set")
     sigma: Literal["relu", "softshrink", "identity"] = Field("relu", description="activation of the experts")
     size: Annotated[int, Field(ge=1, le=MNIST_SIDE)] = Field(
         MNIST_SIDE, description="side in pixels; below 28 MNIST is averaged over blocks"
     )
-    train_images: Annotated[int, Field(ge=1, le=MNIST_TRAIN)] = Field(MNIST_TRAIN, description="how many")
-    test_images: Annotated[int, Field(ge=1, le=MNIST_TEST)] = Field(MNIST_TEST, description="how many")
+    train_images: Annotated[int, Field(ge=1, le=MNIST_TRAIN)] = Field(
+        MNIST_TRAIN, description="number of training images"
+    )
+    test_images: Annotated[int, Field(ge=1, le=MNIST_TEST)] = Field(
+        MNIST_TEST, description="number of test images"
+    )
     batch_size: Count = Field(100, description="images in an optimizer step")
     initial: Literal["independent", "tied"] | RunConfig = Field(
-        "independent", description="C to start from: random numbers of its own, A, or a run's weights"
+        "independent", description="initial C: independent random numbers, A, or the weights of a run"
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if MNIST_SIDE % self.size:
-            raise ValueError(f"size: got {self.size}, allowed: a divisor of {MNIST_SIDE}")
+            raise ValueError(f"`size` must be a divisor of {MNIST_SIDE}, got {self.size}.")
         if self.task == "deblurring" and self.size < BLUR_SIDE:
-            raise ValueError(f"size: got {self.size}, allowed: at least the {BLUR_SIDE} pixels of the blur")
+            raise ValueError(f"`size` must be at least {BLUR_SIDE}, the side of the blur, got {self.size}.")
         if self.batch_size > self.train_images:
-            raise ValueError(
-                f"batch_size: got {shown(self.batch_size)}, allowed: at most train_images = "
-                f"{self.train_images}"
-            )
+            most = f"train_images = {self.train_images}"
+            raise ValueError(f"`batch_size` must be at most {most}, got {self.batch_size}.")
         if self.initial == "tied" and self.model == "bilevel":
-            raise ValueError("initial: got 'tied', allowed: independent for model = bilevel, where C = A")
+            raise ValueError("`initial` must be 'independent' with model = bilevel, where C = A, got 'tied'.")
         if isinstance(self.initial, RunConfig) and self.initial.size != self.size:
-            raise ValueError(f"initial: got weights of size = {self.initial.size}, allowed: {self.size}")
+            raise ValueError(f"`initial` must have size = {self.size}, got {self.initial.size}.")
         return self
 
 
@@ -175,20 +185,22 @@ class FacesConfig(TrainingConfig):
     reduction: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="side of the blocks of pixels over which the images are averaged"
     )
-    train_images: Count = Field(10, description="how many")
-    test_images: Count = Field(10, description="how many")
+    train_images: Count = Field(10, description="number of training images")
+    test_images: Count = Field(10, description="number of test images")
     blur: Annotated[int, Field(ge=1, le=99)] = Field(
         11, description="side of the motion kernel in deblurring"
     )
     filters: Annotated[int, Field(ge=1, le=1_000)] = Field(2, description="number of kernels")
-    filter_size: Annotated[int, Field(ge=3, le=31)] = Field(11, description="their side in pixels, odd")
+    filter_size: Annotated[int, Field(ge=3, le=31)] = Field(
+        11, description="side of the kernels in pixels, odd"
+    )
     initial: Literal["first", "second", "cosine", "random"] | FacesConfig = Field(
-        "random", description="kernels to start from: differences, cosines, random ones or a run's"
+        "random", description="initial kernels: differences, cosines, random ones or those of a run"
     )
     sharpness: Positive = Field(100.0, le=1e6, description="s of sigma(z) = tanh(s z)")
-    learn_weight: bool = Field(False, description="learn lambda too; the step then follows it")
+    learn_weight: bool = Field(False, description="learn lambda too; the step size then depends on it")
     differentiate_norm: bool = Field(False, description="differentiate through the norm of the kernels")
-    optimizer: Literal["adam", "lbfgs"] = Field("adam", description="lbfgs takes an iteration per epoch")
+    optimizer: Literal["adam", "lbfgs"] = Field("adam", description="lbfgs does one iteration per epoch")
     warm_start: bool = Field(
         True, description="images keep their noise, and solves start from the last epoch's solutions"
     )
@@ -216,26 +228,28 @@ class FacesConfig(TrainingConfig):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.precondition and self.task == "inpainting":
-            raise ValueError("precondition: got True, allowed: False in inpainting: a mask is no convolution")
+            raise ValueError(
+                "`precondition` must be False in inpainting: a mask is not a convolution, got True."
+            )
         if self.optimizer == "lbfgs" and not self.warm_start:
-            raise ValueError("optimizer: got 'lbfgs', allowed: with warm_start = True, for one fixed loss")
+            raise ValueError("`optimizer` must be 'adam' with warm_start = False, got 'lbfgs'.")
         if self.filter_size % 2 == 0:
-            raise ValueError(f"filter_size: got {self.filter_size}, allowed: an odd number")
+            raise ValueError(f"`filter_size` must be an odd number, got {self.filter_size}.")
         if self.dataset == "mnist" or not self.dataset or "\0" in self.dataset:
             raise ValueError(f"dataset: got {self.dataset!r}, allowed: faces, natural, celeba or a folder")
         if isinstance(self.initial, str) and self.initial != "random":
-            # Imported here because a value should be refused at once, and torch takes seconds to come.
+            # Imported here: the import of torch takes seconds, and a rejection should not.
             from lib.kernels import count_differences
 
             side, order = self.filter_size, 1 if self.initial == "first" else 2
             most = side**2 - 1 if self.initial == "cosine" else count_differences(order, side)
             if self.filters > most:
-                raise ValueError(f"filters: got {self.filters}, allowed: at most the {most} of that size")
+                raise ValueError(f"`filters` must be at most {most} with that `initial`, got {self.filters}.")
         if isinstance(self.initial, FacesConfig):
             for name in ("model", "filters", "filter_size"):
                 ours, theirs = getattr(self, name), getattr(self.initial, name)
                 if ours != theirs:
-                    raise ValueError(f"initial: got kernels with {name} = {theirs!r}, allowed: {ours!r}")
+                    raise ValueError(f"`initial` must have {name} = {ours!r}, got {theirs!r}.")
         return self
 
 
@@ -244,28 +258,30 @@ def _one_line(error: ValidationError, kind: type[Checked]) -> str:
     for problem in error.errors(include_url=False):
         name = named(problem["loc"][0]) if problem["loc"] else ""
         if problem["type"] == "default_factory_not_called":
-            # A default that follows from the value of another problem.
+            # The default depends on a value that is reported itself.
             continue
-        if not name:
-            said = str(problem["ctx"]["error"])
+        if problem["type"] == "value_error":
+            said = f"`{name}`: " * bool(name) + str(problem["ctx"]["error"])
         elif problem["type"] == "extra_forbidden":
-            said = f"{name}: no such parameter, allowed: {', '.join(kind.model_fields)}"
+            said = f"`{name}` is not a parameter; choose from {', '.join(kind.model_fields)}."
         else:
-            message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-            said = f"{name}: got {shown(problem['input'])}, allowed: {message}"
-        # Of the alternatives of a union the first is named.
+            accepted = problem["msg"].removeprefix("Input should be ").partition(", unable")[0]
+            for words, plain in PHRASES.items():
+                accepted = accepted.replace(words, plain)
+            said = f"`{name}` must be {accepted}, got {shown(problem['input'])}."
+        # For a union, report the first alternative.
         problems.setdefault(name, said)
-    return "; ".join(problems.values())
+    return " ".join(problems.values())
 
 
 def shown(value: object) -> str:
-    """Return a value as it can stand in one short line."""
+    """Return the representation of a value in one short line."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def named(name: object) -> str:
-    """Return a name as it can stand in one short line: quoted if it is empty, long or not printable."""
+    """Return a name for one short line, quoted if it is empty, long or not printable."""
     text = str(name)
     return text if text.isprintable() and 0 < len(text) <= 80 else shown(text)
 
@@ -278,7 +294,7 @@ def described(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if get_origin(annotation) is Literal:
         return " | ".join(map(str, parts))
     if get_origin(annotation) in (Union, UnionType):
-        # Another run's configuration is no value of a command line.
+        # A configuration cannot be passed on a command line.
         return " | ".join(described(part) for part in parts if part not in (RunConfig, FacesConfig))
     limits: dict[str, str] = {}
     for name, value in (item for limit in metadata for item in asdict(limit).items()):
@@ -288,16 +304,16 @@ def described(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 
 def require_name(name: str, value: object, known: Collection[str]) -> None:
-    """Raise `ConfigError` for a value that is none of the known names."""
+    """Raise `ConfigError` unless a value is one of the known names."""
     if not isinstance(value, str) or value not in known:
-        raise ConfigError(f"{name}: got {shown(value)}, allowed: {', '.join(known)}")
+        raise ConfigError(f"`{name}` must be one of {', '.join(known)}, got {shown(value)}.")
 
 
 def require_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raise `ConfigError` for a number outside `[low, high]`."""
+    """Raise `ConfigError` unless a number is in `[low, high]`."""
     if not low <= value <= high:
-        limits = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
-        raise ConfigError(f"{name}: got {shown(value)}, allowed: {limits}")
+        limits = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ConfigError(f"`{name}` must be a number {limits}, got {shown(value)}.")
 
 
 def axis_types() -> dict[str, Any]:
@@ -308,14 +324,14 @@ def axis_types() -> dict[str, Any]:
 def parse_parameters(
     pairs: Sequence[Sequence[str]], types: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return names and values from a command line, each read as what its parameter can be.
+    """Convert names and texts of a command line to values of the types of the parameters.
 
-    Numbers, booleans and None are read where the parameter can be one, and a list in brackets where it can be
-    a list; the rest are texts, which a configuration accepts or refuses.
+    Numbers, booleans, None and lists in brackets are converted if the parameter accepts them; other texts
+    remain texts, which the configuration validates.
 
     Args:
         pairs: names and texts.
-        types: annotations by name, those of a grid's axes when None.
+        types: annotations by name; None takes those of `axis_types`.
     """
     types = axis_types() if types is None else types
     return {name: _value(text, _kinds(types.get(name, str))) for name, text in pairs}

@@ -168,7 +168,7 @@ def grid(profile: str, /, **values: Any) -> list[RunConfig]:
     axes = {name: list(v) if isinstance(v, list | tuple) else [v] for name, v in chosen.items()}
     for name, levels in axes.items():
         if not levels:
-            raise ConfigError(f"{named(name)}: got an empty list, allowed: one value or more")
+            raise ConfigError(f"`{named(name)}` must have at least one value, got an empty list.")
     rows = [dict(zip(axes, levels, strict=True)) for levels in product(*axes.values())]
     for row in rows:
         if row["model"] == "bilevel" and row["initial"] == "tied":

@@ -173,17 +173,15 @@ def stored_kernels(key: str, results: Results = None, **asked: object) -> Run:
     """
     store = _store(results)
     if key not in {path.parent.name for path in store.glob("*/run.json")}:
-        raise ConfigError(f"run: got {shown(key)}, allowed: the key of a run in {store}")
+        raise ConfigError(f"`run` must be the key of a run in {store}, got {shown(key)}.")
     record = _read_json(store / key / "run.json", "run")
     if not isinstance(record_config(record), FacesConfig):
-        raise ConfigError(
-            f"run: got {key}, of digits, allowed: one on photographs: its kernels fit any image"
-        )
+        raise ConfigError(f"`run` must be the key of a run on photographs, got {key} on digits.")
     for name, value in asked.items():
         if value not in (None, has := record["config"][name]):
-            raise ConfigError(f"{name}: got {shown(value)}, allowed: {has}, which run {key} has")
+            raise ConfigError(f"`{name}` must be {has}, as in run {key}, got {shown(value)}.")
     if record["status"] == DIVERGED:
-        raise ConfigError(f"run: got {key}, which diverged ({record['reason']}), allowed: one that did not")
+        raise ConfigError(f"`run` must not have diverged, got {key} ({record['reason']}).")
     if record["status"] != COMPLETED:
         notice(f"run {key} has not completed, but is {record['status']}: {record['reason']}")
     return _run(key, record, _read_weights(store / key))
@@ -214,7 +212,7 @@ def take_runs(path: Path, results: Results = None) -> str:
             new = [name for name in archive.namelist() if not (store / name).exists()]
             archive.extractall(store, new)
     except (BadZipFile, OSError):
-        raise ConfigError(f"take: got {path}, allowed: a file that make gpu wrote") from None
+        raise ConfigError(f"`take` must be a file written by make gpu, got {path}.") from None
     return f"{sum(name.endswith('run.json') for name in new)} runs of {path} are new in the store"
 
 

@@ -76,7 +76,7 @@ def get_runs(configs: Sequence[Config], results: Results = None, train: bool = T
     for config, run in zip(configs, find_runs(configs, results), strict=True):
         if run is None:
             what = f"{config.model} {config.task} of {config.epochs} epochs, seed {config.seed}"
-            raise ConfigError(f"train: got False, allowed: True, for {what} is neither stored nor committed")
+            raise ConfigError(f"`train` must be True to train {what}: it is neither stored nor committed.")
         runs.append(run)
     return runs
 

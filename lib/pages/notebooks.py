@@ -99,7 +99,9 @@ def cell_parameters(name: str) -> dict[str, tuple[Any, FieldInfo]]:
     try:
         cells = nbformat.read(path, as_version=4).cells
     except nbformat.reader.NotJSONError:
-        raise ConfigError(f"{path} is no notebook any more: resolve its conflicts, or check it out") from None
+        raise ConfigError(
+            f"{path} is not a valid notebook: resolve its conflicts, or check it out."
+        ) from None
     source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ()))
     comments, variables = dict(re.findall(r"^(\w+)\b.*# *(.*)", source, re.MULTILINE)), dict[str, Any]()
     exec(compile(source, name, "exec", dont_inherit=True), variables)
@@ -146,7 +148,7 @@ def require(name: str, profile: str, values: dict[str, Any], results: Path = RES
         try:
             Path(given["results"]).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"results: {given['results']} cannot be made: {error.strerror}") from None
+            raise ConfigError(f"`results` {given['results']} cannot be created: {error.strerror}.") from None
     return given
 
 

@@ -30,8 +30,8 @@ def test_a_device_is_measured_and_trains_a_sweep(tmp_path: Path, monkeypatch: py
     ("arguments", "said"),
     [
         (["--device", "bogus"], "unrecognized arguments: --device bogus"),
-        (["--sweep", "-1"], "sweep: got -1.0, allowed: at least 0"),
-        (["--profile", "tiny"], "profile: got 'tiny', allowed: smoke, quick, overnight, paper"),
+        (["--sweep", "-1"], "`sweep` must be a number of at least 0, got -1.0."),
+        (["--profile", "tiny"], "`profile` must be one of smoke, quick, overnight, paper, got 'tiny'."),
         (["--out", "/proc/gpu"], "[Errno 2] No such file or directory: '/proc/gpu'"),
     ],
 )

@@ -42,7 +42,7 @@ def test_tasks_are_operators() -> None:
     wide = build.make_operator(FacesConfig(task="deblurring", blur=7))
     assert isinstance(wide, CircularBlur)
     assert torch.equal(wide.kernel, torch.eye(7) / 7)
-    with pytest.raises(ValueError, match=r"^blur: got 11, allowed: at most the images' 9 pixels$"):
+    with pytest.raises(ValueError, match=r"^`blur` must be at most 9 for these images, got 11\.$"):
         build.make_operator(FacesConfig(task="deblurring"), (9, 30))
 
 
@@ -108,7 +108,7 @@ def test_kernels_may_start_from_another_run() -> None:
     A = torch.randn(2, 3, 3)
     model = build.make_model([config], {"A": A})
     assert torch.equal(model.regularizer.A[0], A)
-    with pytest.raises(ValueError, match=r"^start: got None, allowed: the weights of the run"):
+    with pytest.raises(ValueError, match=r"^`start` must be the weights of the run"):
         build.make_model([config])
 
 
@@ -180,8 +180,8 @@ def test_photographs_of_a_folder_are_split_cut_and_averaged(tmp_path: Path) -> N
     blocks = loaded["train"].reshape(2, 1, 10, 2, 12, 2).mean((3, 5))
     torch.testing.assert_close(reduced, blocks, rtol=0, atol=1e-6)
     for arguments, message in (
-        ((3, 2), "together at most the 4 images"),
-        ((1, 1, 3), "allowed: at most 2, for images of 20 pixels"),
+        ((3, 2), "must be at most 4, the images in "),
+        ((1, 1, 3), "`reduction` must be at most 2 for images of 20 pixels, got 3."),
     ):
         with pytest.raises(DataError, match=message):
             photographs(str(tmp_path), *arguments)

@@ -146,12 +146,12 @@ def test_a_job_is_queued_again_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cluster", "pairs", "message"),
     [
-        ("sge", [], "cluster: got 'sge', allowed: none, local, slurm"),
-        ("none", [("jobs", "2")], "jobs: not an option of jobs with CLUSTER=none"),
-        ("local", [("minutes", "9")], "minutes: not an option of jobs with CLUSTER=local"),
-        ("local", [("jobs", "0")], "jobs: got '0', allowed: greater than or equal to 1"),
-        ("slurm", [("jobs", "many")], "jobs: got 'many', allowed: a valid integer"),
-        ("slurm", [("gpus", "2")], "gpus: got '2', allowed: less than or equal to 1"),
+        ("sge", [], "`cluster` must be one of none, local, slurm, got 'sge'"),
+        ("none", [("jobs", "2")], "`jobs` is not an option of jobs with CLUSTER=none"),
+        ("local", [("minutes", "9")], "`minutes` is not an option of jobs with CLUSTER=local"),
+        ("local", [("jobs", "0")], "`jobs` must be a number of at least 1, got '0'"),
+        ("slurm", [("jobs", "many")], "`jobs` must be an integer, got 'many'"),
+        ("slurm", [("gpus", "2")], "`gpus` must be a number of at most 1, got '2'"),
     ],
 )
 def test_a_bad_option_is_refused(cluster: str, pairs: list[tuple[str, str]], message: str) -> None:

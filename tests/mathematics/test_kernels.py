@@ -175,7 +175,7 @@ def test_all_differences_of_the_smallest_kernel() -> None:
     kernels = difference_kernels(1, count_differences(1, 3), 3)
     pairs = {tuple(kernel.flatten().nonzero().flatten().tolist()) for kernel in kernels}
     assert pairs == set(itertools.combinations(range(9), 2))
-    with pytest.raises(ValueError, match=r"^filters: got 37, allowed: at most 36 differences of 3x3$"):
+    with pytest.raises(ValueError, match=r"^`count` must be at most 36 for kernels of 3x3, got 37\.$"):
         difference_kernels(1, 37, 3)
 
 

@@ -120,7 +120,7 @@ def test_the_central_block_mask_loses_a_quarter_of_each_side(height: int, width:
 
 def test_images_that_do_not_fit_are_refused() -> None:
     image: Tensor = torch.zeros(4, 28)
-    with pytest.raises(ValueError, match="got 5x5, allowed: at most the image's 4x28"):
+    with pytest.raises(ValueError, match="at least the kernel's 5x5 pixels, got 4x28"):
         CircularBlur(diagonal_motion_kernel(5)).forward(image)
-    with pytest.raises(ValueError, match="got 4x28 pixels, allowed: the mask's 5x5"):
+    with pytest.raises(ValueError, match="the mask's 5x5 pixels, got 4x28"):
         Mask(torch.ones(5, 5)).forward(image)

@@ -340,7 +340,7 @@ def test_psnr_is_that_of_images_between_minus_one_and_one() -> None:
 
 
 def test_impossible_combinations_are_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size: got 5, allowed: all images"):
+    with pytest.raises(ValueError, match="`batch_size` must be all images for L-BFGS, got 5"):
         make_training(optimizer=LBFGS())
-    with pytest.raises(ValueError, match="model: got a stack of 3, allowed: one model for L-BFGS"):
+    with pytest.raises(ValueError, match="`model` must be a single model for L-BFGS, got 3"):
         make_training(batch_size=None, optimizer=LBFGS())

@@ -98,7 +98,7 @@ def test_the_command_makes_the_table(store: Path, capsys: pytest.CaptureFixture[
     assert main(["-p", "tau", "-1.0"]) == 2
     assert main([]) == 1
     err = capsys.readouterr().err.splitlines()
-    assert err[0] == "tau: got -1.0, allowed: greater than 0"
+    assert err[0] == "`tau` must be a number above 0, got -1.0."
     assert err[1] == "no quick run is stored; `make sweep PROFILE=quick` trains them"
 
 
@@ -116,5 +116,7 @@ def test_the_page_shows_a_selection(trained: Path) -> None:
     shown = {control["description"]: control["_options_labels"][control["index"]] for control in controls}
     expected = {"task": "inpainting", "noise": "0.1", "sigma": "identity", "gamma": "1.0"}
     assert shown == expected | {"tau": "0.5", "time_budget": "1e-06"}
-    with pytest.raises(ConfigError, match=r"^task: got 'sharpening', allowed: denoising, inpainting$"):
+    with pytest.raises(
+        ConfigError, match=r"^`task` must be one of denoising, inpainting, got 'sharpening'\.$"
+    ):
         notebooks.run("explore", "smoke", {"task": "sharpening"}, trained)
