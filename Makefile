@@ -12,8 +12,8 @@ BASE := import sys; print(sys._base_executable); sys.exit(not (3, 11) <= sys.ver
 INSTALLED := $(VENV)/installed
 FIGURES := $(addprefix fig,01 02 03 04 05 06 07 08 09 10 11 12 13 14 15 16 17)
 
-# What a user's shell says to these tools stays out, and so do the files in his home: the same packages, kernel and
-# styles everywhere. Where pip finds packages, and how, is his.
+# Ignore the user's variables and home files of these tools, for the same packages, kernel and styles everywhere;
+# keep pip's package sources.
 SOURCES := CONFIG_FILE INDEX_URL EXTRA_INDEX_URL NO_INDEX FIND_LINKS CERT CLIENT_CERT PROXY TRUSTED_HOST TIMEOUT \
   DEFAULT_TIMEOUT RETRIES CACHE_DIR KEYRING_PROVIDER
 TOOLS := PYTHON% PIP_% PYTEST% HYPOTHESIS% COVERAGE_% RUFF_% MYPY% JUPYTER% JPY_% IPYTHON% PYDEVD_% NBVAL% PAPERMILL% \
@@ -29,9 +29,9 @@ export IPYTHONDIR := $(CURDIR)/$(VENV)/ipython
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-# Kernels talk to their client in encrypted messages; without, each of them prints a warning.
 PYTEST := $(BIN)/python -m pytest -c pyproject.toml
 
+# Without encryption each kernel prints a warning.
 LAB := $(BIN)/python -m jupyterlab --KernelManager.transport_encryption=auto
 
 EXECUTE := $(BIN)/python -m nbconvert --to notebook --execute --inplace --KernelManager.transport_encryption=required \
@@ -41,7 +41,7 @@ EXECUTE := $(BIN)/python -m nbconvert --to notebook --execute --inplace --Kernel
 .DEFAULT_GOAL := help
 PAGES := first_steps your_own theory free_c weight hypergradients reconstruct evaluate tomography explore scaling
 
-# Notebooks that `make test` executes with their defaults; the tests make the other figures in the profile `smoke`.
+# Notebooks that `make test` executes with their defaults; the tests execute the other figures with `smoke`.
 VALIDATED := first_steps your_own theory_special_case reconstruct evaluate explore fig03_mnist_inpainting \
   fig09_kernels_denoising_11x11_bilevel
 VALIDATED := $(addsuffix .ipynb,$(VALIDATED))
@@ -51,47 +51,47 @@ VALIDATED := $(addsuffix .ipynb,$(VALIDATED))
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z$$(][^:]*:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "make figNN           one of them: $(FIGURES); with other parameters: make fig02 ARGS=\"-p gamma 0.5\""
-	@echo "PROFILE=smoke, quick (the default), overnight or paper chooses the size of the experiments"
+	@echo "make figNN           one figure: $(FIGURES); with other parameters: make fig02 ARGS=\"-p gamma 0.5\""
+	@echo "PROFILE=smoke, quick (default), overnight or paper sets the size of the experiments"
 
-# With `set -f` brackets in ARGS are a list of values, and no pattern of the names of files.
-figures: $(INSTALLED) ## all figures, into results/$(PROFILE)/, and the page that shows them
+# With `set -f` the shell does not expand brackets in ARGS as file patterns.
+figures: $(INSTALLED) ## all figures and their report page, in results/$(PROFILE)/
 	@set -f; status=0; $(BIN)/python -m lib.pages.notebooks run $(FIGURES) --profile $(PROFILE) $(ARGS) || status=$$?; \
 	  $(BIN)/python -m lib.pages.report --profile $(PROFILE) || status=$$?; exit $$status
 
-report: $(INSTALLED) ## the page of the figures that are there: results/$(PROFILE)/index.html
+report: $(INSTALLED) ## the report page of existing figures: results/$(PROFILE)/index.html
 	@$(BIN)/python -m lib.pages.report --profile $(PROFILE)
 
 first_steps: $(INSTALLED) ## the mathematics alone, from an operator to a training, in 60 lines and some seconds
 your_own: $(INSTALLED) ## your own potential, operator, physics and prior of DeepInverse, each trained and checked
 theory: $(INSTALLED) ## bilevel learning as a deep equilibrium model with tied weights, in numbers
-free_c: $(INSTALLED) ## when it pays to free C: what the start decides, and DEQs that are safe
-weight: $(INSTALLED) ## why a learned weight brings the learned models ahead of total variation
-hypergradients: $(INSTALLED) ## which hypergradient a training needs: solved, Neumann series, Jacobian-free
-reconstruct: $(INSTALLED) ## a photograph of your own with the committed kernels: ARGS="-p image photo.jpg"
-evaluate: $(INSTALLED) ## a folder of images with trained kernels: ARGS="-p dataset path/to/BSD68 -p sigma 25"
-tomography: $(INSTALLED) ## a task that the paper does not have, with an operator of DeepInverse
-scaling: $(INSTALLED) ## what a training step costs, by image, kernels, batch and stack
+free_c: $(INSTALLED) ## when a free C pays: the effect of the start, and DEQs with guarantees
+weight: $(INSTALLED) ## why a learned weight improves the learned models over total variation
+hypergradients: $(INSTALLED) ## comparison of hypergradients: solved, Neumann series, Jacobian-free
+reconstruct: $(INSTALLED) ## reconstruct your own photograph with the committed kernels: ARGS="-p image photo.jpg"
+evaluate: $(INSTALLED) ## evaluate trained kernels on a folder of images: ARGS="-p dataset path/to/BSD68 -p sigma 25"
+tomography: $(INSTALLED) ## a task beyond the paper, with an operator of DeepInverse
+scaling: $(INSTALLED) ## cost of a training step by image, kernels, batch and stack
 
 $(FIGURES) first_steps your_own theory free_c weight hypergradients reconstruct evaluate tomography scaling: $(INSTALLED)
 	@set -f; $(BIN)/python -m lib.pages.notebooks run $@ --profile $(PROFILE) $(ARGS)
 
-explore: $(INSTALLED) ## the grid, one selection at a time, with controls, in JupyterLab (ARGS: its options)
+explore: $(INSTALLED) ## explore the grid with controls in JupyterLab (ARGS: its options)
 	@$(LAB) nbs/explore.ipynb $(ARGS)
 
-train: $(INSTALLED) ## one training of your own: ARGS="-p dataset faces -p task deblurring -p model deq"
+train: $(INSTALLED) ## train one configuration: ARGS="-p dataset faces -p task deblurring -p model deq"
 	@set -f; $(BIN)/python -m lib.experiments train --profile $(PROFILE) $(ARGS)
 
-sweep: $(INSTALLED) ## train the grid of figures 1, 5 and 6, or what is left of it (CLUSTER=local, slurm: as jobs)
+sweep: $(INSTALLED) ## train the missing runs of the grid of figures 1, 5 and 6 (CLUSTER=local, slurm: as jobs)
 	@set -f; $(BIN)/python -m lib.experiments run --profile $(PROFILE) --cluster $(CLUSTER) $(ARGS)
 
-sweep-status: $(INSTALLED) ## what of the grid is done
+sweep-status: $(INSTALLED) ## count the runs of the grid by status
 	@set -f; $(BIN)/python -m lib.experiments status --profile $(PROFILE) $(ARGS)
 
-sweep-plan: $(INSTALLED) ## what of the grid is left, and how long it will take on this machine
+sweep-plan: $(INSTALLED) ## count missing runs of the grid, and estimate their time on this machine
 	@set -f; $(BIN)/python -m lib.experiments plan --profile $(PROFILE) $(ARGS)
 
-# All parts of `check` and `test` run; the last lines say which of them failed.
+# All parts of `check` and `test` run; the last lines have their outcomes.
 define LINT
 status=0; summary=; trap 'exit 130' INT; \
   part() { name=$$1; shift; echo "== $$name"; outcome=passed; "$$@" || { outcome=FAILED; status=1; }; \
@@ -102,21 +102,21 @@ status=0; summary=; trap 'exit 130' INT; \
   part types $(BIN)/mypy
 endef
 
-check: $(INSTALLED) ## lint, types and the tests of the mathematics: after an edit of lib/*.py
+check: $(INSTALLED) ## lint, types, tests and examples of the mathematics: after an edit of lib/*.py
 	@$(LINT); \
-	  part mathematics $(PYTEST) -n $(JOBS) --dist worksteal tests/mathematics $(ARGS); \
+	  part mathematics $(PYTEST) -n $(JOBS) --dist worksteal tests/mathematics lib/*.py $(ARGS); \
 	  printf "\n$$summary"; exit $$status
 
 test: $(INSTALLED) ## lint, types, tests (ARGS: pytest's options), and some notebooks against their stored output
 	@$(LINT); \
-	  part tests $(PYTEST) -n $(JOBS) --dist worksteal tests $(ARGS); \
+	  part tests $(PYTEST) -n $(JOBS) --dist worksteal tests lib/*.py $(ARGS); \
 	  part notebooks $(PYTEST) --nbval $(addprefix nbs/,$(VALIDATED)) tests/reference.py; \
 	  printf "\n$$summary"; exit $$status
 
 validate: $(INSTALLED) ## all notebooks against their stored output, and their numbers against the reference
 	$(PYTEST) --nbval nbs tests/reference.py $(ARGS)
 
-bench: $(INSTALLED) ## times beside other implementations and of stacks, errors, digits that hold: results/bench/
+bench: $(INSTALLED) ## times, errors and reproducible digits, also of other implementations: results/bench/
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_training.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_adjoints.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_stacks.py
@@ -126,7 +126,7 @@ bench: $(INSTALLED) ## times beside other implementations and of stacks, errors,
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_pylopt.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_published.py
 
-gpu: $(INSTALLED) ## a GPU compared with the CPU, and its times (ARGS="--sweep 10": and trains runs to bring home)
+gpu: $(INSTALLED) ## compare and time a GPU (ARGS="--sweep 10": and train runs for another machine)
 	@set -f; $(BIN)/python tests/bench/bench_gpu.py $(ARGS)
 
 lab: $(INSTALLED) ## JupyterLab on the notebooks (ARGS: its options)
@@ -135,26 +135,25 @@ lab: $(INSTALLED) ## JupyterLab on the notebooks (ARGS: its options)
 data: $(INSTALLED) ## fetch and verify the data (the figures do so by themselves)
 	@$(BIN)/python -c "from lib.experiments.data import mnist, split_files; print(len(mnist('train', 60_000)), *map(len, (split_files(name)['train'] for name in ('faces', 'natural'))))"
 
-refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to be committed
+refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to commit them
 	@$(EXECUTE) $$(git ls-files 'nbs/fig*.ipynb')
 	@$(BIN)/python .ci/collect.py
 	@$(EXECUTE) $$(git ls-files 'nbs/*.ipynb' ':!nbs/fig*')
 	@$(BIN)/python .ci/keep.py $(FIGURES) free_c weight hypergradients evaluate tomography scaling
 
-keep: $(INSTALLED) ## copy the figures of PROFILE=overnight, and the runs behind them, to where they are committed
+keep: $(INSTALLED) ## copy the figures of PROFILE=overnight and their runs to the committed folders
 	@$(BIN)/python .ci/keep.py $(FIGURES) --profile $(PROFILE)
 
-lock: ## resolve environment.yml anew into requirements.lock, for all versions of Python (PYTHONS: where they are)
+lock: ## resolve environment.yml into requirements.lock for all versions of Python (PYTHONS: their paths)
 	@$(firstword $(PYTHONS)) .ci/lock.py $(PYTHONS)
 
-clean: ## remove the environment and the figures that were made, but no trained run
+clean: ## remove the environment and generated figures, but no trained run
 	rm -rf $(VENV) results/smoke results/quick results/overnight results/paper $(addprefix results/,$(PAGES))
 
 delete-runs: ## remove all trained runs
 	rm -rf results/runs results/jobs
 
-# The environment knows the folder and the packages that it was made for; for others it is made anew, as for a Python
-# that was asked for by name.
+# The environment records its folder and packages; if these or the requested Python differ, it is rebuilt.
 GIVEN := $(findstring command,$(origin PYTHON))
 ifneq ($(shell \
   test "$$(pwd -P; cat requirements.lock)" = "$$(cat $(INSTALLED) 2>&1)" && test -x $(BIN)/python || echo other; \
@@ -169,6 +168,6 @@ $(INSTALLED):
 	    "install Python 3.11, 3.12 or 3.13, or name it: make PYTHON=/path/to/python3.13"; exit 1; }; \
 	  if test -f $@; then made=$$(head -n 1 $@); \
 	    test "$$made" = "$$(pwd -P)" && made="other packages or another Python" || made="the folder $${made:-of an earlier version}"; \
-	    echo "$(VENV) was made for $$made: setting it up anew (some minutes)"; \
+	    echo "$(VENV) was made for $$made: rebuilding it (some minutes)"; \
 	  else echo "setting up $(VENV) (once, some minutes)"; fi; \
 	  "$$base" .ci/environment.py $(VENV)

@@ -19,7 +19,7 @@ from lib.solvers import FixedPointProblem, PlainIteration, Solution, Solver, Ste
 
 @dataclass(frozen=True)
 class NeumannSeries:
-    """The truncated series `sum_(j = 0)^steps (J^T)^j dL/du*` instead of the adjoint equation's solution.
+    """Truncated series `sum_(j = 0)^steps (J^T)^j dL/du*` in place of the solution of the adjoint equation.
 
     With `steps = 0` it is `dL/du*`: Jacobian-free backpropagation (Fung et al., AAAI 2022). It ends early if
     the equation's relative residual is at most `tol`.
@@ -44,11 +44,7 @@ class _Once(torch.autograd.Function):
 
 
 class _Implicit(torch.autograd.Function):
-    """`u*` with the derivative of `T(u*)` for the adjoint solution as cotangent.
-
-    There are no second derivatives: with `create_graph` an attempt to compute one raises an error. autograd
-    itself refuses forward mode.
-    """
+    """`u*` with the derivative of `T(u*)` for the adjoint solution as cotangent; no second derivatives."""
 
     @staticmethod
     def forward(ctx: Any, step: Tensor, u: Tensor, solve_adjoint: StepMap) -> Tensor:
@@ -77,9 +73,9 @@ def implicit_fixed_point(
         problem: a `FixedPointProblem`, or `T` alone; every tensor that `T` depends on and that requires a
             gradient receives one.
         u0: `(..., C, H, W)`, first iterate.
-        solver: of the fixed point.
-        adjoint_solver: of the adjoint equation; None is `solver`. A `NeumannSeries` ignores the problem's
-            preconditioner and first adjoint.
+        solver: solver of the fixed point.
+        adjoint_solver: solver of the adjoint equation; None uses `solver`. A `NeumannSeries` ignores the
+            preconditioner and the first adjoint of the problem.
         on_adjoint: called in the backward pass with the adjoint `Solution` (residual, steps, status).
 
     Returns:

@@ -23,10 +23,7 @@ NEIGHBOURS = tuple((i, j) for i, j in itertools.product(range(3), range(-2, 3)) 
 
 
 def block_side(count: int, side: int) -> int:
-    """Return the side `r` of the blocks, near the fastest on a CPU: many kernels make large products alone.
-
-    It is 2 for kernels of 3x3 or at least 16, and 8 for two of 11x11.
-    """
+    """Return the side `r` of the blocks, near the fastest on a CPU: 2 for many kernels, more for a few."""
     return max(1, 3 * side // 4) if count < 16 else 2
 
 
@@ -51,7 +48,7 @@ def _block_matrix(kernels: Tensor) -> Tensor:
 
 @cache
 def _inside(height: int, width: int, r: int) -> Tensor | None:
-    """Return which pixels of the blocks are in the image, `(r r, blocks)`; None if all are."""
+    """Return the mask of block pixels inside the image, `(r r, blocks)`; None if all are."""
     if height % r == 0 and width % r == 0:
         return None
     ones: Tensor = functional.pad(torch.ones(1, 1, height, width), (0, -width % r, 0, -height % r))
@@ -81,6 +78,11 @@ def correlate(kernels: Tensor, u: Tensor) -> Tensor:
 
     Returns:
         `(*stack, N, F r r, blocks)`, the experts block by block (see `block_side`).
+
+    >>> kernels, u = difference_kernels(1, 2, 3), torch.randn(1, 1, 6, 6)
+    >>> z = correlate(kernels, u)
+    >>> torch.allclose(z.square().sum(), (u * correlate_adjoint(kernels, z, 6, 6)).sum(), rtol=1e-3)
+    True
     """
     k = kernels.shape[-1]
     r, (height, width) = block_side(*kernels.shape[-3:-1]), u.shape[-2:]
@@ -139,6 +141,10 @@ def spectral_norm(
 
     Returns:
         The norm, `(*stack)`, and the maximizer of unit norm.
+
+    >>> norm, v = spectral_norm(difference_kernels(1, 2, 3), torch.ones(1, 1, 20, 20), 100)
+    >>> 2.7 < norm.item() < 8**0.5, v.shape
+    (True, torch.Size([1, 1, 20, 20]))
     """
 
     def size(image: Tensor) -> Tensor:
@@ -159,7 +165,7 @@ def spectral_norm(
             space[..., j, :] = v.flatten(-4)
             images[..., j, :] = correlate_adjoint(kernels, correlate(kernels, v), *v.shape[-2:]).flatten(-4)
             rest = images[..., j, None, :]
-            # Twice, against rounding errors.
+            # Twice, because of rounding errors.
             for _ in range(2):
                 rest = rest - rest @ space.mT @ space
             # A zero vector if only rounding errors are left: the space is then complete.
@@ -177,21 +183,13 @@ def spectral_norm(
 
 
 def difference_kernels(order: int, count: int, side: int) -> Tensor:
-    """Return finite differences of first or second order, the shortest and most central ones first.
+    """Return finite differences of order 1 or 2, `(count, side, side)`, short and central ones first.
 
     They are `D_d u(x) = u(x + d) - u(x)` or `D_d D_e u(x)` for offsets `d`, `e` of up to two pixels, at every
     position in the kernel. The first two of first order are the forward differences.
 
-    Args:
-        order: 1 or 2.
-        count: number of kernels.
-        side: `k`.
-
-    Returns:
-        `(count, k, k)`.
-
     Raises:
-        ValueError: there are fewer.
+        ValueError: `count` exceeds `count_differences`.
 
     >>> difference_kernels(order=1, count=1, side=3)
     tensor([[[ 0.,  0.,  0.],
@@ -212,14 +210,11 @@ def difference_kernels(order: int, count: int, side: int) -> Tensor:
 
 
 def cosine_kernels(count: int, side: int) -> Tensor:
-    """Return the discrete cosine basis (DCT-II, orthonormal) without its constant, low frequencies first.
+    """Return the orthonormal DCT-II basis without its constant, `(count, side, side)`, low frequencies first.
 
-    Args:
-        count: number of kernels, at most `side**2 - 1`.
-        side: `k`.
-
-    Returns:
-        `(count, k, k)`.
+    >>> kernels = cosine_kernels(8, 3).flatten(1)
+    >>> torch.allclose(kernels @ kernels.T, torch.eye(8), atol=1e-5)
+    True
     """
     frequency, x = torch.arange(side)[:, None], torch.arange(side)
     basis = functional.normalize(torch.cos(math.pi * frequency * (x + 0.5) / side), dim=1)

@@ -12,10 +12,7 @@ from torch import Tensor
 
 
 class Operator(Protocol):
-    """A linear operator `K` from images to data, with `<K u, v> = <u, K^T v>`.
-
-    Data have three dimensions behind those of the batch, as images have, of any size.
-    """
+    """Linear operator `K` from images to data `(..., C, H, W)`, of any size, with `<K u, v> = <u, K^T v>`."""
 
     def forward(self, u: Tensor) -> Tensor:
         """Return the data `K u` of images `u`."""
@@ -24,11 +21,11 @@ class Operator(Protocol):
         """Return the images `K^T v` of data `v`."""
 
     def normal(self, u: Tensor) -> Tensor:
-        """Return the images `K^T K u`, for operators where that is cheaper than both in turn."""
+        """Return `K^T K u`, which may be cheaper than `forward` and `adjoint` in turn."""
 
 
 class Identity:
-    """The identity, `K u = u`: denoising."""
+    """Identity, `K u = u`, for denoising."""
 
     def forward(self, u: Tensor) -> Tensor:
         return u
@@ -41,7 +38,7 @@ class Identity:
 
 
 class Mask:
-    """Multiplication with a mask, `K u = m * u`: inpainting. It is an orthogonal projection, so `K^T = K`.
+    """Multiplication with a mask, `K u = m * u`, for inpainting: an orthogonal projection, `K^T = K`.
 
     Args:
         mask: `(H, W)`, one where a pixel is observed and zero where it is lost.
@@ -58,7 +55,7 @@ class Mask:
         if u.shape[-2:] != self.mask.shape:
             got, size = ("x".join(map(str, shape)) for shape in (u.shape[-2:], self.mask.shape))
             raise ValueError(f"Images must have the mask's {size} pixels, got {got}.")
-        # Moved once: a copy from another device would wait for all that this one still has to do.
+        # Moved once: a copy between devices waits for all queued work.
         key = (u.dtype, u.device)
         if key not in self._moved:
             self._moved[key] = self.mask.to(u)
@@ -72,7 +69,7 @@ class Mask:
 
 
 class CircularBlur:
-    """Circular convolution with a kernel whose centre is the middle entry: deblurring.
+    """Circular convolution with a kernel centred at its middle entry, for deblurring.
 
     In the Fourier domain `K` multiplies by the kernel's transfer function and `K^T` by its complex
     conjugate, for every image size that is at least the kernel's.
@@ -128,7 +125,11 @@ def top_rows_mask(height: int, width: int) -> Tensor:
 
 
 def central_block_mask(height: int, width: int) -> Tensor:
-    """Return the mask `(height, width)` that loses a central block of a quarter of each side."""
+    """Return the mask `(height, width)` that loses a central block of a quarter of each side.
+
+    >>> central_block_mask(8, 8).sum()
+    tensor(60.)
+    """
     mask = torch.ones(height, width)
     rows, columns = height // 4, width // 4
     top, left = (height - rows) // 2, (width - columns) // 2

@@ -1,4 +1,4 @@
-"""Matrix products by the fastest kernel for their size."""
+"""Matrix products with the fastest kernel for their size."""
 
 from __future__ import annotations
 
@@ -33,12 +33,16 @@ class _LargeProduct(torch.autograd.Function):
         dx = product(w, W.mT) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None
-        # In the layout of W: a gradient must have its parameter's.
+        # A gradient must have the memory layout of its parameter.
         return dx, product(x.mT, w) if W.stride(-1) == 1 else product(w.mT, x).mT
 
 
 def product(x: Tensor, W: Tensor) -> Tensor:
-    """Return `x W` of matrices `(*stack, l, n)` and `(*stack, n, m)`."""
+    """Return `x W` of matrices `(*stack, l, n)` and `(*stack, n, m)`.
+
+    >>> product(torch.randn(5, 2, 3), torch.randn(5, 3, 4)).shape
+    torch.Size([5, 2, 4])
+    """
     large = x.shape[-2] * W.shape[-2:].numel() >= LARGE_PRODUCT
     if large and x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return cast(Tensor, _LargeProduct.apply(x, W))

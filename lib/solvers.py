@@ -39,7 +39,7 @@ class FixedPointProblem:
 
 
 class Status(IntEnum):
-    """How the iteration of one sample ended."""
+    """Status of one sample at the end of a solve."""
 
     CONVERGED = 0
     MAX_STEPS = 1
@@ -113,6 +113,9 @@ class Anderson:
         beta: mixing weight in (0, 1]; 1 combines the `T(u_i)` alone.
         patience: a sample stagnates if in this many evaluations its smallest residual has not fallen by a
             tenth, nor its residual grown by one; None disables the criterion.
+
+    >>> fixed_point(torch.cos, torch.ones(1, 1, 1), Anderson(tol=1e-4)).fraction(Status.CONVERGED)
+    1.0
     """
 
     tol: float = 1e-3
@@ -142,7 +145,7 @@ class _AndersonHistory:
         beta = self.solver.beta
         self.iterates[:, slot] = step if beta == 1 else torch.lerp(u, step, beta)
         self.residuals[:, slot] = residual
-        # A product with a row vector: that with a column vector is ten times slower.
+        # A row vector: the product with a column vector is ten times slower.
         row = torch.bmm(residual[:, None], self.residuals[:, :m].mT).squeeze(1)
         self.gram[:, slot, :m] = row
         self.gram[:, :m, slot] = row
@@ -165,7 +168,7 @@ Solver = PlainIteration | Anderson
 
 
 class _OnRunning:
-    """The step map, evaluated on running images only; the others keep their last value."""
+    """Step map, evaluated on running images only; the others keep their last value."""
 
     def __init__(self, problem: FixedPointProblem, u0: Tensor) -> None:
         self.step_map, self.restrict, self.shape = problem.step_map, problem.restrict, u0.shape
@@ -173,7 +176,7 @@ class _OnRunning:
         self.last = u0.flatten(-3)
 
     def __call__(self, u: Tensor, running: Tensor) -> Tensor:
-        """Return `T(u)`, `(n, d)`, of iterates `u` `(n, d)`; `running` `(n,)` says which ones still run."""
+        """Return `T(u)`, `(n, d)`, of iterates `u` `(n, d)`; `running` `(n,)` marks those that still run."""
         if self.restrict is None or running.all():
             step = self.step_map(u.view(self.shape))
             if step.shape != self.shape:
@@ -195,12 +198,11 @@ STAGNATION_FACTOR = 0.9
 """Factor by which the smallest residual must fall in `patience` steps, or the residual grow."""
 
 FIRST_CHECKS, CHECK_EVERY = 6, 5
-"""Evaluations after which a GPU is asked whether any sample still runs, which waits for it: each of the first
-six, where many solves end, then every fifth one."""
+"""Evaluations at which a GPU is checked for running samples, which waits: the first 6, then every fifth."""
 
 
 def _select(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Return one of two rows for each sample, on a CPU without a copy where all are alike."""
+    """Return one of two rows for each sample; on a CPU without a copy if all are `yes`."""
     if condition.device.type == "cpu" and condition.all():
         return yes
     return torch.where(condition[:, None], yes, no)
@@ -238,7 +240,7 @@ def fixed_point(problem: FixedPointProblem | StepMap, u0: Tensor, solver: Solver
     relative = torch.full((n,), torch.inf, dtype=u.dtype, device=u.device)
     best, smallest = u, relative
     running = torch.ones(n, dtype=torch.bool, device=u.device)
-    # Allocated once: many small tensors would fragment the memory that the large ones use.
+    # Allocated once: many small tensors would fragment the memory.
     history, smallests, sizes = u.new_empty(3, solver.max_steps, n)
     for k in range(solver.max_steps):
         step = evaluate(u, running)

@@ -50,9 +50,9 @@ class Adam:
     """Adam (Kingma and Ba, ICLR 2015) with a decaying learning rate.
 
     Attributes:
-        learning_rate: at the first step.
-        final_learning_rate: after the last step; None keeps the first one.
-        schedule: the decay between them over all steps.
+        learning_rate: learning rate at the first step.
+        final_learning_rate: learning rate after the last step; None keeps the first one.
+        schedule: decay between them over all steps.
 
     >>> [round(Adam(0.1, 0.02, "linear").rate(step, 4), 3) for step in range(5)]
     [0.1, 0.08, 0.06, 0.04, 0.02]
@@ -63,7 +63,7 @@ class Adam:
     schedule: Literal["cosine", "linear"] = "cosine"
 
     def rate(self, step: int, steps: int) -> float:
-        """Return the learning rate at one of `steps` steps."""
+        """Return the learning rate at a step of `steps` steps."""
         high = self.learning_rate
         low = high if self.final_learning_rate is None else self.final_learning_rate
         share = step / steps
@@ -73,7 +73,7 @@ class Adam:
 
 @dataclass(frozen=True)
 class LBFGS:
-    """L-BFGS with a strong Wolfe line search: one iteration per epoch, for one loss that stays the same.
+    """L-BFGS with a strong Wolfe line search: one iteration per epoch, for a fixed loss.
 
     Attributes:
         evaluations: maximum number of evaluations of the loss in a line search.
@@ -114,10 +114,7 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread, so that results do not depend on the number of cores.
-
-    The products of a batch are too small to gain from more.
-    """
+    """Compute on one thread: results do not depend on the number of cores, and batches are small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -139,15 +136,19 @@ def observe(operator: Operator, images: Tensor, noise: Tensor, n: Tensor) -> Ten
 
 
 def psnr(mse: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio in dB of mean squared errors of images in [-1, 1]."""
+    """Return the peak signal-to-noise ratio in dB of mean squared errors of images in [-1, 1].
+
+    >>> psnr(torch.tensor([4.0, 0.04])).round(decimals=2)
+    tensor([ 0., 20.])
+    """
     return 10 * torch.log10(4 / mse.clamp_min(1e-12))
 
 
 def train(model: FixedPointModel, images: Tensor, noise: float, **options: Any) -> History:
-    """Train one model in place, and return its history.
+    """Train one model in place and return its history.
 
     Args:
-        model: without a stack dimension.
+        model: a model without a stack dimension.
         images, noise, options: see `Training`.
 
     >>> from lib.kernels import cosine_kernels
@@ -165,19 +166,19 @@ def train(model: FixedPointModel, images: Tensor, noise: float, **options: Any) 
 class Training:
     """Minimize the mean squared error of the fixed points `u*` over the weights of a model.
 
-    The data are `f = K u + noise n` with standard normal `n`, the gradients implicit ones.
+    The data are `f = K u + noise n` with standard normal `n`. Gradients are implicit.
 
     Args:
         model: trained in place. `tau`, `lam`, `gamma` and the weights may have a leading dimension: a stack
-            of models, which members that diverge or run out of time leave.
+            of models; members that diverge or run out of time leave it.
         images: `u`, `(N, C, H, W)`, on the model's device.
         noise: standard deviation, a number or one for each member of the stack.
         epochs: passes over the images, or iterations of L-BFGS.
-        batch_size: images of an optimizer step; None takes all.
+        batch_size: images per optimizer step; None takes all.
         optimizer: `Adam` or `LBFGS`.
-        solver: of the fixed point.
-        adjoint: solver of the adjoint equation, or a Neumann series instead; None is `solver`.
-        start: maps the data `f` to the first iterate `u^0`; None is `K^T f`.
+        solver: solver of the fixed point.
+        adjoint: solver of the adjoint equation, or a Neumann series; None uses `solver`.
+        start: maps the data `f` to the first iterate; None uses `K^T f`.
         penalty: added to the loss, `(model, u*) -> (*stack)`; its gradient goes to the weights alone.
         precondition: whether both solves are preconditioned (`FixedPointModel.preconditioner`).
         warm_start: whether solves start from the solutions of the last epoch; every image then keeps its
@@ -185,8 +186,8 @@ class Training:
         test: images of the evaluation, of any size if the weights are kernels; None skips it.
         test_every: epochs from one evaluation to the next.
         time_budget: seconds after which a member ends as `out of time`.
-        precision: of the products on a GPU, `float32` or `tf32`.
-        seed: of order and noise.
+        precision: precision of products on a GPU, `float32` or `tf32`.
+        seed: seed of order and noise.
 
     Attributes:
         members: history of each member.
@@ -394,7 +395,7 @@ class Training:
     def _solver_metrics(self, name: str, solution: Solution, series: bool = False) -> dict[str, Tensor]:
         metrics = {f"{name}_steps": solution.steps, f"{name}_residual": solution.residual}
         if not series:
-            # A sum of so many terms is what was asked for, whatever its residual.
+            # A truncated series is no failure, whatever its residual.
             metrics[f"{name}_unconverged"] = solution.status != Status.CONVERGED
         return {key: value.reshape(len(self.alive), -1) for key, value in metrics.items()}
 
@@ -421,11 +422,11 @@ class Training:
             self.members[index].seconds += elapsed * share
 
     def _slice(self, tensor: Tensor, position: int) -> Tensor:
-        """Return a copy of a member's part of a tensor."""
+        """Return a copy of a member's slice of a tensor."""
         return (tensor[position] if self.stacked else tensor).detach().cpu().clone()
 
     def _end(self, status: str, reasons: dict[int, str]) -> None:
-        """End the members at these positions, for these reasons, and take them out of the stack."""
+        """End the members at these positions for these reasons, and remove them from the stack."""
         if not reasons:
             return
         weights = self.model.weights()

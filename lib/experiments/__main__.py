@@ -1,8 +1,7 @@
 """Trainings on the command line: `python -m lib.experiments run --profile quick -p tau "[0.1, 0.5]"`.
 
-`run` trains what is not stored of the grid and writes its tables; `status` prints what is done, `plan` how
-long the rest will take. `train` is one training, of digits or, with `-p dataset faces` or a folder, of
-photographs.
+`run` trains the missing runs of the grid and writes its tables; `status` counts its runs; `plan` estimates
+the time of the missing ones. `train` trains one configuration, with `-p dataset` on photographs.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def print_plan(configs: Sequence[RunConfig]) -> None:
 
 
 def train(profile: str, configs: Sequence[RunConfig], jobs: Jobs | None) -> int:
-    """Train what is not stored, write the tables of all that is stored, and return an exit status."""
+    """Train missing runs, write the tables of all stored runs, and return an exit status."""
     stopped = ""
     try:
         if jobs is None:
@@ -54,11 +53,7 @@ def train(profile: str, configs: Sequence[RunConfig], jobs: Jobs | None) -> int:
 
 
 def one_config(profile: str, pairs: Sequence[tuple[str, str]]) -> Config:
-    """Return the configuration of one training, of digits unless `dataset` is among the parameters.
-
-    Raises:
-        ConfigError: a parameter is refused.
-    """
+    """Return the configuration of one training, on digits unless `dataset` is among the parameters."""
     digits = dict(pairs).get("dataset", "mnist") == "mnist"
     kind, make = (RunConfig, profile_config) if digits else (FacesConfig, faces_config)
     types = {name: field.annotation for name, field in kind.model_fields.items()}
@@ -68,7 +63,7 @@ def one_config(profile: str, pairs: Sequence[tuple[str, str]]) -> Config:
     idle = {"learning_rate", "final_learning_rate", "schedule"} & values.keys()
     if idle and getattr(config, "optimizer", "adam") == "lbfgs":
         raise ConfigError(f"`{min(idle)}` must be left out with optimizer = lbfgs.")
-    # None is the profile's own value in `make`; here it was asked for, such as no `patience`.
+    # `make` replaces None by the profile's value; here it is a value, such as no `patience`.
     nothing = {name: None for name, value in values.items() if value is None}
     return kind(**dict(config) | nothing)
 
@@ -92,8 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m lib.experiments", description=__doc__)
     parser.add_argument("command", choices=("run", "status", "plan", "train"))
     parser.add_argument("--profile", default="quick")
-    parser.add_argument("--take", type=Path, help="first take in the runs of this file, which make gpu wrote")
-    parser.add_argument("--cluster", default="none", help="where to run: none (here), local or slurm")
+    parser.add_argument("--take", type=Path, help="first import the runs in this file of make gpu")
+    parser.add_argument("--cluster", default="none", help="none (this process), local or slurm")
     options = parser.parse(arguments, "-p", "--job")
     if options.command == "train":
         return train_one(one_config(options.profile, options.p))

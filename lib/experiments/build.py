@@ -1,7 +1,4 @@
-"""From a configuration to the objects that it names: images, `K`, model, solvers and training.
-
-Nowhere else does a name of a task, a model, an activation or a solver become an object.
-"""
+"""Construction of images, `K`, models, solvers and trainings from configurations."""
 
 from __future__ import annotations
 
@@ -44,7 +41,7 @@ STACKED = ("noise", "tau", "gamma", "lam")
 """Parameters in which the members of a stack may differ."""
 
 PRECONDITIONED_STEPS = 4
-"""Steps of a preconditioned adjoint solve at most, in the place of the Neumann series."""
+"""Maximum number of steps of a preconditioned adjoint solve, which replaces the Neumann series."""
 
 Config = RunConfig | FacesConfig
 
@@ -52,13 +49,13 @@ Weights = dict[str, Tensor]
 
 
 def require_device(config: TrainingConfig, device: torch.device) -> None:
-    """Raise `ConfigError` for a configuration that a device cannot train."""
+    """Raise `ConfigError` if a device cannot train a configuration."""
     if config.precision == "tf32" and device.type != "cuda":
         raise ConfigError("`precision` must be float32 without a GPU, got 'tf32'.")
 
 
 def shared(config: Config) -> Config:
-    """Return what a configuration has in common with every member of its stack."""
+    """Return a configuration with the defaults of `STACKED`, the same for all members of a stack."""
     return config.model_copy(update={name: type(config).model_fields[name].default for name in STACKED})
 
 
@@ -68,9 +65,9 @@ def make_training(
     """Return the training of a stack of configurations that differ at most in `STACKED`.
 
     Args:
-        configs: of the members.
-        device: where to train.
-        start: weights to start from when `initial` is the configuration of another run.
+        configs: configurations of the members.
+        device: device of the training.
+        start: initial weights if `initial` is the configuration of another run.
 
     Raises:
         ValueError: the configurations cannot share a stack.
@@ -118,7 +115,7 @@ def make_solver(config: TrainingConfig) -> Solver:
 
 
 def make_adjoint_solver(config: TrainingConfig) -> Solver | NeumannSeries:
-    """Return the solver of the adjoint equation, or the series in its place."""
+    """Return the solver of the adjoint equation, or the Neumann series."""
     solver = replace(make_solver(config), tol=config.adjoint_tol or config.tol)
     if config.adjoint == "solved":
         return solver
@@ -133,11 +130,7 @@ def is_preconditioned(config: TrainingConfig) -> bool:
 
 
 def load_images(config: Config) -> dict[str, Tensor]:
-    """Return the images of a configuration, `train` and `test`, `(N, 1, H, W)` in [-1, 1].
-
-    Raises:
-        DataError: the data cannot be had.
-    """
+    """Return the images of a configuration, `train` and `test`, `(N, 1, H, W)` in [-1, 1]."""
     if isinstance(config, FacesConfig):
         return data.photographs(config.dataset, config.train_images, config.test_images, config.reduction)
     counts = {"train": config.train_images, "test": config.test_images}
@@ -153,7 +146,7 @@ def image_shape(config: Config) -> tuple[int, int]:
 
 
 def make_operator(config: Config, shape: tuple[int, int] | None = None) -> Operator:
-    """Return the operator `K` of a configuration, for images of another shape where one is given.
+    """Return the operator `K` of a configuration, for its images or images of another shape.
 
     Photographs lose a central block or are blurred over `blur` pixels; digits lose their top rows or are
     blurred over 5 pixels.
@@ -174,7 +167,7 @@ def make_operator(config: Config, shape: tuple[int, int] | None = None) -> Opera
 
 
 def initial_kernels(config: FacesConfig) -> Tensor:
-    """Return the kernels `(filters, k, k)` to start from, of no particular norm."""
+    """Return the initial kernels `(filters, k, k)`, not normalized."""
     count, side = config.filters, config.filter_size
     if config.initial == "random":
         return torch.randn(count, side, side, generator=generator(config.seed, "kernels"))
@@ -209,13 +202,13 @@ def make_model(configs: Sequence[Config], start: Weights | None = None) -> Fixed
 def trained_model(
     config: Config, weights: Weights, stacked: bool = False, shape: tuple[int, int] | None = None
 ) -> FixedPointModel:
-    """Return the model with the weights that a training ended with.
+    """Return the model with trained weights.
 
     Args:
-        config: of the training.
-        weights: `A`, `b` unless they are kernels, for a DEQ `C`, and a learned `lam`.
-        stacked: give it the leading dimension that it was trained with.
-        shape: of the images; that of the training's when None.
+        config: configuration of the training.
+        weights: `A`, `b` of dense weights, `C` of a DEQ, and a learned `lam`.
+        stacked: whether to add a leading dimension of size 1.
+        shape: shape of the images; None takes that of the training.
     """
     numbers = {name: torch.tensor(getattr(config, name)) for name in ("tau", "lam", "gamma")}
     tensors = numbers | dict(weights)
@@ -244,7 +237,7 @@ def first_iterate(config: TrainingConfig) -> Callable[[Tensor], Tensor]:
 
 
 def solve(model: FixedPointModel, f: Tensor, config: TrainingConfig) -> Solution:
-    """Reconstruct the data `f`, `(*stack, N, C, H, W)`, with a trained model and its training's solver."""
+    """Reconstruct the data `f`, `(*stack, N, C, H, W)`, with a trained model and its solver."""
     P = model.preconditioner(f.shape[-3:]) if is_preconditioned(config) else None
     return fixed_point(model.problem(f, P), first_iterate(config)(f), make_solver(config))
 

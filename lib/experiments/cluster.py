@@ -1,6 +1,6 @@
-"""The sweep as jobs of Slurm, or as processes of this machine that outlive the command.
+"""Sweeps as jobs of Slurm, or as local processes that outlive the command.
 
-Jobs store what they train in the same `results/runs/` as any other training, and resume from its checkpoints.
+Jobs store runs in the same `results/runs/` as any other training, and resume from its checkpoints.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from lib.experiments.runs import outcome, train_stack
 from lib.experiments.store import RESULTS, Results
 
 LOOK_SECONDS = {"local": 1.0, "slurm": 30.0}
-"""Time between two looks at the jobs."""
+"""Seconds between two checks of the jobs."""
 
 
 class Jobs(Checked):
-    """Jobs of Slurm, elements of one array, or processes of this machine that outlive the command.
+    """Options of jobs: elements of one array of Slurm, or local processes.
 
     Attributes:
-        cluster: where they run.
-        jobs: how many at most run at once.
+        cluster: local or slurm.
+        jobs: maximum number of jobs that run at once.
         minutes: time limit of a job, after which it is queued again.
         partition, account, qos, constraint: as `sbatch` takes them.
-        memory, gpus: GB and accelerators of a job.
+        memory, gpus: GB and number of accelerators of a job.
     """
 
     # The values come from a command line.
@@ -61,7 +61,7 @@ class Jobs(Checked):
     gpus: Annotated[int, Field(ge=0, le=1, serialization_alias="gpus_per_node")] = 0
 
     def parameters(self) -> dict[str, Any]:
-        """Return the parameters of submitit; local jobs have a year."""
+        """Return the parameters of submitit; the time limit of local jobs is a year."""
         if self.cluster == "local":
             return {"timeout_min": 365 * 24 * 60, "gpus_per_node": int(default_device().type == "cuda")}
         return {
@@ -70,25 +70,25 @@ class Jobs(Checked):
             "gpus_per_node": self.gpus or None,
             "slurm_array_parallelism": self.jobs,
             "slurm_additional_parameters": {"requeue": True},
-            # A node may have accelerators that the job was not given.
+            # A node may have accelerators that the job did not request.
             "slurm_setup": None if self.gpus else ["export CUDA_VISIBLE_DEVICES="],
         }
 
 
 def unfinished(folder: Path) -> list[str]:
-    """Return the ids of those jobs of a folder that run or will run."""
+    """Return the ids of running and queued jobs of a folder."""
     if folder.name.startswith("local-"):
         command = ["submitit.local._local", str(folder)]
         lines = {process.pid: process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])}
         return [str(pid) for pid, line in lines.items() if line[-2:] == command]
-    # submitit would ask Slurm's accounting, which not every cluster has.
+    # submitit queries the accounting of Slurm, which not every cluster has.
     command = ["squeue", "--me", "--all", "--array", "--noheader", "--format=%i", f"--name={folder.name}"]
     queue = subprocess.run(command, capture_output=True, text=True)
     return ["unknown"] if queue.returncode else queue.stdout.split()
 
 
 def job_options(cluster: str, pairs: Sequence[tuple[str, str]]) -> Jobs | None:
-    """Return the options of jobs from a command line; None stands for this process."""
+    """Return the options of jobs from a command line, or None for this process."""
     require_name("cluster", cluster, ("none", "local", "slurm"))
     for name in dict(pairs):
         if cluster == "none" or (cluster == "local" and name != "jobs"):
@@ -98,14 +98,14 @@ def job_options(cluster: str, pairs: Sequence[tuple[str, str]]) -> Jobs | None:
 
 @dataclass(frozen=True)
 class Share(Checkpointable):
-    """What one job trains; submitted again when it was preempted or reached its time limit, it goes on."""
+    """Configurations of one job, which resumes after preemption or its time limit."""
 
     configs: list[Config]
     results: Path
 
     def __call__(self) -> None:
         if submitit.JobEnvironment().cluster == "local":
-            # submitit ignores this signal, which cancels a local job.
+            # Let SIGTERM cancel a local job; submitit ignores it.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for stack in stacks(self.configs, default_device()):
             train_stack(stack, self.results, lambda steps, ended: None)
@@ -127,7 +127,7 @@ def train_on_cluster(configs: Sequence[RunConfig], options: Jobs, results: Resul
     load_images(waiting[0])
     digest = hashlib.sha256("".join(sorted(map(run_key, configs))).encode()).hexdigest()[:20]
     folder = results / "jobs" / f"{options.cluster}-{digest}"
-    # For this user alone, since a job executes the pickles in here.
+    # Private, because jobs execute the pickles in this folder.
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not unfinished(folder):
         _submit(waiting, options, results, folder)
@@ -146,7 +146,7 @@ def _submit(configs: Sequence[Config], options: Jobs, results: Path, folder: Pat
     groups = stacks(configs, torch.device("cpu"))
     count = min(options.jobs, len(groups))
     shares = [[config for group in groups[k::count] for config in group] for k in range(count)]
-    # A job that was preempted is queued again however often, and one that reached its time limit 20 times.
+    # Preempted jobs are always queued again, those at their time limit 20 times.
     executor = submitit.AutoExecutor(folder, cluster=options.cluster, slurm_max_num_timeout=20)
     executor.update_parameters(name=folder.name, **options.parameters())
     # Ctrl-C ends the command that waits, not jobs of this machine.
@@ -167,7 +167,7 @@ def _follow(configs: Sequence[RunConfig], options: Jobs, results: Path, folder: 
             if not left:
                 return
             idle = 0 if busy else idle + 1
-            # A shared file system shows a new file late.
+            # New files may appear late on a shared file system.
             if idle == 2:
                 raise RuntimeError(f"{left} runs are left by jobs that ended (logs: {folder}); run again")
             time.sleep(LOOK_SECONDS[options.cluster])

@@ -1,4 +1,4 @@
-"""Command lines: `-p NAME VALUE`, and refusals, Ctrl-C and closed pipes that end in one line or silently."""
+"""Command lines with `-p NAME VALUE`; errors end in one line, Ctrl-C and closed pipes without a traceback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STOPPED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with options of a name and a value, whose errors are `ConfigError`s."""
+    """Parser of options with a name and a value, whose errors are `ConfigError`s."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str] | None, *flags: str) -> argparse.Namespace:
         """Return the options, with a list of names and values for each of `flags`, such as `p` for `-p`.
 
-        By itself argparse takes `-1e-5` for an option, and the second word of a value for anything else.
+        argparse alone would read `-1e-5` as an option.
         """
         words, rest = list(sys.argv[1:] if arguments is None else arguments), list[str]()
         pairs: dict[str, list[tuple[str, str]]] = {flag.lstrip("-"): [] for flag in flags}
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
-    """Decorate a command: return its exit status, whatever ends it."""
+    """Decorate a command to return its exit status, also after errors and Ctrl-C."""
 
     @wraps(main)
     def ended(arguments: list[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
         except KeyboardInterrupt:
             return fail(STOPPED, "stopped; the same command goes on from here")
         except BrokenPipeError:
-            # The reader has gone, such as `head`; what Python writes at its end goes nowhere.
+            # The reader, such as `head`, has closed the pipe; discard what Python writes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (ConfigError, OSError, RuntimeError) as error:
@@ -69,6 +69,6 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
 
 
 def fail(status: int, line: str) -> int:
-    """Print a line to stderr, and return the exit status."""
+    """Print a line to stderr and return the exit status."""
     print(line, file=sys.stderr)
     return status

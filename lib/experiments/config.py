@@ -35,7 +35,7 @@ PHRASES = {
     "a valid number": "a number",
     "a valid boolean": "True or False",
 }
-"""Plain words for those of Pydantic."""
+"""Plain words for phrases in the messages of Pydantic."""
 
 WORDS = {"none": None, "true": True, "false": False}
 
@@ -244,7 +244,7 @@ class FacesConfig(TrainingConfig):
             side, order = self.filter_size, 1 if self.initial == "first" else 2
             most = side**2 - 1 if self.initial == "cosine" else count_differences(order, side)
             if self.filters > most:
-                raise ValueError(f"`filters` must be at most {most} with that `initial`, got {self.filters}.")
+                raise ValueError(f"`filters` must be at most {most} for these kernels, got {self.filters}.")
         if isinstance(self.initial, FacesConfig):
             for name in ("model", "filters", "filter_size"):
                 ours, theirs = getattr(self, name), getattr(self.initial, name)

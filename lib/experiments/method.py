@@ -1,13 +1,12 @@
-"""The version of the method, a part of every run's key.
+"""Version of the method, a part of the key of every run.
 
-Whoever changes what a training results in adds a line to `METHODS`; a change that keeps the results keeps the
-version, and with it all stored runs. `tests/experiments/test_method.py` trains a few tiny configurations and
-fails where results change and the version does not.
+A change of the results of trainings adds a line to `METHODS`; other changes keep the version and all stored
+runs. `tests/experiments/test_method.py` fails if the results of tiny trainings change without the version.
 """
 
 from __future__ import annotations
 
 METHODS = {1: "The method that trained the evidence in results/reference."}
-"""What changed in the results of trainings with each version."""
+"""Change of the results of trainings by version."""
 
 METHOD_VERSION = max(METHODS)

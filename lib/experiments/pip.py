@@ -1,6 +1,6 @@
-"""The user's pip configuration: it decides where packages come from, but not which ones or into what folder.
+"""Package sources of the user's pip configuration, without its other options.
 
-The set-up imports this before any package is there, so it needs the standard library alone.
+The set-up imports this before any package is installed: standard library only.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pathlib import Path
 
 SOURCES = {"index-url", "extra-index-url", "no-index", "find-links", "cert", "client-cert", "proxy"}
 SOURCES |= {"trusted-host", "timeout", "default-timeout", "retries", "cache-dir", "keyring-provider"}
-"""pip's options for where it finds packages and how it gets there."""
+"""Options of pip for the sources of packages and the connection to them."""
 
 
 def sources(python: Path) -> dict[str, str]:
-    """Return this process's variables, with no option of pip but the user's sources."""
+    """Return the environment variables with the user's `SOURCES` as the only options of pip."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
-    # With `user = true` in a file, pip would list the user's own file alone.
+    # With `user = true` in a file, pip lists only the file in the home folder.
     listed = subprocess.run(
         [str(python), "-m", "pip", "config", "list"],
         env=os.environ | {"PIP_USER": "0"},

@@ -1,4 +1,4 @@
-"""Which runs train together, and how long the rest of a sweep will take on this machine."""
+"""Stacks of runs that train together, and the estimated time of a sweep on this machine."""
 
 from __future__ import annotations
 
@@ -15,20 +15,18 @@ from lib.experiments.config import FacesConfig, RunConfig
 from lib.experiments.processes import default_device, workers
 
 STACK_NUMBERS = {"cpu": 2**16, "cuda": 2**24}
-"""Largest size of the iterate of a whole stack. On a CPU a larger one leaves the cache, and its members wait
-for each other: with 100 images of 28x28 a stack of 64 is up to twice slower than its members alone
-(`results/bench/`). An accelerator needs millions of numbers to be busy.
-"""
+"""Largest size of the iterate of a stack. On a CPU a larger one leaves the cache: with 100 images of 28x28 a
+stack of 64 is up to twice slower than its members alone (`results/bench/`)."""
 
 NUMBER_BYTES = 2000
-"""Free memory of an accelerator for each of these numbers: twice what solvers, weights and moments take."""
+"""Free memory of an accelerator per number: twice that of solvers, weights and moments."""
 
 TIMED_STEPS = 2
-"""Optimizer steps that the estimate of a kind of run is based on."""
+"""Number of optimizer steps that are timed per kind of run."""
 
 
 def stack_size(config: Config, device: torch.device) -> int:
-    """Return how many configurations like this one to train together; with L-BFGS it is one."""
+    """Return the number of configurations per stack; one with L-BFGS."""
     if isinstance(config, FacesConfig) and config.optimizer == "lbfgs":
         return 1
     numbers = STACK_NUMBERS[device.type]
@@ -39,10 +37,10 @@ def stack_size(config: Config, device: torch.device) -> int:
 
 
 def stacks(configs: Iterable[Config], device: torch.device) -> list[list[Config]]:
-    """Return configurations in groups that train together, as large as the device allows.
+    """Group configurations into stacks, as large as the device allows.
 
-    Members with similar steps stay together, since they need similar numbers of solver steps. The groups take
-    turns, so that a sweep's first minutes are a sample of all of it.
+    Members have similar step sizes, because these need similar numbers of solver steps. The kinds of runs
+    alternate, so that the first stacks are a sample of the sweep.
     """
     groups: dict[Config, list[Config]] = {}
     for config in configs:
@@ -56,7 +54,7 @@ def stacks(configs: Iterable[Config], device: torch.device) -> list[list[Config]
 
 
 def plan(configs: Sequence[RunConfig]) -> pd.DataFrame:
-    """Return how long some trainings will take here, from two steps of a stack of every kind of run.
+    """Estimate the time of trainings on this machine from two optimizer steps per kind of run.
 
     The weights of these steps are untrained; later solves may need fewer or more steps.
 
@@ -76,7 +74,7 @@ def plan(configs: Sequence[RunConfig]) -> pd.DataFrame:
 
 
 def _seconds_per_run(stack: Sequence[Config], device: torch.device) -> float:
-    """Return the time of a training in a stack; an evaluation counts as half a training step per image."""
+    """Estimate the time of a training in a stack; an image costs half as much in an evaluation."""
     config = stack[0]
     images = min(config.train_images, TIMED_STEPS * config.batch_size)
     changes = {"train_images": images, "test_images": 1, "epochs": 1, "time_budget": 1e6}

@@ -1,4 +1,4 @@
-"""Cores and devices of this machine, and how processes share them."""
+"""Cores, devices and worker processes of this machine."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def default_device() -> torch.device:
 
 
 def workers(device: torch.device) -> int:
-    """Return the number of training processes: one per core, or one that has the accelerator to itself."""
+    """Return the number of training processes: one per core, or one per accelerator."""
     return cores() if device.type == "cpu" else 1
 
 
 @contextmanager
 def interrupts_blocked() -> Iterator[None]:
-    """Block Ctrl-C while processes are started, which inherit that; afterwards it reaches this one alone."""
+    """Block Ctrl-C while processes are started, so that they inherit the block."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,4 +1,4 @@
-"""The profiles that choose the size of the experiments, and the grid of the paper: data."""
+"""Profiles, which set the size of the experiments, and the grid of the paper."""
 
 from __future__ import annotations
 
@@ -23,18 +23,14 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     # The paper's sizes, which are the defaults of `RunConfig`.
     "paper": {"all": {}, "denoising": {"noise": 0.5}},
 }
-"""What each profile changes in the defaults: for all tasks, then for one task."""
+"""Changes of the defaults by profile: for all tasks, then for one task."""
 
 SEEDS = {"overnight": 3}
-"""For how many seeds figures 2 to 4, 8 and 13 train where it is not one."""
+"""Number of seeds of figures 2 to 4, 8 and 13 by profile, if not one."""
 
 
 def profile_config(profile: str, /, task: str, **values: Any) -> RunConfig:
-    """The configuration of a profile for a task, with the given values on top (None: the profile's).
-
-    Raises:
-        ConfigError: the profile is unknown, or a value is refused by `RunConfig`.
-    """
+    """Return the configuration of a profile for a task; values replace those of the profile unless None."""
     require_name("profile", profile, PROFILES)
     chosen = PROFILES[profile]["all"] | PROFILES[profile].get(task, {})
     given = {name: value for name, value in values.items() if value is not None}
@@ -42,7 +38,7 @@ def profile_config(profile: str, /, task: str, **values: Any) -> RunConfig:
 
 
 def profile_seeds(profile: str, seeds: int | None = None) -> int:
-    """For how many seeds a profile trains what it shows, or the given number."""
+    """Return the number of seeds, by default that of a profile."""
     if seeds is not None:
         require_range("seeds", seeds, 1)
     return seeds or SEEDS.get(profile, 1)
@@ -66,16 +62,16 @@ FACES_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     "overnight": {"all": {}},
     "paper": {"all": {}},
 }
-"""What each profile changes in the defaults for photographs: for all tasks, then for one task."""
+"""Changes of the defaults for photographs by profile: for all tasks, then for one task."""
 
 OURS: dict[str, Any] = {"filters": 8, "filter_size": 3, "initial": "cosine", "optimizer": "lbfgs"}
 OURS |= {"learn_weight": True, "differentiate_norm": True, "sharpness": 200.0}
 OURS |= {"tol": 1e-5, "adjoint_tol": 1e-4, "max_steps": 500, "patience": 50}
-"""Ours for denoising and deblurring: the weight of the data is learned with the kernels, which start as the
-cosine basis, and the training is solved by a quasi-Newton method."""
+"""Our configuration for denoising and deblurring: L-BFGS learns the weight of the data term and the kernels,
+starting from the cosine basis."""
 
 OURS_EPOCHS = {"smoke": 2, "quick": 28, "overnight": 200, "paper": 200}
-"""Iterations of that method in each profile."""
+"""Iterations of L-BFGS by profile."""
 
 FACES_TASKS: dict[str, dict[str, Any]] = {
     "denoising": {"noise": 0.1, "patience": 50, "precondition": True},
@@ -109,7 +105,7 @@ def faces_config(profile: str, /, task: str, **values: Any) -> FacesConfig:
 
 
 def our_config(profile: str, task: str, **values: Any) -> FacesConfig:
-    """The configuration of `OURS` for a task, with the given values on top; as in `faces_config`."""
+    """Return the configuration `OURS` for a task; values as in `faces_config`."""
     require_name("profile", profile, FACES_PROFILES)
     given = {name: value for name, value in values.items() if value is not None}
     return faces_config(profile, task, **OURS | {"epochs": OURS_EPOCHS[profile]} | given)
@@ -117,14 +113,14 @@ def our_config(profile: str, task: str, **values: Any) -> FacesConfig:
 
 DENOISING_SHARES = ["dataset", "reduction", "train_images", "test_images", "seed"]
 DENOISING_SHARES += ["model", "filters", "filter_size"]
-"""What a training from denoising kernels has in common with the training of those kernels."""
+"""Parameters that a training from denoising kernels shares with the training of those kernels."""
 
 ARMS: dict[str, dict[str, Any]] = {
     "bilevel": {"model": "bilevel"},
     "deq": {"model": "deq"},
     "deq tied": {"model": "deq", "initial": "tied"},
 }
-"""What is compared on MNIST: the paper's two models, and ours, the DEQ whose `C` starts as `A`."""
+"""Arms of the comparison on MNIST: the two models of the paper, and our DEQ with `C = A` at the start."""
 
 GRID: dict[str, tuple[Any, ...]] = {
     # The expensive tasks first, so that the last stacks of a sweep are short ones.
@@ -136,7 +132,7 @@ GRID: dict[str, tuple[Any, ...]] = {
     "tau": (0.01, 0.1, 0.5, 0.9, 1.1, 2.1),
     "gamma": (0.1, 0.5, 1.0),
 }
-"""The axes of the paper's grid on MNIST, with 0.5 among the steps, which its pictures use, and our start."""
+"""Axes of the paper's grid on MNIST, with the step 0.5 of its pictures and our start."""
 
 SWEEPS: dict[str, dict[str, Any]] = {
     # A handful, one of whose steps is too long.
@@ -150,18 +146,14 @@ SWEEPS: dict[str, dict[str, Any]] = {
     # The paper's sizes, which are the defaults of `RunConfig`.
     "paper": {},
 }
-"""What each profile changes in `GRID` and in the defaults of `RunConfig`."""
+"""Changes of `GRID` and of the defaults of `RunConfig` by profile."""
 
 
 def grid(profile: str, /, **values: Any) -> list[RunConfig]:
-    """The configurations of a sweep: all combinations of the values of all axes.
+    """Return the configurations of a sweep: all combinations of the values of all axes.
 
-    For any parameter of `RunConfig` there may be a value in the place of the profile's, or a list or tuple of
-    values to make it an axis; None leaves the profile's. Bilevel learning, where `C` is `A`, has no start of
-    `C`, and takes part once.
-
-    Raises:
-        ConfigError: the profile is unknown, an axis is empty, or a value is refused by `RunConfig`.
+    A value of any parameter of `RunConfig` replaces that of the profile unless None; a list or tuple makes an
+    axis. Bilevel learning has no start of `C` and appears once.
     """
     require_name("profile", profile, SWEEPS)
     chosen = GRID | SWEEPS[profile] | {name: v for name, v in values.items() if v is not None}

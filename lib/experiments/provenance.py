@@ -1,4 +1,4 @@
-"""Files together with their provenance: method, machine, time and checksums."""
+"""Files with their provenance: method, machine, time and checksums."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROVENANCE = "provenance.json"
 
 
 def environment(device: torch.device | str | None = None) -> dict[str, Any]:
-    """Return versions and machine of a computation on a device (the default one when None)."""
+    """Return the versions of packages and the machine; None takes the default device."""
     device = torch.device(device or default_device())
     packages = ("torch", "torchvision", "numpy", "pandas", "matplotlib")
     return {
@@ -40,9 +40,9 @@ def write_with_provenance(
     name: str = PROVENANCE,
     device: torch.device | str | None = None,
 ) -> list[Path]:
-    """Write files by name and, last, their provenance, and return all paths.
+    """Write files by name, then their provenance, and return all paths.
 
-    To `provenance` come method, environment of the device that computed the files, time and checksums.
+    Method, environment of the device, time and checksums are added to `provenance`.
     """
     record = {
         **provenance,
@@ -58,7 +58,7 @@ def write_with_provenance(
 
 
 def read_described(path: Path, provenance: Mapping[str, Any]) -> bytes:
-    """Return the content of a file after a check against its provenance.
+    """Return the content of a file, checked against its provenance.
 
     Raises:
         OSError: the file cannot be read.

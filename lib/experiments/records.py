@@ -1,6 +1,6 @@
-"""Runs on disk: a folder in the store, and the smaller files of runs that are committed.
+"""Runs on disk: folders in the store, and smaller files of committed runs.
 
-A file that is not what was written raises `DamagedFile`; in the store it is set aside.
+Changed files raise `DamagedFile`; in the store they are set aside.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from lib.training import COMPLETED, DIVERGED, History
 DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
 
 REFERENCE, KERNELS = RESULTS / "reference", "kernels.json"
-"""The committed figures, and the file of trained kernels in the folders of some of them."""
+"""Folder of committed figures, and name of files of trained kernels in it."""
 
 COMMITTED_KERNELS = {"faces": ("fig*", 8)}
 """Folders of committed kernels, and how many of them the pages take, by the images that they were trained on.
 The first entry is the pages' default."""
 
 COMMITTED = {"quick": "reference", "overnight": "reference/overnight"}
-"""Profiles whose figures are committed, and where among the results."""
+"""Folders of committed figures in the results, by profile."""
 
 COMMITTED_BITS = 8
-"""Significant bits of dense weights in a committed run; the rounding changes its test loss by some 0.02 %."""
+"""Significant bits of dense weights in a committed run; rounding changes the test loss by about 0.02 %."""
 
 Record = TypeVar("Record")
 
@@ -58,7 +58,7 @@ class Run:
         status: `completed`, `diverged` or `out of time`.
         reason: why it did not complete.
         history: a row per epoch (see `lib.training.History`).
-        weights: `A`, `b` unless they are kernels and, for a DEQ, `C`.
+        weights: `A`, `b` of dense weights, `C` of a DEQ, and a learned `lam`.
         provenance: data digests, version of the method, environment and seconds.
     """
 
@@ -77,7 +77,7 @@ class Run:
 
 def run_key(config: Config) -> str:
     """Return the key of a run: a digest of its configuration, its data and the version of the method."""
-    # A start that is newer than the first stored runs leaves their keys as they are.
+    # A parameter newer than the first stored runs: its default keeps their keys.
     newer = {"initial"} if isinstance(config, RunConfig) and config.initial == "independent" else None
     values = config.model_dump(exclude=newer)
     identity = {"config": values, "data": data_digests(config), "method": METHOD_VERSION}
@@ -85,7 +85,7 @@ def run_key(config: Config) -> str:
 
 
 def data_digests(config: Config) -> dict[str, str]:
-    """Return the digests of the image files of a configuration, and of the run that it starts from."""
+    """Return the digests of the image files of a configuration and of its initial run."""
     if config.dataset in DATA_DIGESTS:
         digests = DATA_DIGESTS[config.dataset]
     else:
@@ -103,7 +103,7 @@ def run_folder(config: Config, results: Results = None) -> Path:
 
 
 def is_stored(config: Config, results: Results = None) -> bool:
-    """Return whether a run has ended and is in the store."""
+    """Return whether an ended run is in the store."""
     return (run_folder(config, results) / "run.json").exists()
 
 
@@ -129,7 +129,7 @@ def load_run(config: Config, results: Results = None) -> Run | None:
 
 
 def store_run(config: Config, member: History, results: Results = None) -> None:
-    """Write a run that has ended, its record last, and remove its checkpoint."""
+    """Write an ended run, its record last, and remove its checkpoint."""
     folder = run_folder(config, results)
     record = {
         "config": config.model_dump(),
@@ -161,15 +161,14 @@ def read_checkpoint(config: Config, results: Results = None) -> dict[str, Any] |
 
 
 def stored_kernels(key: str, results: Results = None, **asked: object) -> Run:
-    """Return the run on photographs of a key in the store, of any version of the method.
+    """Return the stored run on photographs with a key, of any version of the method.
 
     Args:
-        asked: parameters that it must have where they are not None.
+        asked: parameters that the run must have, unless None.
 
     Raises:
-        ConfigError: there is none, it has other parameters or diverged, or it is one on digits, whose weights
-            fit no other images.
-        DamagedFile: it cannot be used.
+        ConfigError: there is no such run, or it diverged.
+        DamagedFile: its files have changed.
     """
     store = _store(results)
     if key not in {path.parent.name for path in store.glob("*/run.json")}:
@@ -188,23 +187,20 @@ def stored_kernels(key: str, results: Results = None, **asked: object) -> Run:
 
 
 def trained_on(run: Run, files: Sequence[Path]) -> list[str]:
-    """Return the names of those images that a run was trained on."""
+    """Return the names of the images that a run was trained on."""
     seen = list(run.provenance["data"].values())[: run.config.train_images]
     return [path.name for path in files if file_digest(path) in seen]
 
 
 def file_digest(path: Path) -> str:
-    """Return the digest of an image file as the provenance of a run has it."""
+    """Return the digest of an image file, as in the provenance of a run."""
     return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def take_runs(path: Path, results: Results = None) -> str:
-    """Unpack a zip file of runs that another machine trained into the store, and say how many are new there.
+    """Unpack a zip file of runs of another machine into the store, and return the number of new ones as text.
 
-    A run is verified when it is loaded, as any other one.
-
-    Raises:
-        ConfigError: it is no zip file.
+    Runs are verified when they are loaded. Raises `ConfigError` for other files.
     """
     store = _store(results)
     try:
@@ -285,7 +281,7 @@ def keep_run(path: Path, results: Results = None) -> None:
     packed = io.BytesIO()
     with ZipFile(packed, "w") as archive:
         for name, content in (("run.json", _json("run", record)), ("weights.pt", _packed(weights))):
-            # Without the time, so that it is the same file whenever it is made.
+            # Without the time, so that equal runs have equal files.
             archive.writestr(ZipInfo(name), content, ZIP_DEFLATED)
     write_atomic(path, sealed(packed.getvalue()))
 
@@ -303,7 +299,7 @@ def load_kept_run(path: Path, configs: Collection[Config]) -> Run | None:
 
 
 def record_config(record: dict[str, Any]) -> Config:
-    """Return the configuration of a record; a parameter that is newer than the record has its default."""
+    """Return the configuration of a record, with defaults for parameters that it lacks."""
     kind = RunConfig if record["config"]["dataset"] == "mnist" else FacesConfig
     return kind(**record["config"])
 
@@ -313,7 +309,7 @@ def _store(results: Results) -> Path:
 
 
 def _usable(path: Path, read: Callable[[], Record]) -> Record | None:
-    """Return the result of `read`, or None without a file; one that cannot be used is set aside."""
+    """Return the result of `read`, or None without a file; set unusable files aside."""
     try:
         return read() if path.exists() else None
     except (OSError, ConfigError, DamagedFile) as error:
@@ -335,7 +331,7 @@ def _run(key: str, record: dict[str, Any], weights: Weights) -> Run:
 
 
 def _rounded(weight: Tensor) -> Tensor:
-    """Return a weight to `COMMITTED_BITS`: half precision has more, which do not compress."""
+    """Round a weight to `COMMITTED_BITS`: the other bits of half precision do not compress."""
     mantissa, exponent = torch.frexp(weight)
     return torch.ldexp((mantissa * 2**COMMITTED_BITS).round() / 2**COMMITTED_BITS, exponent)
 

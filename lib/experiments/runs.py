@@ -1,4 +1,4 @@
-"""Trained runs: loaded if they are stored, else trained in stacks, one process per core, and resumable."""
+"""Runs: loaded from the store, or trained in stacks with one process per core, and resumable."""
 
 from __future__ import annotations
 
@@ -48,27 +48,26 @@ from lib.experiments.store import Results
 from lib.training import DIVERGED, OUT_OF_TIME, Training
 
 CHECKPOINT_SECONDS = 60.0
-"""Time between two checkpoints of a stack: a training that is stopped loses this or an epoch at most."""
+"""Time between two checkpoints of a stack."""
 
 REPORT_SECONDS = 0.2
-"""Time between two looks at what the training processes report."""
+"""Time between two reads of the progress of the training processes."""
 
 Report = Callable[[int, tuple[str, ...]], object]
-"""Called with optimizer steps, of all members, that are done or not needed any more, and the statuses of runs
-that have ended, both since the last call."""
+"""Called with the number of optimizer steps and the statuses of ended runs since the last call."""
 
 
 def get_runs(configs: Sequence[Config], results: Results = None, train: bool = True) -> list[Run]:
-    """Return the runs of some configurations, in their order, trained if they are not stored.
+    """Return the runs of configurations in their order; missing runs are trained.
 
-    A run that diverged or ran out of time is returned with that status and its reason.
+    Runs that diverged or ran out of time are returned with that status and a reason.
 
     Args:
-        train: False takes what is not stored from the committed runs, and trains nothing.
+        train: False takes only stored or committed runs.
 
     Raises:
-        ConfigError: nothing is to be trained, and a run is neither stored nor committed.
-        DataError: the data cannot be had.
+        ConfigError: `train` is False, and a run is neither stored nor committed.
+        DataError: the data are missing or unusable.
     """
     if train:
         train_runs([config for config in configs if load_run(config, results) is None], results)
@@ -87,9 +86,9 @@ def get_run(config: Config, results: Results = None, train: bool = True) -> Run:
 
 
 def find_runs(configs: Sequence[Config], results: Results = None, weights: bool = True) -> list[Run | None]:
-    """Return the runs of some configurations that are stored, or else committed; None for the others.
+    """Return the stored or else committed runs of configurations; None for missing ones.
 
-    A committed run may be of another version of the method, which its provenance names.
+    Committed runs may be of another version of the method (see their provenance).
 
     Args:
         weights: False also takes committed runs without weights.
@@ -103,13 +102,13 @@ def find_runs(configs: Sequence[Config], results: Results = None, weights: bool 
 
 
 def learned_start(config: Config, results: Results = None, train: bool = True) -> Weights | None:
-    """Return the kernels that a run starts from where they are those of another run."""
+    """Return the weights of the initial run of a configuration, or None."""
     initial = config.initial
     return None if isinstance(initial, str) else get_run(initial, results, train).weights
 
 
 def outcome(ended: Counter[str], count: int) -> str:
-    """Return how many of `count` runs have ended, and how, for a progress bar."""
+    """Return the numbers of ended runs by status for a progress bar."""
     diverged, late = ended[DIVERGED], ended[OUT_OF_TIME]
     return f"runs {ended.total()}/{count}, diverged {diverged}, out of time {late}"
 
@@ -117,14 +116,13 @@ def outcome(ended: Counter[str], count: int) -> str:
 def train_runs(configs: Sequence[Config], results: Results = None) -> None:
     """Train all configurations that are not stored yet, in stacks, with one process per core.
 
-    Runs that another process is training are left to it, and waited for. When one training fails or this
-    process is interrupted, all are stopped; the next call resumes them from their checkpoints. A script that
-    calls this needs the usual `if __name__ == "__main__"`.
+    Wait for runs that another process is training. An error or an interrupt stops all trainings; the next
+    call resumes them from checkpoints. Scripts need the usual `if __name__ == "__main__"`.
 
     Raises:
         ConfigError: the device cannot train a configuration.
-        DataError: the data cannot be had.
-        RuntimeError: a training failed; the message says how.
+        DataError: the data are missing or unusable.
+        RuntimeError: a training failed.
     """
     ended = Counter(record["status"] for config in configs if (record := read_record(config, results)))
     waiting = [config for config in configs if not is_stored(config, results)]
@@ -132,7 +130,7 @@ def train_runs(configs: Sequence[Config], results: Results = None) -> None:
         return
     starts = (config.initial for config in waiting)
     train_runs([initial for initial in starts if not isinstance(initial, str)], results)
-    # Missing data, and values at odds with them, are reported here, once.
+    # Report missing data and inconsistent values before any training.
     for config in {config.dataset: config for config in waiting}.values():
         load_images(config)
     for config in waiting:
@@ -161,7 +159,7 @@ def train_runs(configs: Sequence[Config], results: Results = None) -> None:
 
 
 def _train_stacks(todo: Sequence[list[Config]], results: Results, report: Report) -> None:
-    """Train stacks in as many processes as the device takes; each takes the next stack when it is free."""
+    """Train stacks in `workers` processes."""
     count = min(workers(default_device()), len(todo))
     if count == 1:
         for stack in todo:
@@ -173,7 +171,7 @@ def _train_stacks(todo: Sequence[list[Config]], results: Results, report: Report
         try:
             with interrupts_blocked():
                 left = {pool.submit(_train_in_worker, stack, results) for stack in todo}
-                # The pool notices the death of a process only if it was started before the last submission.
+                # The pool detects the death only of processes that started before the last submission.
                 pool.submit(int)
             while left:
                 ended, left = wait(left, timeout=REPORT_SECONDS)
@@ -192,7 +190,7 @@ _reports: SimpleQueue[tuple[int, tuple[str, ...]]]
 
 
 def _start_worker(reports: SimpleQueue[tuple[int, tuple[str, ...]]]) -> None:
-    """Prepare a training process, which computes on one thread."""
+    """Initialize a training process."""
     global _reports
     _reports = reports
     torch.set_num_threads(1)
@@ -203,7 +201,7 @@ def _train_in_worker(stack: list[Config], results: Results) -> None:
 
 
 def train_stack(configs: Sequence[Config], results: Results, report: Report) -> None:
-    """Train and store those configurations of a stack that no other process has stored or is training."""
+    """Train and store the configurations of a stack that no other process has stored or is training."""
     with ExitStack() as locks:
         mine = []
         for config in configs:
@@ -219,7 +217,7 @@ def train_stack(configs: Sequence[Config], results: Results, report: Report) -> 
 
 
 def _train(configs: Sequence[Config], results: Results, report: Report) -> None:
-    """Train configurations of one stack, whose locks are held; those resumed at the same epoch together."""
+    """Train configurations of a stack, grouped by the epoch of their checkpoints, while holding locks."""
     by_epoch: dict[int, list[tuple[Config, dict[str, Any]]]] = {}
     for config in configs:
         state = read_checkpoint(config, results) or {"epoch": 0}
@@ -233,7 +231,7 @@ def _train(configs: Sequence[Config], results: Results, report: Report) -> None:
 
 
 def _run(training: Training, configs: Sequence[Config], results: Results, report: Report) -> None:
-    """Run a training; store members that end, and write checkpoints of the others now and then."""
+    """Run a training, store members that end, and write checkpoints of the others."""
     written, counted = -math.inf, 0
 
     def tell(*ended: str) -> None:

@@ -11,24 +11,24 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "results"
 
 Results = Path | str | None
-"""A folder of results, with the runs in `runs/`; the repository's when None."""
+"""Folder of results, with runs in `runs/`; None takes that of the repository."""
 
 
 def absolute(path: Path | str) -> Path:
-    """Return a user's path: from the home folder after `~/`, else from the repository."""
+    """Return an absolute path: relative to the home folder after `~/`, else to the repository."""
     path = Path(path)
-    # `~scan.png` is a name.
+    # `~scan.png` is a file name.
     return REPOSITORY / (path.expanduser() if path.parts[:1] == ("~",) else path)
 
 
 class DamagedFile(RuntimeError):
-    """Error of a file whose content is not what was written; its message names the file."""
+    """File with changed content; the message has its path."""
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file and create its folder; readers see its old content or all of the new one."""
+    """Write a file atomically: readers see the old or the new content. Create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder: a rename is atomic within one file system only.
+    # In the same folder: a rename is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:
@@ -41,16 +41,12 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def sealed(content: bytes) -> bytes:
-    """Return a line with the SHA-256 of `content`, and then `content`."""
+    """Return a line with the SHA-256 of `content`, followed by `content`."""
     return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
 
 
 def unsealed(file: bytes, path: Path) -> bytes:
-    """Return the content of a file of `sealed`.
-
-    Raises:
-        DamagedFile: the content does not match its checksum; it names the path.
-    """
+    """Return the content of a `sealed` file; raise `DamagedFile` if it does not match its checksum."""
     content = file.partition(b"\n")[2]
     if file != sealed(content):
         raise DamagedFile(f"{path}: its content does not match its checksum")

@@ -1,4 +1,4 @@
-"""The grid of the paper: all its configurations trained, and their results as two tidy tables."""
+"""Sweeps of the grid of the paper, with results in two tidy tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lib.training import COMPLETED, DIVERGED, OUT_OF_TIME
 NOT_RUN, IN_PROGRESS = "not run", "in progress"
 
 TABLES = ("runs.parquet", "epochs.parquet")
-"""The tables of a sweep with reconstructions, which need neither runs nor data (`.ci/collect.py`)."""
+"""Tables of a sweep with reconstructions (`.ci/collect.py`)."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class Sweep:
 
 
 def get_sweep(profile: str, /, results: Results = None, train: bool = True, **values: Any) -> Sweep:
-    """Train what is not stored of a profile's sweep, write its tables and return it.
+    """Train the missing runs of a sweep, write its tables and return it.
 
     Args:
-        train: False takes what is stored or in the committed table, and marks the rest as not run.
+        train: False takes stored and committed runs, and marks the others as not run.
         values: parameters and axes that replace the profile's (see `grid`).
 
     Raises:
-        ConfigError: a value is refused, before any work.
-        DataError: nothing is to be trained, and no run is there.
+        ConfigError: a value is invalid.
+        DataError: `train` is False, and there is no run.
     """
     configs = grid(profile, **values)
     if train:
@@ -71,7 +71,7 @@ def load_sweep(
     """Return the tables of some configurations of a profile from their stored runs.
 
     Args:
-        committed: take what is not stored from the profile's committed table, if there is one.
+        committed: take missing runs from the committed table of the profile, if there is one.
     """
     rows, epochs, environments, methods = [], [], list[Any](), set[int]()
     known = _committed_records(profile) if committed else {}
@@ -105,7 +105,7 @@ def load_sweep(
         "trained_by": sorted(methods),
     }
     names = [name for row in epochs for name in row]
-    # Columns that a table has even if no run has got far enough.
+    # Columns of every table, also without a finished epoch.
     names = ["key", "epoch", "seconds", "test_loss", *names, "forward_steps", "backward_steps"]
     columns = list(dict.fromkeys(names))
     kinds = {"key": str, "epoch": int} | dict.fromkeys(columns[2:], float)
@@ -132,8 +132,8 @@ def load_table(profile: str = "quick", results: Results = None) -> Sweep:
 
     Raises:
         ConfigError: the profile is unknown.
-        DataError: its table is not there.
-        DamagedFile: a file is not what was written.
+        DataError: there is no table.
+        DamagedFile: the content of a file has changed.
     """
     require_name("profile", profile, SWEEPS)
     folder = table_folder(profile, results)
@@ -150,7 +150,7 @@ def load_table(profile: str = "quick", results: Results = None) -> Sweep:
 
 
 def with_arms(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of runs with the column `arm` (see `ARMS`), also one without a column `initial`."""
+    """Add the column `arm` (see `ARMS`) to a table of runs, with or without a column `initial`."""
     starts = runs["initial"] if "initial" in runs else pd.Series("independent", runs.index)
     return runs.assign(arm=runs["model"].mask(starts == "tied", "deq tied"))
 
@@ -175,14 +175,14 @@ def _committed_records(profile: str) -> dict[RunConfig, tuple[str, dict[str, Any
 
 
 def row_config(row: Mapping[Any, Any]) -> RunConfig:
-    """Return the configuration of a row of `Sweep.runs`; a parameter newer than the row has its default."""
+    """Return the configuration of a row of `Sweep.runs`, with defaults for parameters that it lacks."""
     values = {name: row[name] for name in RunConfig.model_fields if name in row}
     known: dict[str, Any] = {name: None if pd.isna(value) else value for name, value in values.items()}
     return RunConfig(**known)
 
 
 def status(configs: Sequence[RunConfig], results: Results = None) -> pd.DataFrame:
-    """Return how many configurations of each task and model have ended in which way."""
+    """Count the configurations of each task and model by status."""
 
     def state(config: RunConfig) -> str:
         if record := read_record(config, results):

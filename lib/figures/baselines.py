@@ -1,4 +1,4 @@
-"""Reconstructions without learning, to compare with: total variation with its best weight."""
+"""Baseline without learning: total variation with its best weight."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lib.solvers import Anderson, fixed_point
 from lib.training import generator, observe
 
 Method = Callable[[Tensor, float], Tensor]
-"""Takes data `f` and a weight, and returns images, all `(N, 1, H, W)`."""
+"""Function of data `f` and a weight that returns images, all `(N, 1, H, W)`."""
 
 DIFFERENCES_NORM = math.sqrt(8)
 """Largest norm of the forward differences in both directions (Chambolle, JMIV 20, 2004)."""
@@ -31,11 +31,11 @@ TV_LAMBDAS = (10.0, 30_000.0)
 """Intervals of the weight of total variation: scikit-image's in denoising, otherwise `lambda`."""
 
 TUNING_IMAGES = 4
-"""Number of training images with which weights are chosen."""
+"""Number of training images for the choice of weights."""
 
 
 def chambolle(f: Tensor, weight: float) -> Tensor:
-    """Total variation denoising by scikit-image; a larger weight smooths more."""
+    """Denoise by total variation with scikit-image; a larger weight smooths more."""
     images = [
         skimage.restoration.denoise_tv_chambolle(image, weight=weight, eps=1e-5)
         for image in f.squeeze(1).numpy()
@@ -44,17 +44,17 @@ def chambolle(f: Tensor, weight: float) -> Tensor:
 
 
 def tv_model(operator: Operator, lam: float, sharpness: float = 100.0) -> FixedPointModel:
-    """Smoothed anisotropic total variation: our lower level with two forward differences as kernels."""
+    """Return smoothed anisotropic total variation: our lower level with forward differences as kernels."""
     A = difference_kernels(1, 2, 3)
     tau = 1 / (lam + sharpness * DIFFERENCES_NORM**2)
     return FixedPointModel(operator, ConvFieldsOfExperts(A, None, smoothed_sign(sharpness)), tau, lam, 1.0)
 
 
 def tv_reconstruction(operator: Operator, tol: float = 1e-5, max_steps: int = 500) -> Method:
-    """Reconstruction by `tv_model`, whose weight is `lambda`: a larger one smooths less.
+    """Return reconstruction by `tv_model` with the weight `lambda`: a larger one smooths less.
 
-    Solves are preconditioned where `K` is a convolution: the steps of deblurring are so short that otherwise
-    the residual reaches its tolerance half a decibel away from the minimiser.
+    Solves are preconditioned unless `K` is a mask: the steps of deblurring are so short that otherwise the
+    residual reaches its tolerance half a decibel away from the minimiser.
     """
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ def tuning_data(config: FacesConfig) -> tuple[Tensor, Tensor]:
 
 
 def tv_method(config: FacesConfig, shape: tuple[int, int]) -> Method:
-    """Total variation by scikit-image in denoising, otherwise by our lower level."""
+    """Return total variation by scikit-image in denoising, otherwise by our lower level."""
     if config.task == "denoising":
         return chambolle
     return tv_reconstruction(make_operator(config, shape))

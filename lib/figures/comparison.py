@@ -19,7 +19,7 @@ from lib.experiments.sweep import NOT_RUN, Sweep
 from lib.training import DIVERGED, OUT_OF_TIME
 
 LOSS_THRESHOLD = 0.5
-"""Largest final test loss of the runs that are compared, as in the paper."""
+"""Largest final test loss in the comparison, as in the paper."""
 
 CONFIDENCE, RESAMPLES, LEVEL = 0.95, 9999, 0.05
 
@@ -30,10 +30,10 @@ PAIRED = tuple(name for name in RunConfig.model_fields if name not in ("model", 
 """Parameters that the two runs of a pair share."""
 
 PAIRS = (("bilevel", "deq"), ("bilevel", "deq tied"), ("deq", "deq tied"))
-"""Arms that are compared, configuration by configuration."""
+"""Pairs of arms for the comparison of each configuration."""
 
 BEST_OF = ("task", "noise", "seed")
-"""The best configuration is chosen for each task and noise, over all seeds."""
+"""Axes of the best configurations, chosen for each task and noise over all seeds."""
 
 YES, NO, NOT_DECIDED = "yes", "no", "not decided at this budget"
 ANSWERS = (YES, NO, NOT_DECIDED)
@@ -64,7 +64,7 @@ def outcome_table(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.D
 def paired(runs: pd.DataFrame, column: str, first: str = "bilevel", second: str = "deq") -> pd.DataFrame:
     """Return a quantity of two arms for each configuration with both runs: a pair.
 
-    Medians over the seeds make each configuration count once.
+    Each configuration counts once, with medians over the seeds.
 
     Returns:
         A row per pair: the shared parameters, a column for each arm, and `difference`, first minus second.
@@ -84,7 +84,7 @@ def kept_runs(runs: pd.DataFrame, threshold: float = LOSS_THRESHOLD) -> pd.DataF
 
 
 def paired_test(differences: NDArray[np.float64]) -> dict[str, float]:
-    """Median of paired differences, its percentile-bootstrap interval, and Wilcoxon's signed-rank test.
+    """Return the median of paired differences with its bootstrap interval, and Wilcoxon's signed-rank test.
 
     Returns:
         `pairs`, `median`, the ends `low` and `high` of the 95 % interval, and the two-sided `p` for symmetry
@@ -126,10 +126,7 @@ def epochs_within(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOL
 
 @dataclass(frozen=True)
 class Question:
-    """A question about two arms, and its answer by a rule from numbers, the decisive ones first.
-
-    The answer is one of `ANSWERS`.
-    """
+    """Question about two arms, with one of `ANSWERS` by a rule from numbers, decisive ones first."""
 
     question: str
     answer: str
@@ -138,14 +135,14 @@ class Question:
 
 
 def decide(supported: bool, refuted: bool) -> str:
-    """Return the answer: open if the numbers support neither or both."""
+    """Return the answer: not decided if the numbers support neither or both."""
     if supported == refuted:
         return NOT_DECIDED
     return YES if supported else NO
 
 
 def questions_per_task(pairs: pd.DataFrame, question: str) -> list[Question]:
-    """Answer for each task whether a paired `difference` is positive, which the question puts into words."""
+    """Answer for each task whether a paired `difference` is positive."""
     rule = (
         "Over the pairs (one configuration, both models, both kept), whose difference is positive where it "
         "speaks for yes: yes when the 95 % interval of the median difference lies above zero and Wilcoxon's "
@@ -175,15 +172,15 @@ def print_answers(questions: Sequence[Question]) -> None:
 
 
 def has_converged(rows: pd.DataFrame) -> bool:
-    """Return whether 95 % of the solves behind some rows reached their tolerance: forward, backward, tests.
+    """Return whether 95 % of the solves of some rows converged; a Neumann series counts as converged.
 
-    Otherwise the numbers hold to fewer digits on other machines. A Neumann series counts as solved.
+    Otherwise fewer digits are reproducible on other machines.
     """
     return bool((rows.filter(like="_unconverged").mean().fillna(0) < 0.05).all())
 
 
 def check_sweep(sweep: Sweep, threshold: float = LOSS_THRESHOLD) -> None:
-    """Check that the tables of a sweep agree with each other, and print it."""
+    """Check that the tables of a sweep are consistent, and print the results."""
     counts = outcome_table(sweep.runs, threshold).to_numpy().sum()
     assert counts == len(sweep.runs) == sweep.runs["key"].nunique(), f"{counts} outcomes"
     print("every configuration is there once and has one outcome")

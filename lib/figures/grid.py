@@ -1,4 +1,4 @@
-"""Figures of the grid: the arms that it has, and histories and solver steps of its runs."""
+"""Figures of the grid: arms, histories and solver steps of its runs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ LOWEST_LOSS = 1e-12
 """Smallest loss on a logarithmic axis."""
 
 CROWDED = 1e4
-"""Ratio of an axis's ends above which only powers of ten are labelled."""
+"""Ratio of the limits of an axis above which only powers of ten are labelled."""
 
 
 def arm_names(runs: pd.DataFrame) -> dict[str, str]:
-    """Return the names of the arms that a sweep has, and say of which no run is there."""
+    """Return the names of the arms of a sweep, marked if not run."""
     trained = set(runs["arm"][runs["status"] != NOT_RUN])
     shown = [arm for arm in ARM_NAMES if (runs["arm"] == arm).any()]
     return {arm: ARM_NAMES[arm] + ("" if arm in trained else ", not run") for arm in shown}
 
 
 def draw_histories(axes: Axes, runs: pd.DataFrame, epochs: pd.DataFrame) -> None:
-    """Draw the median test loss of each arm's runs after each epoch, and the range of several seeds."""
+    """Draw the median test loss of each arm after each epoch, and the range over several seeds."""
 
     def minor_label(y: float, position: float) -> str:
         low, high = axes.get_ylim()

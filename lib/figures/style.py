@@ -34,7 +34,7 @@ MODEL_COLORS = {"bilevel": "#0072b2", "deq": "#e69f00"}
 ARM_NAMES = MODEL_NAMES | {"deq tied": "DEQ from $C = A$, ours"}
 
 ARM_COLORS = MODEL_COLORS | {"deq tied": "#009e73"}
-"""The third is hatched where it fills an area, since in grey it is nearly as dark as the first."""
+"""Areas of the third are hatched, because in grey it is nearly as dark as the first."""
 
 
 def arm_line(arm: str) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def arm_line(arm: str) -> dict[str, Any]:
 
 
 def arm_patch(arm: str) -> dict[str, Any]:
-    """Return the style of an area that stands for an arm."""
+    """Return the style of an area of an arm."""
     return {"facecolor": ARM_COLORS[arm], "edgecolor": "k", "hatch": "//////" if arm == "deq tied" else ""}
 
 
@@ -71,7 +71,7 @@ STYLE: Any = {
     "savefig.dpi": 300,
     "hatch.linewidth": 0.5,
 }
-"""matplotlib's defaults, whatever the user's are; fonts that fit a column; text stays text in the PDF."""
+"""Defaults of matplotlib without user settings, fonts that fit a column, text as text in PDFs."""
 
 TEXT_WIDTH = 6.9
 """Width in inches of a page of two columns."""
@@ -91,7 +91,7 @@ def budget(run: Run, profile: str, experts: str = "") -> str:
 
 
 def sweep_budget(profile: str, provenance: Mapping[str, Any]) -> str:
-    """Return a line with the data, profile and budget of a sweep by its provenance, and what is missing."""
+    """Return a line with the data, profile, budget and missing runs of a sweep from its provenance."""
     common, axes, statuses = (provenance[name] for name in ("shared", "axes", "statuses"))
 
     def value(name: str) -> str:
@@ -108,7 +108,7 @@ def sweep_budget(profile: str, provenance: Mapping[str, Any]) -> str:
 
 
 def parameter_table(configs: Mapping[str, Config]) -> pd.DataFrame:
-    """Return the parameters that trainings were made with, a column for each name."""
+    """Return the parameters of trainings, a column for each name."""
 
     def column(c: Config) -> dict[str, str]:
         optimizer = f"Adam, {c.learning_rate:g} to {c.final_learning_rate:g}, {c.schedule}"
@@ -137,7 +137,7 @@ def parameter_table(configs: Mapping[str, Config]) -> pd.DataFrame:
 
 
 def sweep_table(sweep: Sweep) -> pd.DataFrame:
-    """Return the axes of a sweep, and what its configurations share, as a table."""
+    """Return the axes and shared parameters of a sweep as a table."""
     common = sweep.provenance["shared"]
     names = [
         name for name in ("size", "train_images", "epochs", "batch_size", "lam", "seed") if name in common
@@ -148,7 +148,7 @@ def sweep_table(sweep: Sweep) -> pd.DataFrame:
 
 
 def note(fig: Figure | SubFigure, text: str) -> None:
-    """Write a line at the bottom of a figure, or several where it is narrow."""
+    """Write a note at the bottom of a figure, wrapped to its width."""
     width, height = (side / fig.dpi for side in fig.bbox.size)
     text = textwrap.fill(text, int(24 * width), break_on_hyphens=False)
     fig.text(0.5, 0.08 / height, text, ha="center", va="bottom", size=7)
@@ -207,7 +207,7 @@ def save(
     files = {f"{key}.csv": own.to_csv().encode() for key, own in ({name: table} | dict(tables or {})).items()}
     if questions:
         files["questions.json"] = json.dumps([asdict(question) for question in questions], indent=1).encode()
-    # Without dates and versions in them the files are the same whenever they are made.
+    # Without dates and versions, equal figures have equal files.
     silent = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
     for key, own in ({name: fig} | dict(pictures or {})).items():
         for suffix, metadata in silent.items():

@@ -40,19 +40,19 @@ from lib.experiments.store import REPOSITORY, RESULTS, absolute, write_atomic
 NOTEBOOKS = REPOSITORY / "nbs"
 
 TRAINING = "training"
-"""Variable of a notebook with the parameters of its training, other than the profile's."""
+"""Variable of a notebook with the parameters of its training that differ from the profile."""
 
 KERNEL: dict[str, Any] = {
     "kernel_name": "python3",
-    # Without encryption a kernel warns of it, and one that is stopped while it ends warns of that.
+    # Without encryption a kernel prints a warning, and so does a kernel interrupted at its end.
     "config": Config(KernelManager={"transport_encryption": "required"}),
     "extra_arguments": ["--log-level=CRITICAL"],
 }
-"""The kernel of this environment."""
+"""Options of the kernel."""
 
 
 class Page(NamedTuple):
-    """A notebook: its file, the maker of its configurations, and parameters that it sets itself."""
+    """Notebook: its file, the function that makes its configurations, and parameters that it sets itself."""
 
     file: str
     make: Callable[..., Any] | None = None
@@ -84,11 +84,7 @@ PAGES |= {name: Page(name) for name in ("reconstruct", "evaluate", "tomography",
 
 
 def notebook_path(name: str) -> Path:
-    """Return the notebook of a name, such as `fig02`.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return the path of a notebook, such as `fig02`, or raise `ConfigError`."""
     require_name("notebook", name, PAGES)
     return NOTEBOOKS / f"{PAGES[name].file}.ipynb"
 
@@ -114,23 +110,23 @@ def cell_parameters(name: str) -> dict[str, tuple[Any, FieldInfo]]:
 
 
 def training_fields(name: str) -> dict[str, FieldInfo]:
-    """Return the parameters that the training of a notebook takes; none where it has none."""
+    """Return the parameters of the training of a notebook, if it has one."""
     page = PAGES[name]
     fields = (FacesConfig if page.make is faces_config else RunConfig).model_fields
     return {key: field for key, field in fields.items() if page.make and key not in page.fixed}
 
 
 def require(name: str, profile: str, values: dict[str, Any], results: Path = RESULTS) -> dict[str, Any]:
-    """Return what the variables of a notebook are set to.
+    """Validate parameters and return the values of the variables of a notebook.
 
     Args:
-        name: of the notebook.
+        name: name of the notebook.
         profile: name of the profile.
-        values: of its own parameters and those of its training.
+        values: values of its own parameters and those of its training.
         results: folder of the results.
 
     Raises:
-        ConfigError: a name is unknown, or a value is refused.
+        ConfigError: a name or a value is invalid.
     """
     known, make = cell_parameters(name), PAGES[name].make
     training = known.pop(TRAINING)[1].default if make else {}
@@ -178,25 +174,25 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
     """Execute a notebook with papermill.
 
     Args:
-        name: of the notebook, such as `fig02`.
+        name: name of the notebook, such as `fig02`.
         profile: name of the profile.
         parameters: values for the notebook's `parameters` cell.
         results: folder of the results.
 
     Returns:
-        The folder with what the notebook made and its executed copy.
+        The folder with the results of the notebook and its executed copy.
 
     Raises:
-        ConfigError: a name is unknown, a value makes no sense, or its data cannot be had.
+        ConfigError: a name or a value is invalid, or the data are missing or unusable.
         PapermillExecutionError: the notebook failed.
     """
     given = require(name, profile, parameters, results)
-    # Imported here because a value should be refused at once, and these take seconds to come.
+    # Imported here: these imports take seconds, and a rejection should not.
     import papermill
 
     from lib.experiments.data import DataError
 
-    # It cannot parse annotated variables, and calls them unknown.
+    # It warns of annotated variables.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     results = Path(given.get("results") or results) / given.get("profile", "")
     failed = results / f"{name}.failed.ipynb"
@@ -225,7 +221,7 @@ def run(name: str, profile: str, parameters: dict[str, Any], results: Path = RES
 
 
 def _folder(notebook: nbformat.NotebookNode, name: str) -> str:
-    """Return the folder that the last cell of an executed notebook names, or else its own name."""
+    """Return the folder in the output of the last cell of an executed notebook, else its name."""
     outputs = notebook.cells[-1].get("outputs") or [{}]
     shown = outputs[-1].get("data", {}).get("text/plain", "")
     return str(ast.literal_eval(shown)) if shown[:1] in ("'", '"') else name
@@ -233,7 +229,7 @@ def _folder(notebook: nbformat.NotebookNode, name: str) -> str:
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    """Refuse all or execute one notebook after the other, and return an exit status."""
+    """Validate all parameters, execute the notebooks in turn, and return an exit status."""
     parser = Parser(prog="python -m lib.pages.notebooks", add_help=False)
     parser.add_argument("command", choices=("run",))
     parser.add_argument("names", nargs="+", metavar="figNN")
@@ -256,20 +252,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return max([_make(name, profile, values[name]) for name in options.names])
     except KeyboardInterrupt:
-        # nbclient does not wait for the cell that was stopped, and asyncio would report its error.
+        # nbclient does not wait for the stopped cell, and asyncio would report its error.
         logging.getLogger("asyncio").disabled = True
         raise
 
 
 def _make(name: str, profile: str, parameters: dict[str, Any]) -> int:
-    """Make one notebook's results, say where they are or why not, and return an exit status."""
+    """Execute one notebook, print its folder or its error, and return an exit status."""
     start = time.perf_counter()
     try:
         made = run(name, profile, parameters)
     except ConfigError as error:
         return fail(2, f"{named(name)}: {error}")
     except Exception as error:
-        # One that fails stops no other. papermill's errors have the name and the text of the notebook's.
+        # Continue with the next notebook. Errors of papermill have the name and text of the notebook's error.
         kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
         reason = f"{kind}: {text}".splitlines()[0]
         return fail(1, f"{name} failed, its old result is as it was: {reason}")
