@@ -132,7 +132,7 @@ gpu: $(INSTALLED) ## compare and time a GPU (ARGS="--sweep 10": and train runs f
 lab: $(INSTALLED) ## JupyterLab on the notebooks (ARGS: its options)
 	@$(LAB) nbs $(ARGS)
 
-data: $(INSTALLED) ## fetch and verify the data (the figures do so by themselves)
+data: $(INSTALLED) ## download and verify the data (figures do so when needed)
 	@$(BIN)/python -c "from lib.experiments.data import mnist, split_files; print(len(mnist('train', 60_000)), *map(len, (split_files(name)['train'] for name in ('faces', 'natural'))))"
 
 refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to commit them

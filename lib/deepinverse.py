@@ -117,10 +117,10 @@ class PriorField(torch.nn.Module):
 
     def require(self, f: Tensor) -> None:
         if f.dim() != 4:
-            raise ValueError(f"images: got {tuple(f.shape)}, allowed: (N, C, H, W)")
+            raise ValueError(f"Images must have shape (N, C, H, W), got {tuple(f.shape)}.")
 
     def steepest(self) -> float:
-        raise ValueError("learn_weight: got True, allowed: False for a prior of DeepInverse")
+        raise ValueError("`learn_weight` must be False for a prior of DeepInverse, got True.")
 
 
 class FieldPrior(deepinv.optim.Prior):

@@ -236,7 +236,8 @@ class FacesConfig(TrainingConfig):
         if self.filter_size % 2 == 0:
             raise ValueError(f"`filter_size` must be an odd number, got {self.filter_size}.")
         if self.dataset == "mnist" or not self.dataset or "\0" in self.dataset:
-            raise ValueError(f"dataset: got {self.dataset!r}, allowed: faces, natural, celeba or a folder")
+            accepted = "faces, natural, celeba or a folder of images"
+            raise ValueError(f"`dataset` must be {accepted}, got {self.dataset!r}.")
         if isinstance(self.initial, str) and self.initial != "random":
             # Imported here: the import of torch takes seconds, and a rejection should not.
             from lib.kernels import count_differences

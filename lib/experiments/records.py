@@ -241,11 +241,11 @@ def committed_kernels(
     """Return the committed runs of a task, one per model, DEQ last.
 
     Args:
-        model: of the only run; None returns those of all models.
+        model: model of the only run; None returns the runs of all models.
         filters, kernels: number of kernels, and a key of `COMMITTED_KERNELS`; None takes the default.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such run.
     """
     kernels = kernels or next(iter(COMMITTED_KERNELS))
     require_name("kernels", kernels, COMMITTED_KERNELS)
@@ -254,13 +254,13 @@ def committed_kernels(
     known = {f"{run.config.task} {run.config.model} {len(run.weights['A'])}": run for run in reversed(runs)}
     chosen = [f"{task} {name} {filters or usual}" for name in ([model] if model else MODELS)]
     if not known.keys() & set(chosen):
-        got, allowed = " or ".join(chosen), ", ".join(reversed(known))
-        raise ConfigError(f"task, model, filters: got {got}, allowed: {allowed}")
+        got, accepted = " or ".join(chosen), ", ".join(reversed(known))
+        raise ConfigError(f"`task`, `model`, `filters` must be one of {accepted}, got {got}.")
     return [known[name] for name in chosen if name in known]
 
 
 def trained_kernels(task: str, model: str, filters: int, folder: Path = REFERENCE) -> Run:
-    """Return the committed run of a task and a model with so many kernels, trained on faces."""
+    """Return the committed run of a task and a model with a number of kernels, trained on faces."""
     return committed_kernels(task, model, filters, "faces", folder)[0]
 
 

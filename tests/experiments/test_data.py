@@ -96,7 +96,7 @@ def test_natural_photographs_are_those_of_two_wheels(root: Path) -> None:
     assert {f"sporco/data/{path.name}" for path in (root / "natural").iterdir()} == extracted
     assert {split: len(set(paths)) for split, paths in files.items()} == {"train": 6, "test": 8}
     assert photographs("natural", 6, 8, root=root)["test"].shape == (8, 1, 170, 256)
-    with pytest.raises(DataError, match=r"^train_images: got 7, allowed: at most the 6 of natural$"):
+    with pytest.raises(DataError, match=r"^`train_images` must be at most 6 for natural, got 7\.$"):
         photograph_files("natural", 7, 1, root)
 
 
@@ -295,5 +295,7 @@ def test_celeba_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_without_images_is_refused(folder: Path) -> None:
     for name in (folder.parent, folder / "bb"):
-        with pytest.raises(DataError, match="holds no images; allowed: faces, natural, celeba or a folder"):
+        with pytest.raises(
+            DataError, match=r"^`dataset` must be faces, natural, celeba or a folder of images, got "
+        ):
             photograph_files(str(name), 1, 1)

@@ -45,12 +45,12 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"noise": 0.1, "sigma": 25.0}, "sigma: got 25 beside noise = 0.1, allowed: one of them"),
-        ({"kernels": "flowers"}, "kernels: got 'flowers', allowed: faces"),
-        ({"run": ["0.1"], "kernels": "faces"}, "kernels: got 'faces' beside run, allowed: one of them"),
-        ({"dataset": "small"}, "0.png: got 40x6 pixels, allowed: 7x7 or more"),
-        ({"run": ["0.1", "0.3"]}, "run: got runs with noise = 0.1 and 0.3, allowed: one noise"),
-        ({"run": ["0.1"], "task": "deblurring"}, "task: got 'deblurring', allowed: denoising, which run "),
+        ({"noise": 0.1, "sigma": 25.0}, "`sigma` and `noise` exclude each other, got 25 and 0.1."),
+        ({"kernels": "flowers"}, "`kernels` must be one of faces"),
+        ({"run": ["0.1"], "kernels": "faces"}, "`kernels` and `run` exclude each other, got 'faces'."),
+        ({"dataset": "small"}, "0.png must have at least 7x7 pixels, got 40x6."),
+        ({"run": ["0.1", "0.3"]}, "All runs must have the same `noise`, got 0.1 and 0.3."),
+        ({"run": ["0.1"], "task": "deblurring"}, "`task` must be denoising, as in run "),
     ],
 )
 def test_the_first_cells_refuse(chosen: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -235,9 +235,11 @@ def test_their_prior_of_our_field_is_our_model() -> None:
     losses = [[row["train_loss"] for row in history.rows] for history in histories]
     assert losses[0] == pytest.approx(losses[1], rel=1e-8)
     assert list(histories[1].weights) == ["model.regularizer.A"]
-    with pytest.raises(ValueError, match=r"^learn_weight: got True, allowed: False for a prior"):
+    with pytest.raises(ValueError, match=r"^`learn_weight` must be False for a prior"):
         FixedPointModel(Identity(), theirs.regularizer, 1.0, 1.0, 1.0, learn_weight=True)
-    with pytest.raises(ValueError, match=r"^images: got \(2, 4, 1, 12, 12\), allowed: \(N, C, H, W\)$"):
+    with pytest.raises(
+        ValueError, match=r"^Images must have shape \(N, C, H, W\), got \(2, 4, 1, 12, 12\)\.$"
+    ):
         theirs.problem(u.expand(2, *u.shape))
     with pytest.raises(ValueError, match=r"^preconditioner: allowed for tied dense weights, "):
         theirs.preconditioner(u.shape[-3:])
