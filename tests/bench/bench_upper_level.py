@@ -29,14 +29,14 @@ from torch import Tensor
 from tqdm import tqdm
 from upper_level import ADJOINT, CountedModel, Problem, hoag, lower_level_solver, maid
 
-from lib.experiments.data import FACE_IMAGES, FACE_TRAIN_PEOPLE, faces
+from lib.experiments.data import faces
 from lib.figures.style import STYLE, TEXT_WIDTH
 from lib.kernels import cosine_kernels
 from lib.regularizer import ConvFieldsOfExperts, WeightedExperts, smoothed_sign
 from lib.training import LBFGS, Adam, Training, generator, one_thread, psnr
 
 NOISE, SHARPNESS, LAMBDA = 2 * 25 / 255, 50.0, 40.0
-KERNELS, KERNEL_SIDE, IMAGES, SIDE = 24, 5, 8, 36
+KERNELS, KERNEL_SIDE, PHOTOGRAPHS, IMAGES, SIDE = 24, 5, 300, 8, 36
 
 SEEDS, TUNING = (0, 1, 2, 3, 4), 100
 """Seeds of pieces and noise: of the result, and of the choice of rates and fixed tolerances."""
@@ -82,7 +82,7 @@ class State:
 
 
 def make_problem(seed: int) -> Problem:
-    draws, photographs = generator(seed, "pieces"), faces("train", FACE_TRAIN_PEOPLE * FACE_IMAGES)
+    draws, photographs = generator(seed, "pieces"), faces("train", PHOTOGRAPHS)
     pieces = []
     for index in torch.randperm(len(photographs), generator=draws)[:IMAGES]:
         picture = photographs[index]

@@ -55,6 +55,7 @@ class CountedModel(FixedPointModel):
 
     @torch.no_grad()
     def refresh(self, tol: float = 0.0) -> None:
+        super().refresh(tol)
         steepest = self.regularizer.activation.steepest
         self.tau = 1 / (self.lam + self.gamma * steepest * self.regularizer.curvature(FREQUENCIES).max())
 
