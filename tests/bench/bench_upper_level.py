@@ -159,7 +159,7 @@ def tune() -> pd.Series:
     for method, tol in tqdm(LINES, desc="rates"):
         for rate in RATES[:1] if method == "L-BFGS" else RATES[TRIED]:
             attempt(method, tol, rate)
-    for method in set(LOOKS) - {"L-BFGS"}:
+    for method in sorted(LOOKS.keys() - {"L-BFGS"}):
         tried = 0
         while tried < len(dB):
             tried = len(dB)
