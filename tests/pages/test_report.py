@@ -165,3 +165,10 @@ def test_every_formula_of_the_notebooks_is_converted() -> None:
                 page = BeautifulSoup(report.markdown(cell.source), "html.parser")
                 assert "\\" not in page.get_text(), cell.source
                 assert cell.source.count("$$") // 2 == len(page.select("math[display=block]"))
+
+
+def test_the_picture_of_a_figure_says_what_is_seen() -> None:
+    for name in report.FIGURES:
+        cells = nbformat.read(notebooks.notebook_path(name), as_version=4).cells
+        (alt,) = [cell.metadata["alt"] for cell in cells if "alt" in cell.metadata]
+        assert alt not in cells[0].source
