@@ -14,7 +14,6 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
-from torch import Tensor
 
 from lib.experiments.build import Config, image_shape
 from lib.experiments.config import FacesConfig
@@ -152,26 +151,6 @@ def note(fig: Figure | SubFigure, text: str) -> None:
     width, height = (side / fig.dpi for side in fig.bbox.size)
     text = textwrap.fill(text, int(24 * width), break_on_hyphens=False)
     fig.text(0.5, 0.08 / height, text, ha="center", va="bottom", size=7)
-
-
-def image_grid(rows: Sequence[Sequence[tuple[str, Tensor, str]]], text: str = "") -> Figure:
-    """Draw rows of images `(H, W)` of one shape, each with its title and a line below it, over a note."""
-    columns = max(map(len, rows))
-    side = min(1.6, TEXT_WIDTH / columns)
-    tall = side * rows[0][0][1].shape[0] / rows[0][0][1].shape[1]
-    width, height = max(columns * side, 4.6), len(rows) * (tall + 0.36) + 0.47
-    with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(len(rows), columns, figsize=(width, height), squeeze=False)
-        fig.subplots_adjust(0.01, 0.62 / height, 0.99, 1 - 0.2 / height, wspace=0.04, hspace=0.36 / tall)
-        for axis in axes.flat:
-            axis.set_axis_off()
-        for line, row in zip(axes, rows, strict=True):
-            for axis, (title, image, below) in zip(line, row, strict=False):
-                axis.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-                axis.set_title(title, pad=3)
-                axis.text(0.5, -0.02, below, size=7.5, ha="center", va="top", transform=axis.transAxes)
-        note(fig, text)
-    return fig
 
 
 def save(
