@@ -142,7 +142,7 @@ refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to 
 	@$(BIN)/python .ci/keep.py $(FIGURES) free_c weight hypergradients evaluate tomography scaling
 
 keep: $(INSTALLED) ## copy the figures of PROFILE=overnight and their runs to the committed folders
-	@$(BIN)/python .ci/keep.py $(FIGURES) --profile $(PROFILE)
+	@$(BIN)/python .ci/keep.py $(FIGURES) free_c --profile $(PROFILE)
 
 lock: ## resolve environment.yml into requirements.lock for all versions of Python (PYTHONS: their paths)
 	@$(firstword $(PYTHONS)) .ci/lock.py $(PYTHONS)
