@@ -105,8 +105,8 @@ def of_seeds(seeds: pd.DataFrame, arm: str = "deq") -> tuple[str, str]:
     return difference((psnr[arm] - psnr["bilevel"])[~lost].tolist()), count
 
 
-def results() -> str:
-    """Return the main table: how far the DEQ is ahead of bilevel learning in each setting."""
+def result_rows() -> list[Row]:
+    """Return how far the DEQ is ahead of bilevel learning in each setting."""
     rows: list[Row] = []
     seeds = {task: pd.read_csv(OVERNIGHT / name / "seeds.csv") for task, name in DIGITS.items()}
     for task, own in seeds.items():
@@ -136,9 +136,36 @@ def results() -> str:
         rows.append(
             (f"photographs, {task}", "learned weight, 8 kernels of 3x3, ours", ahead, len(psnr), trained)
         )
-    return table(
-        ["setting", "start or weight", "DEQ − bilevel, dB (95 % interval)", "seeds", "trained on"], rows
-    )
+    return rows
+
+
+COLUMNS = ["setting", "start or weight", "DEQ − bilevel, dB (95 % interval)", "seeds", "trained on"]
+
+
+def results() -> str:
+    """Return the main table."""
+    return table(COLUMNS, result_rows())
+
+
+def headline() -> str:
+    """Return the main table in short: without the two kernels of 11x11, and what was trained."""
+    rows = [row[:4] for row in result_rows() if "11x11" not in row[1]]
+    return table(COLUMNS[:4], [(*row[:3], str(row[3]).partition(";")[0]) for row in rows])
+
+
+def bsd68() -> str:
+    """Return the mean PSNR on Set68 of ours and of published methods."""
+    means = pd.read_csv(REFERENCE / "bsd68" / "means.csv")
+    chosen = means[~means["method"].str.contains("kernels of 25|noisy")].sort_values("25")
+    rows = [
+        (
+            f"**{row.method}, ours**" if row.source == "this page" else row.method,
+            f"{row.parameters:,.0f}" if row.parameters > 0 else "–",
+            *(f"{row[sigma]:.2f}" if row[sigma] > 0 else "–" for sigma in ("15", "25", "50")),
+        )
+        for _, row in chosen.iterrows()
+    ]
+    return table(["method", "parameters", "noise 15", "25", "50"], rows)
 
 
 def verdict(cases: Sequence[bool]) -> str:
@@ -362,7 +389,9 @@ def versions() -> str:
     return table(["version", "what changed in results"], METHODS.items())
 
 
-PARTS = {part.__name__: part for part in (results, claims, questions, sizes, hours, versions)}
+PARTS = {
+    part.__name__: part for part in (headline, bsd68, results, claims, questions, sizes, hours, versions)
+}
 
 
 def updated(text: str) -> str:
