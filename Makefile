@@ -39,7 +39,7 @@ EXECUTE := $(BIN)/python -m nbconvert --to notebook --execute --inplace --Kernel
   --ExecutePreprocessor.coalesce_streams=True
 
 .DEFAULT_GOAL := help
-PAGES := first_steps your_own theory free_c weight hypergradients reconstruct evaluate tomography explore scaling
+PAGES := first_steps your_own theory free_c weight hypergradients reconstruct evaluate tomography explore scaling bsd68
 
 # Notebooks that `make test` executes with their defaults; the tests execute the other figures with `smoke`.
 VALIDATED := first_steps your_own theory_special_case reconstruct evaluate explore fig03_mnist_inpainting \
@@ -70,10 +70,11 @@ weight: $(INSTALLED) ## why a learned weight improves the learned models over to
 hypergradients: $(INSTALLED) ## comparison of hypergradients: solved, Neumann series, Jacobian-free
 reconstruct: $(INSTALLED) ## reconstruct your own photograph with the committed kernels: ARGS="-p image photo.jpg"
 evaluate: $(INSTALLED) ## evaluate trained kernels on a folder of images: ARGS="-p dataset path/to/BSD68 -p sigma 25"
+bsd68: $(INSTALLED) ## learned potentials in the published table: ARGS="-p dataset path/to/Set68"
 tomography: $(INSTALLED) ## a task beyond the paper, with an operator of DeepInverse
 scaling: $(INSTALLED) ## cost of a training step by image, kernels, batch and stack
 
-$(FIGURES) first_steps your_own theory free_c weight hypergradients reconstruct evaluate tomography scaling: $(INSTALLED)
+$(FIGURES) first_steps your_own theory free_c weight hypergradients reconstruct evaluate tomography scaling bsd68: $(INSTALLED)
 	@set -f; $(BIN)/python -m lib.pages.notebooks run $@ --profile $(PROFILE) $(ARGS)
 
 explore: $(INSTALLED) ## explore the grid with controls in JupyterLab (ARGS: its options)
@@ -139,7 +140,7 @@ refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to 
 	@$(EXECUTE) $$(git ls-files 'nbs/fig*.ipynb')
 	@$(BIN)/python .ci/collect.py
 	@$(EXECUTE) $$(git ls-files 'nbs/*.ipynb' ':!nbs/fig*')
-	@$(BIN)/python .ci/keep.py $(FIGURES) free_c weight hypergradients evaluate tomography scaling
+	@$(BIN)/python .ci/keep.py $(FIGURES) free_c weight hypergradients evaluate tomography scaling bsd68
 
 keep: $(INSTALLED) ## copy the figures of PROFILE=overnight and their runs to the committed folders
 	@$(BIN)/python .ci/keep.py $(FIGURES) free_c --profile $(PROFILE)

@@ -67,7 +67,8 @@ def budget(folder: Path) -> str:
         trainings = record.get("settings", {}).get("trainings", {})
         first, count = next(iter([*record["runs"].values(), *trainings.values()])), ""
     size = f" of {first['size']}x{first['size']}" if "size" in first else ""
-    return f"{count}{first['train_images']:,} images{size}, {first['epochs']} epochs"
+    epochs = first["epochs"]
+    return f"{count}{first['train_images']:,} images{size}, {epochs} epoch{'s' * (epochs > 1)}"
 
 
 def source(folder: Path) -> str:
@@ -155,15 +156,15 @@ def headline() -> str:
 
 def bsd68() -> str:
     """Return the mean PSNR on Set68 of ours and of published methods."""
-    means = pd.read_csv(REFERENCE / "bsd68" / "means.csv")
-    chosen = means[~means["method"].str.contains("kernels of 25|noisy")].sort_values("25")
+    means = pd.read_csv(REFERENCE / "bsd68" / "means.csv", index_col=0)
+    chosen = means[~means.index.str.contains("noisy")].sort_values("25")
     rows = [
         (
-            f"**{row.method}, ours**" if row.source == "this page" else row.method,
-            f"{row.parameters:,.0f}" if row.parameters > 0 else "–",
+            f"**{name}, ours**" if row["source"] == "this page" and name != "total variation" else name,
+            f"{row['parameters']:,.0f}" if row["parameters"] > 0 else "–",
             *(f"{row[sigma]:.2f}" if row[sigma] > 0 else "–" for sigma in ("15", "25", "50")),
         )
-        for _, row in chosen.iterrows()
+        for name, row in chosen.iterrows()
     ]
     return table(["method", "parameters", "noise 15", "25", "50"], rows)
 

@@ -80,7 +80,9 @@ PAGES = {
     "theory": Page("theory_special_case"),
 }
 PAGES |= {name: Page(name) for name in ("first_steps", "your_own", "free_c", "weight", "hypergradients")}
-PAGES |= {name: Page(name) for name in ("reconstruct", "evaluate", "tomography", "explore", "scaling")}
+PAGES |= {
+    name: Page(name) for name in ("reconstruct", "evaluate", "bsd68", "tomography", "explore", "scaling")
+}
 
 
 def notebook_path(name: str) -> Path:

@@ -241,7 +241,7 @@ def test_their_prior_of_our_field_is_our_model() -> None:
         ValueError, match=r"^Images must have shape \(N, C, H, W\), got \(2, 4, 1, 12, 12\)\.$"
     ):
         theirs.problem(u.expand(2, *u.shape))
-    with pytest.raises(ValueError, match=r"^preconditioner: allowed for tied dense weights, "):
+    with pytest.raises(ValueError, match=r"^A preconditioner requires tied dense weights, "):
         theirs.preconditioner(u.shape[-3:])
 
 

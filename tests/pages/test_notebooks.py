@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 from papermill.exceptions import PapermillExecutionError
@@ -76,10 +77,25 @@ def test_a_figure_makes_its_files(name: str, tmp_path: Path) -> None:
         assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest
 
 
-@pytest.mark.parametrize("name", ["free_c", "hypergradients", "scaling", "tomography", "weight"])
+@pytest.mark.parametrize("name", ["bsd68", "free_c", "hypergradients", "scaling", "tomography", "weight"])
 def test_a_page_beside_the_figures_makes_its_files(name: str, tmp_path: Path) -> None:
     folder = notebooks.run(name, "smoke", {}, tmp_path)
     assert {path.suffix for path in folder.iterdir()} >= {".ipynb", ".png", ".csv"}
+
+
+def test_kernels_are_trained_and_tested_on_folders(tmp_path: Path) -> None:
+    """The page of Set68 with images and pieces of one's own."""
+    for name, count, side in (("train", 36, 20), ("test", 2, 24)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            ramp = np.add.outer(np.arange(side), (i + 1) * np.arange(side)) % 256
+            Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / name / f"{i}.png")
+    folders = {"train_folder": str(tmp_path / "train"), "dataset": str(tmp_path / "test")}
+    tiny = {"filters": 2, "filter_size": 3, "pieces": 4, "side": 16, "epochs": 1, "short_epochs": 1}
+    folder = notebooks.run("bsd68", "smoke", folders | tiny, tmp_path)
+    assert pd.read_csv(folder / "bsd68.csv")["image"].nunique() == 2
+    kernels = json.loads((folder / "weakly-convex-deq-25.json").read_text())
+    assert np.shape(kernels["C"]) == (2, 3, 3)
 
 
 def test_a_list_makes_an_axis_of_the_grid(tmp_path: Path) -> None:
