@@ -23,6 +23,10 @@ settings.register_profile(
 """Fails with the first example found, without looking for a simpler one (`--hypothesis-profile`)."""
 
 
+# Benchmarks are programs, not modules with examples, and one of them needs a package of its own.
+collect_ignore_glob = ["bench/bench*.py", "bench/pylopt_training.py"]
+
+
 @pytest.fixture
 def drawing() -> Iterator[None]:
     """Draws without a display, and closes what was drawn."""

@@ -75,7 +75,7 @@ def make_training(
     """
     config, device = configs[0], torch.device(device)
     if any(shared(other) != shared(config) for other in configs):
-        raise ValueError(f"Members of a stack must differ in {', '.join(STACKED)} only.")
+        raise ValueError(f"Members of a stack may differ in {', '.join(STACKED)} only.")
     require_device(config, device)
     images = {split: tensor.to(device) for split, tensor in load_images(config).items()}
     lbfgs = isinstance(config, FacesConfig) and config.optimizer == "lbfgs"
