@@ -247,7 +247,7 @@ class FieldsOfExperts(nn.Module, ABC):
 
     def steepest(self) -> Tensor | float:
         """Return the largest slope of the weighted activations, `max p_i sigma'`."""
-        p = self.C.weights(self.A).amax(-1) if isinstance(self.C, WeightedExperts) else 1.0
+        p = self.C.weights(self.weights()["A"]).amax(-1) if isinstance(self.C, WeightedExperts) else 1.0
         return p * self.activation.steepest
 
     def require(self, f: Tensor) -> None:
@@ -294,7 +294,7 @@ class FieldsOfExperts(nn.Module, ABC):
         z = self.analysis(u)
         potential = self.activation.potential(z, broadcast(tau, z)).flatten(u.dim() - 3)
         if isinstance(self.C, WeightedExperts):
-            p = self.C.weights(self.A)
+            p = self.C.weights(self.weights()["A"])
             potential = p[..., None, :] * potential.unflatten(-1, (p.shape[-1], -1)).sum(-1)
         return gamma[..., None] * potential.sum(-1)
 

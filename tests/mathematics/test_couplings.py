@@ -118,6 +118,16 @@ def test_weakly_convex_experts_keep_their_bound(
     assert torch.equal(WeaklyConvexExperts(C.t - 20, concavity, bound).weights(A), (C.t - 20).exp())
 
 
+def test_bounded_weights_of_normalized_kernels_are_those_of_their_energy() -> None:
+    """The bound is that of the kernels that act, not of the parameters."""
+    A, start = normal(3, 3, 3, seed=0), normal(1, 1, HEIGHT, WIDTH, seed=1)
+    C = WeaklyConvexExperts(torch.zeros(3, dtype=torch.float64), concavity=1.0, bound=0.9)
+    field = ConvFieldsOfExperts(A, C, smoothed_sign(SHARPNESS), start)
+    u = normal(BATCH, 1, HEIGHT, WIDTH, seed=2).requires_grad_()
+    (gradient,) = torch.autograd.grad(field.energy(u, ONE, ONE).sum(), u)
+    torch.testing.assert_close(field.field(u, ONE, ONE), gradient, rtol=1e-10, atol=1e-10)
+
+
 def test_learned_potentials_and_weights_have_the_gradients_of_differences() -> None:
     """Directional derivatives of a training loss with respect to kernels, weights, knots and slopes."""
     truth = normal(2, 1, HEIGHT, WIDTH, seed=0)
