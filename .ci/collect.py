@@ -1,7 +1,6 @@
-"""The explorer's table: a trained sweep with some reconstructions, without runs and data.
+"""Write the explorer's table: a trained sweep with some reconstructions, for use without runs and data.
 
-`python .ci/collect.py --profile quick` makes it from the stored runs, and `nbs/explore.ipynb`
-shows it.
+`python .ci/collect.py --profile quick` makes the table from the stored runs, and `nbs/explore.ipynb` shows it.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ OBSERVED_BY = ["task", "noise", "seed", "size", "test_images"]
 """Runs with the same values of these parameters share their data `f`."""
 
 DIGITS = 4
-"""How many test images a run shows: `truth`, `input` (`f`) and `output` (`u*`, None if it did not complete)
-are strips of them in bytes, row by row, 0 for -1 and 255 for 1."""
+"""Number of test images per run. `truth`, `input` (`f`) and `output` (`u*`, None if it did not complete) are
+strips of them in bytes, row by row, 0 for -1 and 255 for 1."""
 
 
 def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
-    """Make a profile's table from the stored runs; a run with damaged weights is trained again.
+    """Write a profile's table from the stored runs; runs with damaged weights are trained again.
 
     Args:
         profile: name of the profile.
-        values: replace the profile's parameters and axes (see `lib.experiments.profiles.grid`).
+        values: parameters and axes that override the profile's (see `lib.experiments.profiles.grid`).
 
     Returns:
         The folder with the table.
@@ -54,7 +53,7 @@ def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
     configs = grid(profile, **values)
     sweep = load_sweep(profile, configs, results)
     if (sweep.runs["status"] == NOT_RUN).all():
-        raise DataError(f"no {profile} run is stored; `make sweep PROFILE={profile}` trains them")
+        raise DataError(f"no {profile} run is stored; run `make sweep PROFILE={profile}`")
     by_key = dict(zip(sweep.runs["key"], configs, strict=True))
     images = []
     for _, group in tqdm(sweep.runs.groupby(OBSERVED_BY), desc="reconstructions", leave=False):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
-# Interrupts are ignored by what a shell starts in the background, and by all that is started from there.
+# Processes that a shell starts in the background ignore interrupts, and so do their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small tensors gain nothing from more threads, and pytest runs on every core.
@@ -20,7 +20,7 @@ settings.load_profile("repeatable")
 settings.register_profile(
     "unshrunk", settings.get_profile("repeatable"), phases=[Phase.explicit, Phase.generate]
 )
-"""Fails with the first example found, without looking for a simpler one (`--hypothesis-profile`)."""
+"""Stop at the first failing example without simplifying it (`--hypothesis-profile`)."""
 
 
 # Benchmarks are programs, not modules with examples, and one of them needs a package of its own.
@@ -29,7 +29,7 @@ collect_ignore_glob = ["bench/bench*.py", "bench/pylopt_training.py"]
 
 @pytest.fixture
 def drawing() -> Iterator[None]:
-    """Draws without a display, and closes what was drawn."""
+    """Draw without a display, and close all figures at the end."""
     import matplotlib as mpl
     from matplotlib import pyplot as plt
 

@@ -1,4 +1,4 @@
-"""The environment: one source of versions, and `make` as a user meets it in a clone."""
+"""The environment: pinned versions, and `make` in a fresh clone."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PROGRAMS = {
         { pwd -P; cat requirements.lock; } > "$2/installed" ;; esac""",
     "tool": 'case "$0" in *mypy) exit 3 ;; esac',
 }
-"""A Python that does not run, one that makes an environment, and the programs in it, of which one fails."""
+"""A Python that fails, one that makes an environment, and the tools in it, of which mypy fails."""
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A clone in a folder with a space in its name, with programs that stand for Python and the tools."""
+    """A clone in a folder with a space in its name, with stubs for Python and the tools."""
     folder, programs = tmp_path / "my clone", tmp_path / "programs"
     shutil.copytree(REPOSITORY / ".ci", folder / ".ci")
     for name in ("Makefile", "requirements.lock"):
@@ -44,14 +44,14 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
-def test_the_lock_holds_what_the_environment_names() -> None:
+def test_lock_has_pinned_versions_of_environment() -> None:
     lock = (REPOSITORY / "requirements.lock").read_text().lower().splitlines()
     pins = re.findall(r"- (\S+==\S+)", (REPOSITORY / "environment.yml").read_text().lower())
     assert set(pins) <= set(lock)
 
 
-def test_an_environment_belongs_to_its_folder_and_lock(clone: Path) -> None:
-    """The first Python that runs makes it; in another folder or with another lock it is made again, once."""
+def test_environment_is_rebuilt_for_another_folder_or_lock(clone: Path) -> None:
+    """The first Python that runs makes it; another folder or lock rebuilds it once."""
     assert make(clone, "theory").stdout == "setting up .venv (once, some minutes)\n"
     moved = clone.rename(clone.with_name("moved"))
     assert f"made for the folder {clone}:" in make(moved, "theory").stdout
@@ -61,8 +61,8 @@ def test_an_environment_belongs_to_its_folder_and_lock(clone: Path) -> None:
     assert make(moved, "theory").stdout == ""
 
 
-def test_two_set_ups_at_once_make_one_environment(tmp_path: Path) -> None:
-    """Also where `.venv` is a link to another disk."""
+def test_concurrent_setups_make_one_environment(tmp_path: Path) -> None:
+    """`.venv` may be a link to another disk."""
     for name in (
         ".ci/environment.py",
         "lib/__init__.py",
@@ -76,19 +76,19 @@ def test_two_set_ups_at_once_make_one_environment(tmp_path: Path) -> None:
     (tmp_path / ".venv").symlink_to(tmp_path / "disk")
     command = [sys.executable, ".ci/environment.py", ".venv"]
     both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = {process.communicate()[0] for process in both}
-    assert said == {"", "another make is setting up .venv: waiting for it\n"}
+    printed = {process.communicate()[0] for process in both}
+    assert printed == {"", "another make is setting up .venv: waiting for it\n"}
     assert [process.returncode for process in both] == [0, 0]
     imported = "import lib; print(lib.__file__)"
     shown = subprocess.check_output([".venv/bin/python", "-c", imported], cwd=tmp_path, text=True)
     assert shown.strip() == str(tmp_path / "lib" / "__init__.py")
 
 
-def test_a_wrong_python_is_named(clone: Path) -> None:
+def test_invalid_python_is_reported(clone: Path) -> None:
     assert make(clone, "PYTHON=/none/python", "theory").stdout.startswith("/none/python has no Python 3.11")
 
 
-def test_every_part_of_the_tests_runs_and_is_reported(clone: Path) -> None:
+def test_make_test_runs_and_reports_every_part(clone: Path) -> None:
     parts = {"lint", "format", "imports", "types", "tests", "notebooks"}
     outcome = make(clone, "test")
     assert outcome.returncode
@@ -97,14 +97,14 @@ def test_every_part_of_the_tests_runs_and_is_reported(clone: Path) -> None:
     }
 
 
-def test_clean_keeps_the_trained_runs(clone: Path) -> None:
+def test_clean_keeps_trained_runs(clone: Path) -> None:
     for name in ("runs", "reference", "quick"):
         (clone / "results" / name).mkdir(parents=True)
     make(clone, "clean")
     assert sorted(path.name for path in (clone / "results").iterdir()) == ["reference", "runs"]
 
 
-def test_pip_uses_the_users_sources_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_uses_only_package_sources_of_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pip.conf").write_text(
         "[global]\nuser = true\nindex-url = https://other\n[install]\nfind_links =\n  /one\n  /two\n"
     )

@@ -1,4 +1,4 @@
-"""The mathematics needs torch alone, also at run time, where import-linter does not look."""
+"""The mathematics imports torch alone, also at run time, which import-linter does not check."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def imported(modules: list[str]) -> set[str]:
     )
 
 
-def test_the_mathematics_imports_torch_alone() -> None:
+def test_mathematics_imports_torch_alone() -> None:
     files = (REPOSITORY / "lib").glob("[a-z]*.py")
     modules = [f"lib.{path.stem}" for path in files if path.stem != "deepinverse"]
     assert imported(modules) - imported(["torch"]) == {"lib"}

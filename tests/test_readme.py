@@ -1,4 +1,4 @@
-"""Pages of prose: the example runs; links, targets and generated tables are those of the repository."""
+"""Markdown pages: the example runs, links and targets exist, and generated tables are up to date."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PAGES = [
 ]
 
 
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     exec(example, {})
     assert capsys.readouterr().out.startswith("torch.Size([4, 1, 64, 48])")
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_and_targets_exist(name: str) -> None:
+def test_links_and_make_targets_exist(name: str) -> None:
     page = REPOSITORY / name
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
@@ -37,8 +37,8 @@ def test_links_and_targets_exist(name: str) -> None:
     subprocess.run(["make", "-n", *targets], cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=True)
 
 
-def test_generated_tables_are_those_of_the_evidence() -> None:
-    """`python .ci/evidence.py` writes them."""
+def test_generated_tables_are_up_to_date() -> None:
+    """Compare the pages with the output of `python .ci/evidence.py`."""
     evidence = runpy.run_path(str(REPOSITORY / ".ci" / "evidence.py"))
     for page in evidence["PAGES_WITH_PARTS"]:
         text = page.read_text(encoding="utf-8")

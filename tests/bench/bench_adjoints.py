@@ -1,8 +1,8 @@
-"""Solvers of the adjoint equation where `K` loses something (`make bench`).
+"""Solvers of the adjoint equation where `K` loses information (`make bench`).
 
-The textbook's Anderson acceleration with its absolute ridge, ours with a relative one, and Neumann series:
-the error of the hypergradient, its cosine with the exact one and with the textbook's, the time of a training
-step, and the test loss after a hundred optimizer steps.
+Anderson acceleration with the textbook's absolute ridge and with our relative one, and Neumann series. The
+table has the error of the hypergradient, its cosine with the exact one and with the textbook's, the time of a
+training step, and the test loss after a hundred optimizer steps.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
         variants = {name: config.model_copy(update=values) for name, values in ADJOINTS.items()}
         methods: dict[str, Method] = {"textbook": partial(textbook, batch)}
         methods |= {name: partial(ours, replace(batch, config=own)) for name, own in variants.items()}
-        reference, taught = exact(batch).gradient, textbook(batch).gradient.double()
+        reference, theirs = exact(batch).gradient, textbook(batch).gradient.double()
         for name, method in methods.items():
             step = method()
             gradient = step.gradient.double()
@@ -54,7 +54,7 @@ def main() -> None:
                 {"task": task, "model": model, "adjoint": name, "steps": float(step.backward.max())}
                 | {"gradient error": float((gradient - reference).norm() / reference.norm())}
                 | {"cosine to exact": float(torch.cosine_similarity(gradient, reference, dim=0))}
-                | {"cosine to textbook": float(torch.cosine_similarity(gradient, taught, dim=0))}
+                | {"cosine to textbook": float(torch.cosine_similarity(gradient, theirs, dim=0))}
                 | {"ms": 1e3 * median(timeit.repeat(method, number=1, repeat=5))}
                 | {"test loss": test_loss(variants[name]) if name in variants else float("nan")}
             )

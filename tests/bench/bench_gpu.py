@@ -1,7 +1,7 @@
-"""A GPU compared with the CPU: whether losses agree, and how long stacks of the grid take.
+"""Comparison of a GPU with the CPU: agreement of losses, and times of stacks of the grid (`make gpu`).
 
-`make gpu` measures for some minutes and writes tables; with `--sweep MINUTES` it then trains runs of a grid,
-packed into one file for `make sweep`.
+The measurement takes some minutes and writes tables. With `--sweep MINUTES` runs of a grid are then trained
+and packed into one file for `make sweep`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from lib.experiments.store import RESULTS, absolute
 from lib.training import COMPLETED
 
 STEPS, WARM_STEPS = 12, 3
-"""Optimizer steps of a timing, and those at its start that do not count."""
+"""Optimizer steps of a timing, and ignored steps at its start."""
 
 AGREEMENT_STEPS, AGREEMENT_MEMBERS = 5, 5
-"""Optimizer steps after which losses are compared with those of the CPU, and members of that stack."""
+"""Optimizer steps before losses are compared with those of the CPU, and members of that stack."""
 
 CASES = list(product(GRID["task"], GRID["model"]))
 
@@ -68,7 +68,7 @@ def agreement(task: str, model: str, device: torch.device, **values: Any) -> dic
 def timing(
     task: str, model: str, stack: int, precision: str, device: torch.device, **values: Any
 ) -> dict[str, Any]:
-    """Return milliseconds per optimizer step of a stack, mean solver steps and GB of memory."""
+    """Return a stack's milliseconds per optimizer step, mean solver steps and GB of memory."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -122,8 +122,10 @@ def sweep(profile: str, minutes: float, device: torch.device, out: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="make gpu", description=__doc__)
     parser.add_argument("--out", default=str(RESULTS / "bench"), help="folder of the tables")
-    parser.add_argument("--sweep", type=float, default=0.0, metavar="MINUTES", help="of training behind it")
-    parser.add_argument("--profile", default="quick", help="whose grid is trained")
+    parser.add_argument(
+        "--sweep", type=float, default=0.0, metavar="MINUTES", help="train the grid afterwards"
+    )
+    parser.add_argument("--profile", default="quick", help="profile of the grid")
     options = parser.parse(arguments)
     require_range("sweep", options.sweep, 0)
     require_name("profile", options.profile, PROFILES)
@@ -131,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=out).close()
     if device.type != "cuda":
-        raise ConfigError("gpu: torch sees no GPU here")
+        raise ConfigError("`make gpu` requires a GPU that torch can use.")
     measure(device, out, size=MNIST_SIDE, batch_size=RunConfig().batch_size)
     if options.sweep > 0:
         print(sweep(options.profile, options.sweep, device, out))

@@ -1,4 +1,4 @@
-"""Our test losses and those of the paper's published code on today's PyTorch (`make bench`)."""
+"""Test losses of ours and of the paper's published code on a current PyTorch (`make bench`)."""
 
 from __future__ import annotations
 

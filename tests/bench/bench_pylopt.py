@@ -1,4 +1,4 @@
-"""Ours and PyLOpt, a library for bilevel learning of fields of experts (`make bench`).
+"""Comparison with PyLOpt, a library for bilevel learning of fields of experts (`make bench`).
 
 Both train eight kernels of 3x3 on the same ten photographs with the same noise, and are measured by the mean
 PSNR over the same hundred others. Ours learns the kernels and the weight of its data term, with the smoothed
@@ -30,13 +30,13 @@ from lib.training import Training, generator, observe, one_thread, psnr
 ENVIRONMENT = REPOSITORY / ".venv" / "pylopt"
 PACKAGES = ["pylopt==1.0.0", "quartic_bspline_extension==0.3.0", "confuse==2.3.0", "ninja==1.13.2"]
 PACKAGES += ["opencv-python-headless==5.0.0.93", "PyQt5==5.15.11", "pandas", "tensorboard==2.21.0"]
-"""PyLOpt and what it imports; the others have the versions of `requirements.lock`."""
+"""PyLOpt and its imports; packages without a version have that of `requirements.lock`."""
 
 OURS = our_config("quick", "denoising", model="bilevel", test_images=100, epochs=40)
 TEST_EVERY = 2
 
 LONGER, MOST = 10, 900.0
-"""PyLOpt trains until it stalls, at most ten times as long as ours and at most 900 s."""
+"""PyLOpt trains until it stalls, at most ten times as long as ours, and at most 900 s."""
 
 LBFGS = {"method": "lbfgs", "max_iter": 5, "history_size": 20, "line_search_fn": "strong_wolfe"}
 ADAM = {"method": "adam", "lr": [0.3, 0.1], "alternating": True}
@@ -99,7 +99,7 @@ def install() -> list[str]:
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Return each training's PSNR in our time, its best one, and the seconds until it is as good as ours."""
+    """Return each training's PSNR after our time, its best one, and the seconds to our PSNR."""
     rows = []
     last = table[table["method"] == "ours"].iloc[-1]
     for (method, variant), run in table.groupby(["method", "variant"], sort=False):

@@ -1,4 +1,4 @@
-"""Differences between machines: the same trainings with other roundings (`make bench`).
+"""Differences between machines: the same trainings with other rounding errors (`make bench`).
 
 Machines differ in the vector instructions of their processor, which change the order of sums, and in their
 cores. Both are imitated on one machine.
@@ -53,7 +53,7 @@ def configurations() -> dict[str, list[Config]]:
 
 
 def train(machine: str) -> None:
-    """Train everything in a process of its own, and print a line of JSON for each run."""
+    """Train all configurations in this process, and print a line of JSON for each run."""
     if machine == "two threads":
         # A training sets one thread.
         torch.set_num_threads(2)
@@ -77,8 +77,8 @@ def trained_on(machine: str) -> pd.DataFrame:
 def spread(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the largest differences from this machine, by kind, task, model and machine.
 
-    PSNR in dB, the loss relatively, steps, the share of unconverged images, and the number of runs with
-    another status.
+    Differences are relative for the loss, and absolute for PSNR in dB, steps and the share of unconverged
+    images. The last column counts runs with another status.
     """
     merged = runs.merge(runs[runs["machine"] == HERE], on=["kind", "config"], suffixes=("", " here"))
     table = merged[["kind", "task", "model", "machine"]].copy()

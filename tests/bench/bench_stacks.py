@@ -1,7 +1,7 @@
-"""Optimizer steps per second and configuration for stacks of growing size (`make bench`).
+"""Optimizer steps per second and configuration for stacks of several sizes (`make bench`).
 
 The members of a stack are spread over the noise levels, steps and weights of the paper's grid. A stack of one
-is the mean of four of them, each alone. All sizes take turns in one process, on the default device.
+is the mean of four separate members. All sizes alternate in one process, on the default device.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lib.experiments.profiles import GRID, grid
 ALONE = 4
 
 PROFILES = {"quick": (6, 3, (1, 8, 16, 64)), "paper": (2, 1, (1, 8, 64))}
-"""Optimizer steps of a training, rounds and stack sizes, by the profile whose images and batches are used."""
+"""Optimizer steps of a training, rounds and stack sizes, by the profile of images and batches."""
 
 
 def members(profile: str, task: str, model: str, steps: int, count: int) -> list[RunConfig]:
-    """Return configurations at even distances in the paper's 90 of a task and model with ReLU."""
+    """Return evenly spaced configurations of the paper's 90 for a task and model with ReLU."""
     images = {"train_images": steps * grid(profile)[0].batch_size, "test_images": 1}
     values = images | {"task": task, "model": model, "tau": GRID["tau"], "initial": "independent"}
     group = grid(profile, epochs=1, sigma="relu", **values)

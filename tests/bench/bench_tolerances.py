@@ -1,6 +1,6 @@
 """Errors of loss and hypergradient for several tolerances of the solver, against 1e-10 (`make bench`).
 
-With the committed kernels on some training images, with and without the preconditioner; the reference is
+Steps on some training images use the committed kernels, with and without the preconditioner. The reference is
 computed in float64, the others in float32.
 """
 

@@ -1,10 +1,10 @@
 """Training steps of several implementations, and the time to the same test loss (`make bench`).
 
-All have the same data, weights, tolerances and maximum number of steps:
+All implementations have the same data, weights, tolerances and maximum number of steps:
 
 - `ours`: `lib`, without a warm start;
-- `ours, preconditioned`: the bilevel model where `K` loses something; the time of a step includes its share
-  of a preconditioner, which serves several steps of a training;
+- `ours, preconditioned`: the bilevel model where `K` loses information; the time of a step includes its share
+  of a preconditioner, which several steps of a training use;
 - `textbook`: autograd through one recorded step in a backward hook, Anderson acceleration with one stopping
   criterion for the whole batch and an absolute ridge, a dense matrix for the mask, 1,000 plain iterations for
   photographs;
@@ -44,7 +44,7 @@ PLAIN_STEPS = 1000
 """Iterations of the textbook's solves for photographs."""
 
 THREADS, ROUNDS, STEPS = (1, 2), 7, 30
-"""Threads of a step, times that it is timed on digits, and optimizer steps of the textbook's training."""
+"""Threads of a step, its repetitions on digits, and optimizer steps of the textbook's training."""
 
 StepMap = Callable[[Tensor], Tensor]
 Method = Callable[[], Step]
@@ -138,7 +138,7 @@ def torchdeq(batch: Batch) -> Step:
 
 
 def methods(batch: Batch) -> dict[str, Method]:
-    """Return the implementations that are compared on a batch, ours first."""
+    """Return the implementations for a batch, ours first."""
     methods: dict[str, Method] = {"ours": partial(ours, batch), "textbook": partial(textbook, batch)}
     if isinstance(batch.config, RunConfig):
         methods["TorchDEQ"] = partial(torchdeq, batch)
@@ -150,7 +150,7 @@ def methods(batch: Batch) -> dict[str, Method]:
 
 
 def compare(name: str, config: Config, rounds: int) -> pd.DataFrame:
-    """Return a row per method; the methods take turns."""
+    """Return a row per method; the methods alternate."""
     batch = make_batch(config)
     reference, compared = exact(batch), methods(batch)
     steps = {key: method() for key, method in compared.items()}
@@ -174,7 +174,7 @@ def compare(name: str, config: Config, rounds: int) -> pd.DataFrame:
 
 
 def time_to_loss(task: str) -> dict[str, Any]:
-    """Return the seconds in which a training of the textbook reaches a test loss, and those of ours."""
+    """Return the test loss after a training of the textbook, and the seconds to reach it."""
     values = {"task": task, "noise": 0.5 if task == "denoising" else 0.1, "gamma": 0.5}
     config = RunConfig(**values, train_images=100 * STEPS, test_images=100, epochs=1)
     images, batch = build.load_images(config), make_batch(config)

@@ -1,4 +1,4 @@
-"""Upper-level methods side by side: L-BFGS, Adam, gradient descent, MAID and HOAG (`make bench`).
+"""Comparison of upper-level methods: L-BFGS, Adam, gradient descent, MAID and HOAG (`make bench`).
 
 All train the same denoising model, a convex field of experts with a weight for each kernel, on the same
 pieces of photographs with the same noise and start, in float64. The currency is the number of evaluations of
@@ -39,28 +39,28 @@ NOISE, SHARPNESS, LAMBDA = 2 * 25 / 255, 50.0, 40.0
 KERNELS, KERNEL_SIDE, PHOTOGRAPHS, IMAGES, SIDE = 24, 5, 300, 8, 36
 
 SEEDS, TUNING = (0, 1, 2, 3, 4), 100
-"""Seeds of pieces and noise: of the result, and of the choice of rates and fixed tolerances."""
+"""Seeds of pieces and noise for the result, and for the choice of rates and tolerances."""
 
 BUDGET = 800.0
 MARKS = (0.0, 50.0, 100.0, 200.0, 400.0, 600.0, BUDGET)
-"""Evaluations that a method has, and those after which it is measured."""
+"""Evaluations of a training, and those after which it is measured."""
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-"""Learning rates of Adam; the others' first steps are as long as Adam's. L-BFGS has none."""
+"""Learning rates of Adam; the first steps of other methods are as long as Adam's. L-BFGS has no rate."""
 
 TRIED = slice(1, 4)
-"""Rates that are tried first; then neighbours of the best one until it is between two worse ones."""
+"""Rates of the first trials; then neighbours of the best rate until it is between two worse ones."""
 
 EXACT = 1e-8
 """Tolerance of the exact loss."""
 
 TIE = 0.01
-"""Difference in dB that counts, whatever its interval."""
+"""Smallest difference in dB that counts."""
 
 LINES = [(method, tol) for method in ("L-BFGS", "descent") for tol in (1e-3, 1e-4, 1e-5)]
 LINES += [("Adam", tol) for tol in (1e-2, 1e-3, 1e-4)]
 LINES += [(method, tol) for method in ("MAID", "HOAG") for tol in (1e-2, 1e-4)]
-"""Methods with their tolerance, the first one where it changes. In short trials L-BFGS and descent did not
+"""Methods and tolerances, the initial ones for MAID and HOAG. In short trials L-BFGS and descent did not
 leave their start at 1e-2, where Adam was fastest."""
 
 LOOKS = {"L-BFGS": ("k", "-", "o"), "Adam": ("#0072b2", "-.", "s"), "HOAG": ("#56b4e9", ":", "v")}
@@ -69,7 +69,7 @@ LOOKS |= {"descent": ("#999999", "-", "D"), "MAID": ("#d55e00", "--", "^")}
 
 
 class Spent(Exception):
-    """End of a method whose evaluations are spent."""
+    """Raised when a method has used all evaluations."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def make_problem(seed: int) -> Problem:
 def train(
     method: str, tol: float, rate: float, problem: Problem, seed: int, on_iteration: Callable[[], None]
 ) -> None:
-    """Run a method until `on_iteration` raises an exception, or for as long as its loss is finite."""
+    """Run a method until `on_iteration` raises an exception or the loss is not finite."""
     length = rate * len(problem.theta()) ** 0.5
     if method in ("MAID", "descent"):
         maid(problem, tol, length, on_iteration, adaptive=method == "MAID")
@@ -119,7 +119,7 @@ def train(
 
 @one_thread()
 def measure(method: str, tol: float, rate: float, seed: int) -> list[dict[str, Any]]:
-    """Return a row for each mark: the exact loss of the last parameters that cost no more."""
+    """Return a row for each mark, with the exact loss of the last parameters within its evaluations."""
     problem = make_problem(seed)
     path, start = [State(0.0, 0.0, problem.theta())], time.process_time()
 
@@ -149,7 +149,7 @@ def measure(method: str, tol: float, rate: float, seed: int) -> list[dict[str, A
 
 
 def tune() -> pd.Series:
-    """Return the dB at the end by method, tolerance and rate, on the seed of the tuning."""
+    """Return the final PSNR by method, tolerance and rate, on the seed of the tuning."""
     dB: dict[tuple[str, float, float], float] = {}
 
     def attempt(method: str, tol: float, rate: float) -> None:
@@ -171,7 +171,7 @@ def tune() -> pd.Series:
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Return each method's end, and how far MAID and L-BFGS are ahead of it, with 95 % intervals."""
+    """Return each method's final values, and the leads of MAID and L-BFGS with 95 % intervals."""
     final = table[table["evaluations"] == BUDGET]
     by_seed = final.pivot_table(index="seed", columns="method", values="dB")
     means = final.groupby("method")[["tol", "rate", "iterations", "seconds", "dB"]].mean()

@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks: training steps of ours, timed trainings, tables in `results/bench/`."""
+"""Shared functions of the benchmarks: our training steps, timed trainings, tables in `results/bench/`."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def ours(batch: Batch, solver: Solver | None = None, P: Tensor | None = None) ->
     """Return a step with the configuration's solvers, or with one solver for both equations."""
     config, model = batch.config, batch.model
     if isinstance(config, FacesConfig):
-        # In a training, too, every step on photographs has its own preconditioner.
+        # As in a training, every step on photographs has its own preconditioner.
         P = model.preconditioner(batch.truth.shape[1:])
     solvers = (solver, solver) if solver else (build.make_solver(config), build.make_adjoint_solver(config))
     u0 = build.first_iterate(config)(batch.f)

@@ -1,4 +1,4 @@
-"""A training by PyLOpt in an environment of its own (`bench_pylopt.py`): a line of JSON per evaluation.
+"""Train by PyLOpt in a separate environment (`bench_pylopt.py`), and print a line of JSON per evaluation.
 
     python tests/bench/pylopt_training.py DATA OPTIONS
 
@@ -59,7 +59,7 @@ APART = 1.1
 """Factor between the training times of two evaluations."""
 
 GAIN = 0.01
-"""Gain in dB in the second half of its time below which a training has stalled."""
+"""Smallest gain in dB in the second half of the time; below it a training has stalled."""
 
 
 class Observed(MeasurementModel):

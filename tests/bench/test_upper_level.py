@@ -1,4 +1,4 @@
-"""The re-implemented upper-level methods: they agree with L-BFGS, and MAID never climbs."""
+"""Re-implemented upper-level methods: agreement with L-BFGS, and decreasing losses of MAID."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGES = torch.linspace(-1, 1, 12, dtype=torch.float64).sign().expand(3, 1, 12, 
 
 
 class Enough(Exception):
-    """End of a method."""
+    """Raised to end a method."""
 
 
 def make_model(weights_alone: bool = False) -> CountedModel:
@@ -67,15 +67,15 @@ def minimum() -> float:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_minimum_is_that_of_lbfgs(name: str, minimum: float) -> None:
-    """To a thousandth of what there is to gain."""
+def test_minimum_matches_lbfgs(name: str, minimum: float) -> None:
+    """Up to a thousandth of the decrease from the start."""
     problem = Problem(make_model(weights_alone=True), IMAGES, NOISE)
     start = exact(problem, problem.theta())
     end = exact(problem, run(problem, METHODS[name], 40)[-1])
     assert abs(end - minimum) <= 1e-3 * (start - minimum)
 
 
-def test_maid_never_accepts_a_step_that_raises_the_exact_loss() -> None:
+def test_maid_never_increases_exact_loss() -> None:
     problem = Problem(make_model(), IMAGES, NOISE)
     path = run(problem, METHODS["maid"], 30)
     losses = torch.tensor([exact(problem, theta) for theta in path], dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_maid_never_accepts_a_step_that_raises_the_exact_loss() -> None:
 
 
 @pytest.mark.parametrize("tol", [1e-1, 1e-3, 1e-6])
-def test_the_bounds_enclose_the_exact_loss(tol: float) -> None:
+def test_bounds_enclose_exact_loss(tol: float) -> None:
     problem = Problem(make_model(), IMAGES, NOISE)
     approximate = problem.loss(tol)
     assert approximate.lower <= exact(problem, problem.theta()) <= approximate.upper

@@ -1,4 +1,4 @@
-"""Upper-level methods of bilevel learning, written from their papers to be compared with `lib.training`.
+"""Upper-level methods of bilevel learning, written from their papers for comparison with `lib.training`.
 
 Both take a `Problem`: the mean squared error of the reconstructions as a function of the parameters, to a
 chosen accuracy. The lower level is `lambda`-strongly convex, so that the residual of the step map bounds the
@@ -24,7 +24,7 @@ from lib.solvers import Anderson, FixedPointProblem, Solution, StepMap, fixed_po
 from lib.training import generator, observe
 
 FREQUENCIES = torch.Size((1, 64, 64))
-"""Grid on which the largest curvature of the regularizer is looked for."""
+"""Grid of frequencies for the largest curvature of the regularizer."""
 
 ADJOINT = 10
 """Ratio of the adjoint's tolerance to that of the lower level, as in this repository's trainings."""
@@ -80,13 +80,13 @@ class CountedModel(FixedPointModel):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss, and where it was computed the hypergradient, at some accuracy.
+    """Loss and optionally its hypergradient, at some accuracy.
 
     Attributes:
         loss: mean squared error of the approximate reconstructions.
         error: bound of the root mean squared distance from the exact reconstructions.
-        gradient: of the loss, flattened; empty if it was not computed.
-        gradient_error: estimated bound of its relative error.
+        gradient: flattened gradient of the loss; empty if not computed.
+        gradient_error: estimated bound of the gradient's relative error.
     """
 
     loss: float
@@ -178,12 +178,12 @@ def maid(
     hypergradient may be wrong by its own size, both tolerances fall; after a success they grow.
 
     Args:
-        problem: with the parameters to start from.
-        tol: first relative residual of the lower level.
-        length: of the first step that is tried.
+        problem: loss with the initial parameters.
+        tol: initial relative residual of the lower level.
+        length: length of the first trial step.
         on_iteration: called after each line search; ends the method by raising an exception.
-        adaptive: whether tolerances adapt. Otherwise it is gradient descent with Armijo's rule, which takes
-            approximate losses for exact ones.
+        adaptive: whether tolerances adapt. Otherwise the method is gradient descent with Armijo's rule, which
+            treats approximate losses as exact.
     """
     theta, trials, step = problem.theta(), TRIALS, math.nan
     while True:

@@ -1,4 +1,4 @@
-"""From configurations to objects: each name becomes the right one."""
+"""Construction of operators, models, solvers and trainings from configurations."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ DIGITS: dict[str, Any] = {"size": 14, "train_images": 20, "test_images": 10, "ba
 FACES: dict[str, Any] = {"reduction": 8, "train_images": 2, "test_images": 2, "epochs": 1, "filter_size": 3}
 
 
-def test_tasks_are_operators() -> None:
-    """Digits lose their top rows or are blurred over 5 pixels, photographs a central block and `blur`."""
+def test_task_selects_operator() -> None:
+    """Top rows and a blur of 5 pixels for digits, a central block and `blur` pixels for photographs."""
     ones = torch.ones(1, 1, 28, 28)
     assert isinstance(build.make_operator(RunConfig(task="denoising")), Identity)
     mask = build.make_operator(RunConfig(task="inpainting"))
@@ -50,8 +50,8 @@ def test_tasks_are_operators() -> None:
     ("sigma", "activation"), [("relu", RELU), ("softshrink", SOFTSHRINK), ("identity", LINEAR)]
 )
 @pytest.mark.parametrize("name", ["bilevel", "deq"])
-def test_models_are_tied_or_free(name: str, sigma: str, activation: object) -> None:
-    """With the numbers of each member of a stack."""
+def test_model_selects_synthesis_and_activation(name: str, sigma: str, activation: object) -> None:
+    """Each member of a stack has its `gamma` and `tau`."""
     config = RunConfig(model=name, sigma=sigma, **DIGITS)
     model = build.make_model([config, config.model_copy(update={"gamma": 0.25, "tau": 0.2})])
     field = model.regularizer
@@ -63,7 +63,7 @@ def test_models_are_tied_or_free(name: str, sigma: str, activation: object) -> N
     assert model.tau.tolist() == pytest.approx([config.tau, 0.2])
 
 
-def test_tied_start_differs_from_the_independent_one_in_c_alone() -> None:
+def test_tied_start_changes_c_alone() -> None:
     tied, independent = (
         build.make_model([RunConfig(model="deq", initial=initial, **DIGITS)]).regularizer
         for initial in ("tied", "independent")
@@ -75,8 +75,8 @@ def test_tied_start_differs_from_the_independent_one_in_c_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["bilevel", "deq"])
-def test_models_of_photographs_have_kernels(name: str) -> None:
-    """Normalized ones, of which `C` starts as `A`; a learned weight starts at `lam`."""
+def test_photograph_model_has_normalized_kernels(name: str) -> None:
+    """`C` starts as `A`, and a learned weight at `lam`."""
     config = FacesConfig(model=name, learn_weight=True, optimizer="lbfgs", lam=7.0, **FACES)
     model = build.make_model([config])
     field = model.regularizer
@@ -89,7 +89,7 @@ def test_models_of_photographs_have_kernels(name: str) -> None:
 
 
 @pytest.mark.parametrize("initial", ["first", "second", "cosine", "random"])
-def test_initial_kernels_are_those_of_their_name(initial: str) -> None:
+def test_initial_selects_kernels(initial: str) -> None:
     config = FacesConfig(initial=initial, filters=4, seed=3, **FACES)
     kernels = build.initial_kernels(config)
     expected = {
@@ -102,8 +102,8 @@ def test_initial_kernels_are_those_of_their_name(initial: str) -> None:
     assert torch.equal(kernels, other) == (initial != "random")
 
 
-def test_kernels_may_start_from_another_run() -> None:
-    """Exactly from its weights, which must be given."""
+def test_kernels_start_from_another_run() -> None:
+    """The weights of that run are required and copied exactly."""
     config = FacesConfig(initial=FacesConfig(**FACES), task="deblurring", blur=3, **FACES)
     A = torch.randn(2, 3, 3)
     model = build.make_model([config], {"A": A})
@@ -112,8 +112,8 @@ def test_kernels_may_start_from_another_run() -> None:
         build.make_model([config])
 
 
-def test_solvers_are_those_of_their_names() -> None:
-    """The adjoint equation is solved as the fixed point is, or by a series where `K` loses information."""
+def test_options_select_solvers() -> None:
+    """The adjoint has the solver of the fixed point, or a Neumann series where `K` loses information."""
     numbers = {"tol": 1e-4, "max_steps": 77, "patience": 9}
     plain = RunConfig(solver="plain", **DIGITS, **numbers)
     assert build.make_solver(plain) == PlainIteration(1e-4, 77, 9)
@@ -132,7 +132,7 @@ def test_solvers_are_those_of_their_names() -> None:
     assert build.make_adjoint_solver(preconditioned) == short
 
 
-def test_a_training_has_all_that_its_configurations_say() -> None:
+def test_training_follows_configurations() -> None:
     configs = [RunConfig(noise=noise, seed=5, **DIGITS) for noise in (0.1, 0.2)]
     training = build.make_training(configs)
     assert training.noise.tolist() == pytest.approx([0.1, 0.2])
@@ -152,13 +152,13 @@ def test_a_training_has_all_that_its_configurations_say() -> None:
 @pytest.mark.parametrize(
     "values", [{"task": "inpainting"}, {"model": "deq"}, {"seed": 1}, {"epochs": 3}, {"tol": 1e-4}]
 )
-def test_mixed_stacks_are_refused(values: dict[str, Any]) -> None:
+def test_mixed_stacks_are_rejected(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="may differ in noise, tau, gamma, lam only"):
         build.make_training([RunConfig(**DIGITS), RunConfig(**DIGITS | values)])
 
 
-def test_a_trained_model_reconstructs_as_its_training_did() -> None:
-    """The mean squared error on the test images with the test noise is the last test loss."""
+def test_trained_model_has_last_test_loss() -> None:
+    """Recompute the mean squared error on the test images with the test noise."""
     config = FacesConfig(learn_weight=True, tol=1e-5, sharpness=20.0, **FACES)
     (history,) = build.make_training([config]).run()
     model, images = build.trained_model(config, history.weights), build.load_images(config)["test"]
@@ -167,8 +167,8 @@ def test_a_trained_model_reconstructs_as_its_training_did() -> None:
     assert loss == pytest.approx(history.rows[-1]["test_loss"], rel=1e-2)
 
 
-def test_photographs_of_a_folder_are_split_cut_and_averaged(tmp_path: Path) -> None:
-    """In the order of their names: the first ones train, the last ones test, cut to the smallest size."""
+def test_photographs_of_folder_are_split_cropped_and_averaged(tmp_path: Path) -> None:
+    """The first images by name train and the last ones test, cropped to the smallest size."""
     images = [np.random.default_rng(k).integers(0, 256, (20 + k, 24), dtype=np.uint8) for k in range(4)]
     for number in (2, 0, 3, 1):
         Image.fromarray(images[number]).save(tmp_path / f"{number}.png")

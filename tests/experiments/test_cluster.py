@@ -1,4 +1,4 @@
-"""The sweep as jobs: trained once, followed and resumed; options and the script for Slurm."""
+"""The sweep as cluster jobs: submission, resumption, options, and the script for Slurm."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ sys.exit(__main__.main(sys.argv[2:]))
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder in the place of the repository's results."""
+    """An empty folder in place of the repository's results."""
     for module in (cluster, records, sweep):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     return tmp_path
@@ -52,7 +52,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Programs in the place of Slurm's: jobs get the number 7 and end at once."""
+    """Stubs of Slurm's programs: jobs get the number 7 and end at once."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("srun", "squeue", "scontrol"):
@@ -83,7 +83,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 @contextmanager
 def command(results: Path) -> Iterator[subprocess.Popen[str]]:
-    """The command, in a session of its own, as soon as both jobs have a checkpoint."""
+    """Run the command in its own session, and yield it once both jobs have a checkpoint."""
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, str(results), *LOCAL],
         cwd=REPOSITORY,
@@ -105,8 +105,8 @@ def command(results: Path) -> Iterator[subprocess.Popen[str]]:
 def test_jobs_are_followed_cancelled_and_resumed(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ctrl-C ends the command, not the jobs; the same command follows those that are left, and submits
-    nothing; once more, it resumes what a cancelled job has left."""
+    """Ctrl-C ends the command, not the jobs. The same command then follows the remaining jobs without
+    submitting, and later resumes the runs of a cancelled job."""
     with command(results) as process:
         cancelled, suspended = jobs_of(results)
         left = suspended.ppid()
@@ -138,7 +138,7 @@ def test_jobs_are_followed_cancelled_and_resumed(
     assert sorted((results / "jobs").iterdir()) == before
 
 
-def test_a_job_is_queued_again_as_it_is(tmp_path: Path) -> None:
+def test_preempted_job_is_requeued_unchanged(tmp_path: Path) -> None:
     share = Share(list(CONFIGS), tmp_path)
     assert share.checkpoint().function is share
 
@@ -154,12 +154,12 @@ def test_a_job_is_queued_again_as_it_is(tmp_path: Path) -> None:
         ("slurm", [("gpus", "2")], "`gpus` must be a number of at most 1, got '2'"),
     ],
 )
-def test_a_bad_option_is_refused(cluster: str, pairs: list[tuple[str, str]], message: str) -> None:
+def test_invalid_job_options_are_rejected(cluster: str, pairs: list[tuple[str, str]], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
         job_options(cluster, pairs)
 
 
-def test_good_options() -> None:
+def test_valid_job_options() -> None:
     assert job_options("none", []) is None
     assert job_options("local", []) == Jobs(cluster="local")
     assert job_options("slurm", [("gpus", "1"), ("memory", "2.5")]) == Jobs(
@@ -167,8 +167,8 @@ def test_good_options() -> None:
     )
 
 
-def test_the_script_for_slurm(slurm: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It asks for what the options say, and for an array of jobs that may be queued again."""
+def test_slurm_script_has_options(slurm: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script requests the options and an array of jobs that may be requeued."""
     options = {"partition": "long", "minutes": "30", "memory": "2.5", "account": "17"}
     pairs = [text for pair in options.items() for text in ("--job", *pair)]
     assert main([*RUN, "--cluster", "slurm", *pairs]) == 1
@@ -182,10 +182,8 @@ def test_the_script_for_slurm(slurm: Path, results: Path, capsys: pytest.Capture
     assert "export CUDA_VISIBLE_DEVICES=" in script
 
 
-def test_queued_jobs_are_not_submitted_again(
-    slurm: Path, results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of the same sweep are followed; without an answer of Slurm they count as queued."""
+def test_queued_jobs_are_not_resubmitted(slurm: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of the same sweep are followed; without an answer of Slurm they count as queued."""
     monkeypatch.setattr(cluster, "_follow", lambda *arguments: None)
     program(slurm / "squeue", f'echo "$@" > {results}/asked; echo 7_0 7_1')
     train_on_cluster(CONFIGS, Jobs(cluster="slurm"), results)
@@ -196,7 +194,7 @@ def test_queued_jobs_are_not_submitted_again(
     assert f"--name={folder.name}" in (results / "asked").read_text()
 
 
-def test_jobs_that_slurm_refuses(slurm: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_of_slurm_is_reported(slurm: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program(slurm / "sbatch", "echo 'sbatch: error: no' >&2; exit 1")
     assert main([*RUN, "--cluster", "slurm"]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "sbatch: error: no"

@@ -1,4 +1,4 @@
-"""Configurations: the paper's defaults, refused values, profiles, grids and parameters."""
+"""Configurations: the paper's defaults, validation, profiles, grids and parsed parameters."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ VALUES = st.one_of(
     st.sampled_from(["mnist", "faces", "deq", *TASKS, "relu", "plain", "second", "linear", "zero"]),
     st.builds(FacesConfig, filters=st.integers(1, 3), epochs=st.integers(1, 5)),
 )
-"""Values of all sorts, many of them valid for some field."""
+"""Values of many types, many of them valid for some field."""
 
 
-def refusal(call: Callable[..., object], /, **values: Any) -> str:
-    """Return the one line with which values are refused."""
+def error_line(call: Callable[..., object], /, **values: Any) -> str:
+    """Return the single line of the error for some values."""
     with pytest.raises(ConfigError) as caught:
         call(**values)
     assert len(str(caught.value).splitlines()) == 1
@@ -43,7 +43,7 @@ def levels(configs: list[RunConfig]) -> dict[str, set[Any]]:
     return {name: {getattr(config, name) for config in configs} for name in FIELDS}
 
 
-def test_defaults_are_the_papers() -> None:
+def test_defaults_are_those_of_paper() -> None:
     config = RunConfig()
     assert (config.size, config.train_images, config.test_images) == (28, 60_000, 10_000)
     assert (config.solver, config.memory, config.regularization, config.beta) == ("anderson", 5, 1e-4, 1.0)
@@ -53,14 +53,14 @@ def test_defaults_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_defaults_that_follow_from_the_task(task: str) -> None:
+def test_task_determines_start_and_adjoint(task: str) -> None:
     expected = ("data", "solved") if task == "denoising" else ("zero", "neumann")
     assert (RunConfig(task=task).start, RunConfig(task=task).adjoint) == expected
     assert {RunConfig(task=task, start=start).start for start in ("data", "zero")} == {"data", "zero"}
 
 
-def test_configurations_are_values() -> None:
-    """They cannot be changed, and numbers that are equal make equal ones with equal hashes."""
+def test_configurations_are_immutable_and_hashable() -> None:
+    """Equal numbers of different types make equal configurations with equal hashes."""
     with pytest.raises(ValidationError):
         RunConfig().noise = 0.5
     assert RunConfig(noise=1) == RunConfig(noise=1.0) != RunConfig(noise=0.5)
@@ -86,16 +86,16 @@ def test_configurations_are_values() -> None:
         ("seed", 2**63, "a number below 9223372036854775808"),
     ],
 )
-def test_a_bad_value_is_refused(name: str, value: object, accepted: str) -> None:
-    """Nothing is converted; the message has the parameter, the accepted values and the value."""
-    assert refusal(RunConfig, **{name: value}) == f"`{name}` must be {accepted}, got {value!r}."
+def test_invalid_values_are_rejected(name: str, value: object, accepted: str) -> None:
+    """No value is converted; the message has the parameter, the accepted values and the value."""
+    assert error_line(RunConfig, **{name: value}) == f"`{name}` must be {accepted}, got {value!r}."
 
 
-def test_several_problems_stand_in_one_line() -> None:
-    message = refusal(RunConfig, noise=-1.0, sigma="tanh", **{"epo\nchs": 1})
+def test_several_errors_share_one_line() -> None:
+    message = error_line(RunConfig, noise=-1.0, sigma="tanh", **{"epo\nchs": 1})
     assert all(part in message for part in ("got -1.0.", "got 'tanh'.", "is not a parameter;"))
     assert all(name in message for name in FIELDS)
-    assert len(refusal(RunConfig, seed=np.eye(99))) < 200
+    assert len(error_line(RunConfig, seed=np.eye(99))) < 200
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_several_problems_stand_in_one_line() -> None:
         (lambda: grid("smoke", size=[14, 10]), "`size` must be a divisor of 28, got 10."),
     ],
 )
-def test_bad_combinations_profiles_axes_and_texts_are_refused(call: Callable[[], object], line: str) -> None:
-    assert refusal(call).startswith(line)
+def test_invalid_combinations_profiles_and_axes_are_rejected(call: Callable[[], object], line: str) -> None:
+    assert error_line(call).startswith(line)
 
 
 @pytest.mark.parametrize(
@@ -122,25 +122,25 @@ def test_bad_combinations_profiles_axes_and_texts_are_refused(call: Callable[[],
 )
 @given(value=VALUES)
 @settings(max_examples=30)
-def test_any_value_is_valid_or_refused_by_name(
+def test_any_value_is_valid_or_rejected_by_name(
     kind: type[RunConfig | FacesConfig], name: str, value: Any
 ) -> None:
-    """A valid value is the one that was passed, and it survives JSON."""
+    """A valid value is stored unchanged and survives JSON."""
     try:
         config = kind(**{name: value})
     except ConfigError:
-        assert name in refusal(kind, **{name: value})
+        assert name in error_line(kind, **{name: value})
         return
-    held = getattr(config, name)
+    stored = getattr(config, name)
     # A mapping is a configuration to start from.
-    assert isinstance(held, RunConfig | FacesConfig) or held == (
-        float(value) if isinstance(held, float) else value
+    assert isinstance(stored, RunConfig | FacesConfig) or stored == (
+        float(value) if isinstance(stored, float) else value
     )
     assert kind(**json.loads(json.dumps(config.model_dump()))) == config
 
 
-def test_profiles_are_valid_and_grow() -> None:
-    """For every task and model; each costs more passes over pixels than the one before."""
+def test_profiles_are_valid_and_increase_in_cost() -> None:
+    """Each needs more passes over pixels than the one before, for every task and model."""
     for task, model in product(TASKS, MODELS):
         configs = [profile_config(profile, task, model=model) for profile in PROFILES]
         costs = [config.train_images * config.epochs * config.size**2 for config in configs]
@@ -149,14 +149,14 @@ def test_profiles_are_valid_and_grow() -> None:
         assert all(faces_config(profile, task, model=model).task == task for profile in PROFILES)
 
 
-def test_values_replace_those_of_a_profile() -> None:
+def test_values_override_profile() -> None:
     plain = profile_config("quick", "denoising")
     assert profile_config("quick", "denoising", noise=None, seed=None) == plain
     assert profile_config("quick", "denoising", epochs=7) == plain.model_copy(update={"epochs": 7})
 
 
-def test_the_papers_grid() -> None:
-    """All combinations of its six axes, with the paper's sizes, and again for ours, the DEQ from C = A."""
+def test_grid_of_paper_has_all_combinations() -> None:
+    """Six axes with the paper's sizes, and once more for ours, the DEQ from C = A."""
     configs = grid("paper")
     assert len(configs) == len(set(configs)) == len(ARMS) * 3 * 5 * 6 * 3 * 3
     axes = levels(configs)
@@ -168,7 +168,7 @@ def test_the_papers_grid() -> None:
 
 
 @pytest.mark.parametrize("profile", SWEEPS)
-def test_grids_have_every_task_and_compare_the_models(profile: str) -> None:
+def test_grids_pair_models_on_every_task(profile: str) -> None:
     configs = grid(profile)
     bilevel, *deqs = (
         {c for c in configs if (c.model, c.initial) == (arm["model"], arm.get("initial", "independent"))}
@@ -180,8 +180,8 @@ def test_grids_have_every_task_and_compare_the_models(profile: str) -> None:
     assert levels(configs)["task"] == set(TASKS)
 
 
-def test_any_parameter_is_an_axis() -> None:
-    """A list or a tuple makes an axis of its distinct values, a value fixes it, None changes nothing."""
+def test_any_parameter_can_be_an_axis() -> None:
+    """A list or tuple is an axis of distinct values, a value fixes a parameter, None has no effect."""
     plain = grid("smoke")
     assert grid("smoke", **dict.fromkeys(FIELDS)) == plain
     axes: dict[str, Any] = {"patience": (5, 20), "start": ["zero", "data"], "lam": [1, 1.0, 2]}
@@ -204,12 +204,12 @@ def test_any_parameter_is_an_axis() -> None:
         ("precondition", "[true, False]", [True, False]),
     ],
 )
-def test_parameters_are_parsed(name: str, text: str, value: object) -> None:
+def test_parameter_values_are_parsed(name: str, text: str, value: object) -> None:
     parsed = parse_parameters([[name, text]])
     assert parsed == {name: value}
     assert type(parsed[name]) is type(value)
 
 
 @given(st.text() | st.sampled_from(["scans #2", "2024-05-01", "a: b.jpg", "007", "yes", "[a]", "None"]))
-def test_a_text_is_a_text(text: str) -> None:
+def test_text_parameters_are_not_converted(text: str) -> None:
     assert parse_parameters([["x", text]], {"x": str}) == {"x": text}

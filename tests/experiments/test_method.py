@@ -1,4 +1,4 @@
-"""What trainings result in, compared with a committed table: `METHOD_VERSION` changes where it does not hold.
+"""Results of short trainings against a committed table; other results require the next `METHOD_VERSION`.
 
 `python tests/experiments/test_method.py` writes the table of a new version.
 """
@@ -48,7 +48,7 @@ TOLERANCES = {"loss": 1e-3, "moved": 1e-2, "steps": 0.1}
 
 
 def results_of(config: Config) -> dict[str, float]:
-    """Train a configuration, and return its last losses, solver steps and how far its weights moved."""
+    """Train a configuration, and return its last losses, its solver steps and the changes of its weights."""
     training = make_training([config])
     start = {name: weight[0].clone() for name, weight in training.model.weights().items()}
     (member,) = training.run()
@@ -59,7 +59,7 @@ def results_of(config: Config) -> dict[str, float]:
 
 
 def differences(name: str) -> list[str]:
-    """Return what differs from the table, beyond what another processor changes."""
+    """Return the columns that differ from the table by more than another processor can explain."""
     expected = pd.read_csv(TABLE, index_col="configuration").loc[name].dropna()
     result = results_of(CONFIGS[name])
     assert result.keys() == set(expected.index)
@@ -71,13 +71,13 @@ def differences(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_results_are_those_of_the_version(name: str) -> None:
+def test_results_match_method_version(name: str) -> None:
     assert METHODS[METHOD_VERSION]
-    assert differences(name) == [], "trainings have other results: add a version to lib/experiments/method.py"
+    assert differences(name) == [], "trainings have other results; add a version to lib/experiments/method.py"
 
 
 @pytest.mark.parametrize("name", ["bilevel denoising", "deq deblurring"])
-def test_a_change_of_the_mathematics_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_change_of_mathematics_is_detected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     analysis = DenseFieldsOfExperts.analysis
     monkeypatch.setattr(DenseFieldsOfExperts, "analysis", lambda self, u: 1.02 * analysis(self, u))
     assert differences(name) != []

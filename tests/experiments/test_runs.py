@@ -1,4 +1,4 @@
-"""Runs: trained once, keyed by all that matters, resumed to the same bits, and made again when damaged."""
+"""Runs: trained once, stored by key, resumed to the same bits, and repaired when damaged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STACK = [
     RunConfig(**TINY | UNSTABLE | values)
     for values in ({}, {"noise": 1.0}, {"tau": 2.1, "gamma": 1.0}, {"tau": 0.9, "gamma": 1.45}, {"lam": 0.9})
 ]
-"""Five that train together; the third one diverges before it is trained, the fourth in its first epoch."""
+"""Five that train together; the third diverges before training, the fourth in its first epoch."""
 STATUSES = ["completed", "completed", "diverged", "diverged", "completed"]
 LATE = STACK[0].model_copy(update={"time_budget": 1e-6})
 ALL = [*STACK, LATE]
@@ -57,11 +57,11 @@ adjoint neumann neumann_steps 3 adjoint_tol 1e-4 precondition true precision tf3
 memory 4 regularization 1e-5 beta 0.9 patience 5 schedule linear start zero test_every 2 seed 1
 time_budget 3601.0
 """
-"""A valid value for each field that is not the value of `STACK[0]`."""
+"""A valid value for each field that differs from that of `STACK[0]`."""
 
 
 @pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
+def single_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train in this process."""
     monkeypatch.setattr(runs, "workers", lambda device: 1)
 
@@ -77,7 +77,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
 
 @pytest.fixture
 def results(tmp_path: Path, stored: tuple[Path, list[Run]]) -> Path:
-    """A copy of the store, to be changed."""
+    """A copy of the store that tests may change."""
     return shutil.copytree(stored[0], tmp_path / "results")
 
 
@@ -87,7 +87,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_same(run: Run, other: Run) -> None:
-    """Assert that two runs are the same to the bit, but for the seconds."""
+    """Assert that two runs are equal to the bit, except for seconds."""
     assert (run.key, run.config) == (other.key, other.config)
     assert (run.status, run.reason) == (other.status, other.reason)
     first, second = (r.history.drop(columns="seconds", errors="ignore") for r in (run, other))
@@ -119,8 +119,8 @@ def stop_after(epoch: int, configs: list[Config], results: Path, monkeypatch: py
         train_stack(configs, results, report)
 
 
-def test_a_stack_stores_each_member_as_it_trains_alone(stored: tuple[Path, list[Run]]) -> None:
-    """Diverged and late members, too; the bits do not depend on the stack, nor on storing."""
+def test_stack_stores_members_as_trained_alone(stored: tuple[Path, list[Run]]) -> None:
+    """The bits do not depend on the stack or on storing, also for diverged and late members."""
     results, all_runs = stored
     assert [run.status for run in all_runs] == [*STATUSES, "out of time"]
     for config, run in zip(STACK, all_runs, strict=False):
@@ -132,7 +132,7 @@ def test_a_stack_stores_each_member_as_it_trains_alone(stored: tuple[Path, list[
         assert names == {"run.json", "weights.pt", "lock"}
 
 
-def test_a_run_is_trained_once(results: Path, stored: tuple[Path, list[Run]], no_training: None) -> None:
+def test_runs_are_trained_once(results: Path, stored: tuple[Path, list[Run]], no_training: None) -> None:
     for run, loaded in zip(stored[1], get_runs(ALL, str(results)), strict=True):
         assert_same(loaded, run)
         assert loaded.provenance == run.provenance
@@ -144,7 +144,7 @@ def test_a_run_is_trained_once(results: Path, stored: tuple[Path, list[Run]], no
         get_run(STACK[0].model_copy(update={"seed": 1}), results)
 
 
-def test_the_key_depends_on_every_field_the_data_and_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_depends_on_every_field_data_and_method(monkeypatch: pytest.MonkeyPatch) -> None:
     config = STACK[0]
     words = OTHER_VALUES.split()
     values = parse_parameters(list(zip(words[::2], words[1::2], strict=True)))
@@ -160,14 +160,14 @@ def test_the_key_depends_on_every_field_the_data_and_the_method(monkeypatch: pyt
     assert len(keys | {run_key(config)}) == 3 + len(values)
 
 
-def test_keys_of_stored_runs_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A parameter that is newer than them changes no key where it has its default."""
+def test_new_parameters_preserve_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter at its default does not change the keys of older runs."""
     monkeypatch.setattr(records, "METHOD_VERSION", 1)
     assert run_key(RunConfig()) == "016c7d909e24301c35e2"
 
 
-def test_the_key_depends_on_the_photographs(tmp_path: Path) -> None:
-    """On those of the run that a run starts from, too."""
+def test_key_depends_on_photographs(tmp_path: Path) -> None:
+    """Photographs of an initial run count as well."""
     for k in range(2):
         Image.fromarray(np.full((40, 40), k, np.uint8)).save(tmp_path / f"{k}.png")
     config = KERNELS.model_copy(update={"dataset": str(tmp_path)})
@@ -178,10 +178,10 @@ def test_the_key_depends_on_the_photographs(tmp_path: Path) -> None:
     assert {"1.png", "initial/1.png"} <= data_digests(later).keys()
 
 
-def test_a_stopped_stack_resumes_to_the_same_bits(
+def test_stopped_stack_resumes_to_same_bits(
     tmp_path: Path, stored: tuple[Path, list[Run]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Members that were stopped at different epochs are trained apart, and only what is left."""
+    """Members stopped at different epochs resume separately, for the remaining steps alone."""
     stop_after(1, STACK[4:], tmp_path, monkeypatch)
     stop_after(3, [STACK[0], STACK[1]], tmp_path, monkeypatch)
     resumed = []
@@ -201,8 +201,27 @@ def test_a_stopped_stack_resumes_to_the_same_bits(
         assert_same(loaded, run)
 
 
+KILLED = f"""
+import itertools, os, signal, sys
+from lib.experiments import config, runs
+calls = itertools.count()
+os.fsync = lambda descriptor: next(calls) == 2 and os.kill(os.getpid(), signal.SIGKILL)
+runs.CHECKPOINT_SECONDS = 0
+runs.train_stack([config.RunConfig(**{STACK[0].model_dump()})], sys.argv[1], lambda *progress: None)
+"""
+
+
+def test_training_killed_while_writing_resumes_to_same_bits(
+    tmp_path: Path, stored: tuple[Path, list[Run]]
+) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=REPOSITORY)
+    assert killed.returncode == -signal.SIGKILL
+    assert (records.read_checkpoint(STACK[0], tmp_path) or {}).get("epoch") == 2
+    assert_same(get_run(STACK[0], tmp_path), stored[1][0])
+
+
 def test_checkpoints_are_written_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And after the first epoch."""
+    """The first one is written after the first epoch."""
     epochs = []
 
     def write(config: Config, state: dict[str, Any], results: Path) -> None:
@@ -225,7 +244,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut, flip])
 @pytest.mark.parametrize("name", ["run.json", "weights.pt", "checkpoint.pt"])
-def test_a_damaged_file_is_named_set_aside_and_made_again(
+def test_damaged_files_are_set_aside_and_recomputed(
     results: Path,
     stored: tuple[Path, list[Run]],
     monkeypatch: pytest.MonkeyPatch,
@@ -245,8 +264,8 @@ def test_a_damaged_file_is_named_set_aside_and_made_again(
     assert f"set aside {folder / aside} as {path.name}: " in capsys.readouterr().err
 
 
-def train_at_once(place: Path, reverse: bool) -> int:
-    """Train all configurations beside another process, and return how many of them were trained here."""
+def train_concurrently(place: Path, reverse: bool) -> int:
+    """Train all configurations next to another process, and return the number trained here."""
     trained: list[Config] = []
     with pytest.MonkeyPatch.context() as patch:
 
@@ -258,22 +277,22 @@ def train_at_once(place: Path, reverse: bool) -> int:
         patch.setattr(runs, "workers", lambda device: 1)
         (place / f"ready {reverse}").touch()
         wait_for(lambda: len(list(place.glob("ready *"))) == 2)
-        train_runs(ENDED[:: -1 if reverse else 1], place)
-    assert all(is_stored(config, place) for config in ENDED)
+        train_runs(SHORT[:: -1 if reverse else 1], place)
+    assert all(is_stored(config, place) for config in SHORT)
     return len(trained)
 
 
-ENDED = [
+SHORT = [
     RunConfig(**TINY | {"epochs": 20, "sigma": sigma, "noise": noise})
     for sigma in ("relu", "softshrink", "identity")
     for noise in (0.1, 0.2)
 ]
 
 
-def test_two_processes_train_each_run_once(tmp_path: Path) -> None:
+def test_concurrent_processes_train_each_run_once(tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        counts = list(pool.map(train_at_once, [tmp_path] * 2, [False, True]))
-    assert sum(counts) == len(ENDED)
+        counts = list(pool.map(train_concurrently, [tmp_path] * 2, [False, True]))
+    assert sum(counts) == len(SHORT)
     assert min(counts) > 0
 
 
@@ -288,8 +307,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("who", ["group", "worker"])
-def test_a_stopped_sweep_leaves_no_process(tmp_path: Path, who: str) -> None:
-    """After Ctrl-C or kill -9 of a worker; no traceback comes from a worker."""
+def test_stopped_sweep_leaves_no_process(tmp_path: Path, who: str) -> None:
+    """Stop it by Ctrl-C, or by `kill -9` of a worker; workers print no traceback."""
     (tmp_path / "script.py").write_text(SCRIPT)
     options: Any = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(REPOSITORY)}}
     options |= {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
@@ -313,7 +332,7 @@ def test_a_stopped_sweep_leaves_no_process(tmp_path: Path, who: str) -> None:
     assert error.rstrip().endswith(last[who])
 
 
-def test_processes_train_to_the_same_bits(
+def test_worker_processes_train_to_same_bits(
     tmp_path: Path, stored: tuple[Path, list[Run]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "workers", lambda device: 2)
@@ -321,8 +340,8 @@ def test_processes_train_to_the_same_bits(
         assert_same(loaded, run)
 
 
-def test_digits_start_from_another_run_of_either_model(tmp_path: Path) -> None:
-    """A DEQ starts from the weights of a bilevel model with `C = A`."""
+def test_deq_starts_from_bilevel_run(tmp_path: Path) -> None:
+    """The DEQ starts with `C = A`."""
     earlier = STACK[0]
     later = RunConfig(**earlier.model_dump() | {"model": "deq", "initial": earlier})
     get_run(later, tmp_path)
@@ -333,12 +352,12 @@ def test_digits_start_from_another_run_of_either_model(tmp_path: Path) -> None:
     assert torch.equal(field.A, field.C)
 
 
-def test_what_the_store_knows_of_kernels_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that diverged is refused, one that was stopped is named, and so are images of its training."""
+def test_defects_of_kernels_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A diverged run is rejected; a run out of time and images of its training are named."""
     late = get_run(KERNELS.model_copy(update={"time_budget": 1e-6}), tmp_path)
     records.stored_kernels(late.key, tmp_path)
-    said = f"run {late.key} has not completed, but is out of time: {late.reason}"
-    assert said in capsys.readouterr().err.splitlines()
+    warning = f"run {late.key} has not completed, but is out of time: {late.reason}"
+    assert warning in capsys.readouterr().err.splitlines()
     lost = History(status="diverged", reason="the loss is not finite", weights=late.weights)
     records.store_run(KERNELS, lost, tmp_path)
     with pytest.raises(ConfigError, match=r"must not have diverged, got .* \(the loss is not finite\)\.$"):
@@ -354,7 +373,7 @@ def test_what_the_store_knows_of_kernels_is_said(tmp_path: Path, capsys: pytest.
     ]
 
 
-def test_kernels_of_another_run_are_trained_first_and_found_by_key(
+def test_initial_run_is_trained_first_and_loaded_by_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = get_run(FROM_KERNELS, tmp_path)
@@ -380,8 +399,8 @@ def test_kernels_of_another_run_are_trained_first_and_found_by_key(
     deq = replace(run, config=run.config.model_copy(update={"model": "deq", "initial": "random"}))
     for name, one in {"kernels_deq.json": deq, "kernels_bilevel.json": run}.items():
         records.save_kernels(one, tmp_path / "own", name)
-    found = records.committed_kernels("deblurring", folder=tmp_path)
-    assert [own.config.model for own in found] == ["bilevel", "deq"]
+    committed = records.committed_kernels("deblurring", folder=tmp_path)
+    assert [own.config.model for own in committed] == ["bilevel", "deq"]
     (own,) = records.committed_kernels("deblurring", kernels="faces", filters=2, folder=tmp_path)
     assert own.key == run.key
     flip(folder / records.KERNELS)
@@ -389,10 +408,10 @@ def test_kernels_of_another_run_are_trained_first_and_found_by_key(
         records.load_kernels(folder / records.KERNELS)
 
 
-def test_committed_runs_are_found_without_training(
+def test_committed_runs_are_loaded_without_training(
     tmp_path: Path, stored: tuple[Path, list[Run]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dense weights to eight bits, of any version of the method, and never in the place of a training."""
+    """Dense weights have eight bits and any method version; they never replace a training."""
     whole, alone, missing = stored[1][0], stored[1][1], STACK[4]
     folder = tmp_path / "reference" / "overnight" / "runs"
     records.keep_run(folder / f"{whole.key}.zip", stored[0])
@@ -416,7 +435,7 @@ def test_committed_runs_are_found_without_training(
         find_runs(asked, tmp_path)
 
 
-def test_files_have_their_provenance(tmp_path: Path) -> None:
+def test_files_match_provenance(tmp_path: Path) -> None:
     write_with_provenance(tmp_path, {"a.csv": b"1"}, {"note": "x"}, device="cpu")
     provenance = json.loads((tmp_path / PROVENANCE).read_bytes())
     assert (provenance["note"], provenance["method"]) == ("x", METHOD_VERSION)

@@ -1,4 +1,4 @@
-"""Atomic writes, and checksums that notice damage."""
+"""Atomic writes, and checksums that detect damage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from lib.experiments.store import DamagedFile, sealed, unsealed, write_atomic
 
 
-def test_a_write_creates_folders_and_replaces_the_file(tmp_path: Path) -> None:
+def test_write_creates_folders_and_replaces_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "file"
     for content in (b"old", b"", bytes(range(256))):
         write_atomic(path, content)
@@ -18,7 +18,7 @@ def test_a_write_creates_folders_and_replaces_the_file(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_write_keeps_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     write_atomic(path, b"old")
 
@@ -33,8 +33,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"content\r\n\x00\n"])
-def test_any_damage_of_a_sealed_file_is_noticed(content: bytes) -> None:
-    """Every flipped bit and every lost end, in the content, the checksum or between."""
+def test_checksum_detects_any_damage(content: bytes) -> None:
+    """Every flipped bit and every truncation, in the content and in the checksum."""
     path, file = Path("file"), sealed(content)
     assert unsealed(file, path) == content
     flipped = [bytes([*file[:k], file[k] ^ 1 << k % 8, *file[k + 1 :]]) for k in range(len(file))]

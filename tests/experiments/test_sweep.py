@@ -1,4 +1,4 @@
-"""The sweep: every configuration a row, whatever became of it, nothing trained twice, and what is left."""
+"""The sweep: a row for every configuration, missing runs, stacks, plans, status and commands."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TINY: dict[str, Any] = {
     "test_images": 10,
     "batch_size": 10,
 }
-"""Some diverge, since the step 2.1 is too long for the plain iteration, and some run out of time."""
+"""Some diverge, because the step 2.1 is too long for plain iteration, and some run out of time."""
 CONFIGS = grid("smoke", **TINY)
 ARGUMENTS = ["--profile", "smoke", *(text for name in TINY for text in ("-p", name, str(TINY[name])))]
 FILES = ["sweep_epochs.csv", "sweep_epochs.parquet", "sweep_provenance.json"]
@@ -56,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sweep]:
 
 @pytest.fixture
 def results(tmp_path: Path, trained: tuple[Path, Sweep], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the store in the place of the repository's, where nothing can be trained."""
+    """A copy of the store in place of the repository's, without training."""
     copy = shutil.copytree(trained[0], tmp_path / "results")
     for module in (records, sweep):
         monkeypatch.setattr(module, "RESULTS", copy)
@@ -75,8 +75,8 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def test_every_configuration_is_a_row(trained: tuple[Path, Sweep]) -> None:
-    """With its parameters, its key, its status and reason, and the metrics of its last epoch."""
+def test_every_configuration_has_a_row(trained: tuple[Path, Sweep]) -> None:
+    """A row has parameters, key, status, reason and the metrics of the last epoch."""
     results, swept = trained
     assert swept.runs["key"].tolist() == [run_key(config) for config in CONFIGS]
     assert [sweep.row_config(row) for row in swept.runs.to_dict("records")] == CONFIGS
@@ -95,8 +95,8 @@ def test_every_configuration_is_a_row(trained: tuple[Path, Sweep]) -> None:
             assert row[name] == run.history[name].iloc[-1]
 
 
-def test_tables_and_provenance_can_be_read_back(trained: tuple[Path, Sweep]) -> None:
-    """The tables from Parquet and from CSV, to the last bit."""
+def test_tables_and_provenance_are_restored(trained: tuple[Path, Sweep]) -> None:
+    """Parquet and CSV restore the tables to the last bit."""
     folder, swept = trained[0] / "smoke", trained[1]
     assert sorted(path.name for path in folder.iterdir()) == FILES
     for name, table in (("sweep_runs", swept.runs), ("sweep_epochs", swept.epochs)):
@@ -104,7 +104,7 @@ def test_tables_and_provenance_can_be_read_back(trained: tuple[Path, Sweep]) -> 
         text = pd.read_csv(folder / f"{name}.csv", dtype={"key": str})
         if "reason" in text:
             text["reason"] = text["reason"].fillna("")
-        # A column without a value has no type in a text.
+        # CSV does not keep the type of an empty column.
         text[table.columns[table.isna().all()]] = None
         pd.testing.assert_frame_equal(text, table, check_exact=True)
     provenance = json.loads((folder / "sweep_provenance.json").read_text())
@@ -117,7 +117,7 @@ def test_tables_and_provenance_can_be_read_back(trained: tuple[Path, Sweep]) -> 
     assert provenance["sha256"].keys() == set(FILES) - {"sweep_provenance.json"}
 
 
-def test_what_is_stored_is_not_trained_again(trained: tuple[Path, Sweep], results: Path) -> None:
+def test_stored_sweep_is_not_retrained(trained: tuple[Path, Sweep], results: Path) -> None:
     again = get_sweep("smoke", **TINY)
     pd.testing.assert_frame_equal(again.runs, trained[1].runs)
     assert again.provenance == trained[1].provenance
@@ -125,10 +125,10 @@ def test_what_is_stored_is_not_trained_again(trained: tuple[Path, Sweep], result
         get_sweep("smoke", **TINY | {"seed": 1})
 
 
-def test_without_training_the_missing_are_marked(
+def test_missing_runs_are_marked_without_training(
     trained: tuple[Path, Sweep], results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A damaged record is set aside, and its run is missing."""
+    """A damaged record is set aside, and its run counts as missing."""
     shutil.rmtree(run_folder(CONFIGS[-1], results))
     path = run_folder(CONFIGS[0], results) / "run.json"
     path.write_bytes(path.read_bytes().replace(b'"epoch": 0', b'"epoch": 7'))
@@ -141,8 +141,8 @@ def test_without_training_the_missing_are_marked(
     pd.testing.assert_frame_equal(swept.runs[~lost], trained[1].runs[~lost.to_numpy()])
 
 
-def test_a_sweep_of_nothing(tmp_path: Path) -> None:
-    """Its tables have rows and columns; `get_sweep` says how to train it."""
+def test_sweep_without_runs_has_all_rows(tmp_path: Path) -> None:
+    """`get_sweep` names the command that trains it."""
     swept = load_sweep("smoke", CONFIGS, tmp_path)
     sweep.write_tables(swept, tmp_path)
     assert pd.read_parquet(tmp_path / "smoke" / "sweep_runs.parquet")["status"].eq(NOT_RUN).all()
@@ -156,8 +156,8 @@ def test_a_sweep_of_nothing(tmp_path: Path) -> None:
         get_sweep("smoke", tmp_path, train=False, **TINY)
 
 
-def test_the_status_counts_every_configuration(results: Path) -> None:
-    """A checkpoint without a record is in progress."""
+def test_status_counts_every_configuration(results: Path) -> None:
+    """A checkpoint without a record counts as in progress."""
     place = ("inpainting", "deq")
     unfinished, untouched = (c for c in CONFIGS if (c.task, c.model) == place and c.tau < 2)
     folder = run_folder(unfinished, results)
@@ -170,8 +170,8 @@ def test_the_status_counts_every_configuration(results: Path) -> None:
     assert table.loc[("all", "")].tolist() == [3, 8, 3, 1, 1, 16]
 
 
-def test_stacks_are_full_and_even(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each configuration is in one stack with its like; like steps stay together, and groups take turns."""
+def test_stacks_are_balanced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stack has equal shared parameters and similar steps; the groups alternate."""
     monkeypatch.setattr(plan, "stack_size", lambda config, device: 7)
     configs = grid("paper", task="denoising", initial="independent")
     groups = stacks(iter(configs), torch.device("cpu"))
@@ -183,8 +183,8 @@ def test_stacks_are_full_and_even(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first == sorted(first)
 
 
-def test_a_stack_is_as_large_as_the_device_gains_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU with less memory takes fewer members; one is always allowed."""
+def test_stack_size_follows_device_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU with less memory takes fewer members, but at least one."""
     config = RunConfig(size=14, batch_size=20)
     assert stack_size(config, torch.device("cpu")) == STACK_NUMBERS["cpu"] // (20 * 14**2)
     sizes = []
@@ -195,8 +195,8 @@ def test_a_stack_is_as_large_as_the_device_gains_from(monkeypatch: pytest.Monkey
     assert stack_size(FacesConfig(optimizer="lbfgs"), torch.device("cpu")) == 1
 
 
-def test_the_plan_is_of_what_is_left(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Runs and seconds of each task and model, within the time budgets."""
+def test_plan_counts_remaining_runs(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs and seconds for each task and model, limited by the time budgets."""
     missing = [c for c in CONFIGS if (c.model, c.task, c.tau) == ("bilevel", "denoising", 0.5)]
     for config in missing:
         shutil.rmtree(run_folder(config, results))
@@ -210,11 +210,11 @@ def test_the_plan_is_of_what_is_left(results: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "all 14 runs are done\n"
 
 
-def test_a_duration_has_its_unit() -> None:
+def test_durations_have_units() -> None:
     assert [duration(s) for s in (0.6, 99, 100, 12_240)] == ["1 s", "99 s", "2 min", "3.4 h"]
 
 
-def test_the_command_prints_tables_and_status(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_tables_and_status(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(results / "smoke")
     assert main(["run", *ARGUMENTS]) == 0
     *paths, counts = capsys.readouterr().out.splitlines()
@@ -224,7 +224,7 @@ def test_the_command_prints_tables_and_status(results: Path, capsys: pytest.Capt
     assert capsys.readouterr().out.splitlines()[-1].split() == ["all", "4", "8", "4", "0", "16", "32"]
 
 
-def test_an_interrupted_command_writes_the_tables(
+def test_interrupted_command_writes_tables(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(configs: list[RunConfig], *args: object) -> None:
@@ -254,14 +254,14 @@ def test_an_interrupted_command_writes_the_tables(
         (["run", "--profil"], "argument --profile: expected one argument"),
     ],
 )
-def test_a_bad_value_is_refused_in_one_line(
+def test_invalid_arguments_are_rejected_in_one_line(
     arguments: list[str], start: str, results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
     assert error_line(capsys).startswith(start)
 
 
-def test_a_failure_is_told_in_one_line(
+def test_failure_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*args: object) -> None:
@@ -273,26 +273,26 @@ def test_a_failure_is_told_in_one_line(
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, None])
-def test_a_command_that_is_left_ends_in_one_line_or_silently(sent: int | None) -> None:
-    """By Ctrl-C in its first second, or by the reader of its output."""
+def test_abandoned_command_prints_at_most_one_line(sent: int | None) -> None:
+    """The command gets Ctrl-C in its first second, or its output is closed."""
     reading, writing = os.pipe()
     os.close(reading)
     arguments = ["-m", "lib.experiments", "status", "--profile", "smoke"]
-    left = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *arguments], cwd=REPOSITORY, stdout=writing, stderr=subprocess.PIPE, text=True
     )
     os.close(writing)
     if sent:
         with suppress(subprocess.TimeoutExpired):
-            left.wait(0.5)
-        left.send_signal(sent)
-    assert left.communicate()[1] in ("", "stopped; the same command goes on from here\n")
+            process.wait(0.5)
+        process.send_signal(sent)
+    assert process.communicate()[1] in ("", "stopped; the same command goes on from here\n")
 
 
-def test_one_training(
+def test_train_command_trains_one_configuration(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of digits, and of photographs where `dataset` says so; None is a value."""
+    """Digits, or photographs if `dataset` names them; None is a value."""
     values = ["-p", "size", "7", "-p", "train_images", "20", "-p", "batch_size", "20", "-p", "model", "deq"]
     monkeypatch.undo()
     monkeypatch.setattr(records, "RESULTS", results)
@@ -308,10 +308,10 @@ def test_one_training(
         command.one_config("quick", searched)
 
 
-def test_runs_of_another_machine_are_taken(
+def test_runs_of_another_machine_are_imported(
     trained: tuple[Path, Sweep], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As they are, once; one that is not what was trained is set aside."""
+    """Runs are stored once and unchanged; a record of another configuration is set aside."""
     here = tmp_path / "here"
     path = Path(shutil.make_archive(str(tmp_path / "smoke"), "zip", trained[0] / "runs"))
     shutil.copytree(run_folder(CONFIGS[0], trained[0]), run_folder(CONFIGS[0], here))

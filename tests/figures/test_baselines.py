@@ -25,7 +25,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 @cache
 def piece() -> tuple[Tensor, Tensor]:
-    """A piece of a face and the same with noise."""
+    """A crop of a face without and with noise."""
     truth = data.faces("test", 1)[..., 30:70, 28:64]
     return truth, truth + 0.15 * normal(*truth.shape)
 
@@ -34,13 +34,8 @@ def decibels(images: Tensor, truth: Tensor) -> float:
     return psnr((images - truth).square().mean()).item()
 
 
-def variation(images: Tensor) -> float:
-    """Sum of the moduli of the differences of neighbours."""
-    return sum(images.diff(dim=axis).abs().sum().item() for axis in (-2, -1))
-
-
-def test_both_denoise_alike() -> None:
-    """With their best weights, within 0.5 dB of each other and 2 dB above the data."""
+def test_tv_denoises_like_chambolle() -> None:
+    """With their best weights, both are within 0.5 dB of each other and 2 dB above the data."""
     truth, f = piece()
     ours = tv_reconstruction(Identity(), tol=1e-4, max_steps=200)
     best = {
@@ -51,8 +46,8 @@ def test_both_denoise_alike() -> None:
     assert min(best.values()) > decibels(f, truth) + 2
 
 
-def test_the_solution_minimises_the_energy() -> None:
-    """Its energy is below that of the data and of neighbours, and its gradient vanishes."""
+def test_tv_solution_minimizes_energy() -> None:
+    """The energy is below that of the data and of nearby images, and the gradient vanishes."""
     _, f = piece()
     f = f.double()
     model = tv_model(Identity(), 8.0).double()
@@ -79,8 +74,8 @@ def test_step_is_the_reciprocal_lipschitz_constant() -> None:
 
 
 @given(exponent=st.floats(-3.5, 3.5), power=st.sampled_from([1.0, 2.0, 4.0]))
-def test_best_weight(exponent: float, power: float) -> None:
-    """The minimum of a known error, to 5 % and three digits."""
+def test_best_weight_minimizes_error(exponent: float, power: float) -> None:
+    """The minimum of a known error is reached to 5 %, with three digits."""
     truth = normal(1, 1, 4, 4)
 
     def method(f: Tensor, weight: float) -> Tensor:

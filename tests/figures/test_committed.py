@@ -1,4 +1,4 @@
-"""Committed evidence: it is small and whole, made of the profile's runs, and drawn without training."""
+"""Committed evidence: size, completeness, the runs of the profile, and figures without training."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ FOLDER = RESULTS / COMMITTED["overnight"]
 TINY = {"size": 7, "epochs": 1, "train_images": 50, "test_images": 20, "batch_size": 25}
 
 
-def test_committed_evidence_is_small_and_whole() -> None:
-    """At most 15 MB; exactly the runs that the figures were made of."""
+def test_committed_evidence_is_small_and_complete() -> None:
+    """At most 15 MB, and exactly the runs of the figures."""
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 15e6
     origins = [json.loads(path.read_bytes()) for path in FOLDER.glob(f"fig*/{PROVENANCE}")]
@@ -37,8 +37,8 @@ def test_committed_evidence_is_small_and_whole() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in notebooks.PAGES if (FOLDER / name).is_dir()])
-def test_a_committed_figure_is_of_the_profile(name: str) -> None:
-    """Its runs are those of the profile today."""
+def test_committed_figure_has_runs_of_profile(name: str) -> None:
+    """Compare its keys and statuses with the runs of its configurations."""
     origin = json.loads((FOLDER / name / PROVENANCE).read_bytes())
     assert (origin["figure"], origin["profile"]) == (name, "overnight")
     for key, entry in (origin.get("runs", {}) | origin.get("histories", {})).items():
@@ -49,7 +49,7 @@ def test_a_committed_figure_is_of_the_profile(name: str) -> None:
         assert (run.key, run.status) == (key, entry["status"])
 
 
-def test_the_committed_table_is_of_the_profile() -> None:
+def test_committed_table_has_configurations_of_profile() -> None:
     if table_folder("overnight").is_dir():
         configs = set(grid("overnight"))
         assert {row_config(row) for row in load_table("overnight").runs.to_dict("records")} <= configs
@@ -66,8 +66,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     return stored
 
 
-def test_a_figure_is_kept_with_its_runs(store: list[Run], tmp_path: Path) -> None:
-    """Picture, numbers and provenance, and only the runs of kept figures; they are then drawn untrained."""
+def test_keep_copies_figure_with_its_runs(store: list[Run], tmp_path: Path) -> None:
+    """Copy picture, numbers, provenance and the runs of committed figures alone, and load these runs."""
     keep = runpy.run_path(str(REPOSITORY / ".ci" / "keep.py"))["keep"]
     keys = [run.key for run in store]
     files = {"fig02.png": b"a picture", "fig02.pdf": b"a large one", "fig02.csv": b"numbers"}
@@ -101,13 +101,13 @@ QUALITY = pd.DataFrame(
     ("psnr", "converged", "differs"),
     [(0.05, True, False), (0.5, True, True), (0.5, False, False), (np.nan, False, True)],
 )
-def test_another_number_is_noticed_where_solves_converged(
+def test_reference_detects_differences_of_converged_solves(
     psnr: float, converged: bool, differs: bool, tmp_path: Path
 ) -> None:
-    """The comparison of `reference.py` after the notebooks: 0.1 dB, and a number where there was one."""
+    """`reference.py` accepts 0.1 dB, and no missing number."""
     for folder, shift in (("made", psnr), ("reference", 0.0)):
         table = QUALITY.assign(psnr=QUALITY["psnr"] + [0.0, shift])
         origin = {"figure": "fig02", "runs": {"key": {"name": "deq", "converged": converged}}}
         write_with_provenance(tmp_path / folder, {"fig02.csv": table.to_csv().encode()}, origin)
-    found = references.figure_differences(tmp_path / "made", tmp_path / "reference")
-    assert [line.startswith("deq: psnr") for line in found] == [True] * differs
+    lines = references.figure_differences(tmp_path / "made", tmp_path / "reference")
+    assert [line.startswith("deq: psnr") for line in lines] == [True] * differs

@@ -1,4 +1,4 @@
-"""Outcomes, pairs, their statistics and answers of the comparison."""
+"""Comparison of models: outcomes of runs, pairs, statistics and answers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def pairs_table(**differences: NDArray[np.float64]) -> pd.DataFrame:
         ({"status": "not run", "epochs_finished": 0, "test_loss": math.nan}, "not run"),
     ],
 )
-def test_outcome_of_a_run(run: dict[str, Any], expected: str) -> None:
+def test_outcome_of_run(run: dict[str, Any], expected: str) -> None:
     runs = runs_table({"test_loss": 0.1}, run)
     assert outcome(runs).tolist() == ["kept", expected]
     assert kept_runs(runs)["key"].tolist() == ["run 0", "run 1"][: 1 + (expected == "kept")]
@@ -103,8 +103,8 @@ def test_outcome_of_a_run(run: dict[str, Any], expected: str) -> None:
         CONFIGURATIONS, st.tuples(st.none() | LOSSES, st.none() | st.just(math.nan) | LOSSES), max_size=12
     )
 )
-def test_pairs_are_one_configuration_of_two_arms(losses: dict[Any, Any]) -> None:
-    """Configurations with both losses, and no others; several seeds have their medians."""
+def test_pairs_share_their_configuration(losses: dict[Any, Any]) -> None:
+    """Pairs are configurations with both losses, with medians over several seeds."""
     arms = (ARMS["bilevel"] | {"initial": "independent"}, ARMS["deq tied"])
     rows = [
         dict(zip(SHARED, configuration, strict=True)) | arm | {"test_loss": loss}
@@ -136,7 +136,7 @@ def normal(count: int, median: float = 0.0, seed: int = 0) -> NDArray[np.float64
 
 
 @pytest.mark.parametrize("count", [2, 5, 40, 301])
-def test_median_and_p_value(count: int) -> None:
+def test_median_and_p_value_match_scipy(count: int) -> None:
     differences = normal(count, 0.3)
     result = paired_test(differences)
     assert (result["pairs"], result["median"]) == (count, np.median(differences))
@@ -144,8 +144,8 @@ def test_median_and_p_value(count: int) -> None:
     assert result["low"] <= result["median"] <= result["high"]
 
 
-def test_interval_is_the_percentile_bootstraps() -> None:
-    """Quantiles of medians of samples drawn with replacement, to Monte Carlo accuracy."""
+def test_interval_is_percentile_bootstrap() -> None:
+    """Compare with quantiles of medians of resampled differences, to Monte Carlo accuracy."""
     differences = np.exp(normal(1001))
     result = paired_test(differences)
     rng = np.random.default_rng(5)
@@ -158,15 +158,15 @@ def test_interval_is_the_percentile_bootstraps() -> None:
 @pytest.mark.parametrize(
     ("differences", "median"), [([], math.nan), ([0.3], 0.3), ([0.0], 0.0), ([0.0] * 20, 0.0)]
 )
-def test_too_little_to_test_is_nan(differences: list[float], median: float) -> None:
+def test_statistics_of_too_few_differences_are_nan(differences: list[float], median: float) -> None:
     result = paired_test(np.array(differences))
     assert result["pairs"] == len(differences)
     assert result["median"] == pytest.approx(median, nan_ok=True)
     assert all(math.isnan(result[name]) for name in ("low", "high", "p"))
 
 
-def test_best_run_has_the_lowest_loss() -> None:
-    """Per task, noise and model; diverged, untrained and missing runs do not count."""
+def test_best_run_has_lowest_loss() -> None:
+    """One run per task, noise and model; diverged, untrained and missing runs are ignored."""
     losses = {0.1: 0.3, 0.5: 0.2, 0.9: 0.25}
     runs = runs_table(
         *({"tau": tau, "test_loss": loss} for tau, loss in losses.items()),
@@ -180,7 +180,7 @@ def test_best_run_has_the_lowest_loss() -> None:
     assert best_runs(runs_table({"status": "diverged"}, {"status": "not run"})).empty
 
 
-def test_best_configuration_has_the_lowest_median_over_seeds() -> None:
+def test_best_configuration_has_lowest_median_over_seeds() -> None:
     losses = {0.1: (0.3, 0.05, 0.4), 0.5: (0.2, 0.25, 0.9), 0.9: (0.1, None, None)}
     rows = [
         {"tau": tau, "seed": seed, "test_loss": 0.01 if loss is None else loss}
@@ -193,8 +193,8 @@ def test_best_configuration_has_the_lowest_median_over_seeds() -> None:
     assert sorted(best["seed"]) == [0, 1, 2]
 
 
-def test_epochs_within_a_time() -> None:
-    """An epoch that ends just in time counts, and dropped runs do not."""
+def test_epochs_within_time_limit() -> None:
+    """An epoch that ends at the limit counts; dropped runs do not."""
     runs = runs_table({}, {}, {"test_loss": 0.9})
     ends = {"run 0": (0.5, 2.0, 3.0, 4.0), "run 1": (0.1, 3.5, 4.0), "run 2": (0.0, 0.1, 0.2)}
     rows = [(key, epoch, seconds) for key, times in ends.items() for epoch, seconds in enumerate(times)]
@@ -217,8 +217,8 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize(("differences", "answer"), list(DIFFERENCES.values()), ids=list(DIFFERENCES))
-def test_answer_for_a_task(differences: NDArray[np.float64], answer: str) -> None:
-    """Clearly positive differences say yes, and the opposite with the models exchanged."""
+def test_answer_follows_sign_of_differences(differences: NDArray[np.float64], answer: str) -> None:
+    """Clearly positive differences give yes, and the opposite with the models exchanged."""
     for sign, expected in ((1, answer), (-1, OPPOSITE[answer])):
         questions = questions_per_task(pairs_table(inpainting=sign * differences), "is it so?")
         answers = {question.question.partition(":")[0]: question.answer for question in questions}
@@ -241,7 +241,7 @@ def test_answers_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_committed_answers_follow_from_the_committed_runs() -> None:
+def test_committed_answers_follow_from_committed_runs() -> None:
     runs = kept_runs(load_table().runs)
     arms = ("deq", "deq tied")
     questions = [q for arm in arms for q in questions_per_task(paired(runs, "test_loss", second=arm), "so?")]
@@ -251,8 +251,8 @@ def test_committed_answers_follow_from_the_committed_runs() -> None:
     ]
 
 
-def test_check_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
-    """A duplicate, and a final loss that is not the last epoch's, are noticed."""
+def test_check_sweep_detects_duplicates_and_wrong_losses(capsys: pytest.CaptureFixture[str]) -> None:
+    """The final loss must be that of the last epoch."""
     runs = runs_table(
         {}, {"model": "deq", "test_loss": 0.1}, {"tau": 0.9, "status": "not run", "test_loss": math.nan}
     )
@@ -266,8 +266,8 @@ def test_check_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
         check_sweep(make_sweep(runs.assign(test_loss=[0.3, 0.1, math.nan]), epochs))
 
 
-def test_a_few_solves_need_not_converge() -> None:
-    """Less than one in twenty may fail in each kind of solve; missing values are no failures."""
+def test_convergence_allows_few_failed_solves() -> None:
+    """Less than one in twenty may fail in each kind of solve; missing values do not count as failures."""
     solved = dict.fromkeys([f"{kind}_unconverged" for kind in ("forward", "backward", "test")], 0.0)
     assert has_converged(runs_table(solved, solved | {"forward_unconverged": math.nan}))
     assert has_converged(runs_table(solved, solved | {"backward_unconverged": 0.09}))

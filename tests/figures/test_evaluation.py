@@ -1,4 +1,4 @@
-"""Evaluation on a folder of images: images at their own size, weights and fixed points of both pages."""
+"""Evaluation on a folder of images: parameters, metrics, weights and fixed points."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def save_face(path: Path, index: int, rows: slice, columns: slice, mode: str = "
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three faces of different sizes, one of them in colour, and files that are no images."""
+    """Three faces of different sizes, one of them in colour, and other files."""
     made = tmp_path / "faces"
     made.mkdir()
     save_face(made / "a.png", 0, slice(20, 60), slice(20, 50))
@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
         ({"run": ["0.1"], "task": "deblurring"}, "`task` must be denoising, as in run "),
     ],
 )
-def test_the_first_cells_refuse(chosen: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_parameters_are_rejected(chosen: dict[str, Any], message: str, tmp_path: Path) -> None:
     if chosen.get("dataset") == "small":
         Image.new("L", (6, 40), 99).save(tmp_path / "0.png")
         chosen = {"dataset": str(tmp_path)}
@@ -65,15 +65,15 @@ def test_the_first_cells_refuse(chosen: dict[str, Any], message: str, tmp_path: 
         notebooks.run("evaluate", "smoke", chosen, tmp_path)
 
 
-def test_pages_measure_images_of_a_folder(folder: Path, tmp_path: Path) -> None:
-    """The table has a row for each image, and both pages write what they show."""
+def test_notebooks_measure_images_of_folder(folder: Path, tmp_path: Path) -> None:
+    """The table has a row for each image; `evaluate` and `reconstruct` write their results."""
     chosen = {"dataset": str(folder), "filters": 2, "sigma": 15.0, "largest": 100}
     made = notebooks.run("evaluate", "smoke", chosen, tmp_path)
     start, _, _ = made.name.rpartition("-")
     assert (made.parent, start) == (tmp_path / "smoke", "evaluate-faces-denoising-2-noise-0.1176-largest-100")
     table = pd.read_csv(made / f"{made.name}.csv", index_col="image")
     assert table[["height", "width"]].T.to_dict("list") == {"a": [40, 30], "b": [32, 48], "c": [100, 82]}
-    # 15 of 255 in the literature.
+    # Noise of 15 on the scale of 255.
     assert table["psnr input"].to_numpy() == pytest.approx(np.full(3, 20 * math.log10(255 / 15)), abs=0.5)
     means, differences = (pd.read_csv(made / f"{name}.csv") for name in ("means", "differences"))
     assert means["psnr"].to_numpy() == pytest.approx(table.filter(like="psnr").mean().to_numpy())
@@ -83,7 +83,7 @@ def test_pages_measure_images_of_a_folder(folder: Path, tmp_path: Path) -> None:
     lam = pd.read_csv(made / "weights.csv", index_col="method")["weight"]["DEQ"]
     record = json.loads((made / "provenance.json").read_text())
     assert set(record["settings"]["images"]) == {"a.png", "b.jpg", "c.tif"}
-    # The row of one image, computed again with another step: the fixed point does not depend on it.
+    # One row is recomputed with another step, on which the fixed point does not depend.
     run = trained_kernels("denoising", "deq", 2)
     config = run.config.model_copy(update={"tau": 1 / (1 / run.config.tau + lam), "tol": 1e-5})
     truth = photograph(folder / "b.jpg")

@@ -1,4 +1,4 @@
-"""Curves of a sweep: the drawn numbers are the sweep's, and a missing arm is named."""
+"""Curves of the grid: drawn numbers are those of the sweep, and missing arms are named."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Record = dict[str, Any] | None
 
 
 def record(*losses: float, status: str = "completed", pace: float = 1.0, steps: float = 5.0) -> Record:
-    """A stored run with these test losses after its epochs, each of which took `pace` seconds."""
+    """A stored run with these test losses after its epochs of `pace` seconds."""
     history = []
     for epoch, loss in enumerate(losses):
         row = {"epoch": epoch, "seconds": epoch * pace, "test_loss": loss, "test_psnr": 10.0}
@@ -38,14 +38,14 @@ def record(*losses: float, status: str = "completed", pace: float = 1.0, steps: 
 
 
 def make_sweep(records: dict[RunConfig, Record]) -> Sweep:
-    """The sweep of stored runs that were never trained."""
+    """A sweep of records without training."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweeps, "read_record", lambda config, results=None: records[config])
         return load_sweep("quick", list(records))
 
 
 def mixed() -> dict[RunConfig, Record]:
-    """Runs of all sorts: most are kept, and some dropped, diverged, late or missing."""
+    """Runs of all outcomes: most are kept, others dropped, diverged, late or missing."""
     rng = np.random.default_rng(0)
     records: dict[RunConfig, Record] = {}
     for i, config in enumerate(CONFIGS):
@@ -65,8 +65,8 @@ def mixed() -> dict[RunConfig, Record]:
 MIXED = make_sweep(mixed())
 
 
-def test_histories_are_medians_within_their_range() -> None:
-    """Of one seed or two; a loss of zero is drawn at the lowest one."""
+def test_histories_are_drawn_as_median_and_range() -> None:
+    """One seed or two; a loss of zero is drawn at `LOWEST_LOSS`."""
     keys = MIXED.runs.loc[comparison.outcome(MIXED.runs) == "kept", "key"].iloc[:2]
     runs = pd.DataFrame({"key": keys, "arm": "deq"})
     epochs = MIXED.epochs[MIXED.epochs["key"].isin(keys)].copy()
@@ -85,12 +85,12 @@ def test_histories_are_medians_within_their_range() -> None:
             assert (heights.min(), heights.max()) == (drawn.min(axis=None), drawn.max(axis=None))
 
 
-def test_solver_steps_are_medians() -> None:
-    """Of each epoch, arm and direction; an arm without a run has no line, and is named as not run."""
+def test_solver_steps_are_drawn_as_medians() -> None:
+    """Medians per epoch, arm and direction; an arm without runs has no line and is named as not run."""
     epochs = MIXED.epochs[MIXED.epochs["epoch"] > 0].merge(MIXED.runs[["key", "arm"]], on="key")
-    _, (all_of_them, two) = plt.subplots(1, 2)
-    draw_solver_steps(all_of_them, epochs)
-    drawn = {line.get_label(): np.asarray(line.get_ydata()) for line in all_of_them.lines}
+    _, (every_arm, two) = plt.subplots(1, 2)
+    draw_solver_steps(every_arm, epochs)
+    drawn = {line.get_label(): np.asarray(line.get_ydata()) for line in every_arm.lines}
     for arm, name in ARM_NAMES.items():
         rows = epochs[epochs["arm"] == arm].groupby("epoch")
         for direction in ("forward", "backward"):

@@ -1,4 +1,4 @@
-"""Figures of photographs and kernels: the drawn images and numbers are the computed ones."""
+"""Figures of photographs and kernels: drawn images and numbers are the computed ones."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(results: Path, images_read_once: None) -> dict[str, Run]:
-    """A run of each model on denoising, and one on deblurring that starts from the DEQ's kernels."""
+    """Runs of both models on denoising, and one on deblurring from the DEQ's kernels."""
     configs = {
         "bilevel": smoke(model="bilevel"),
         "DEQ": smoke(model="deq", learning_rate=0.1),
@@ -80,7 +80,7 @@ def texts(fig: Figure) -> str:
     return " ".join(" ".join(text.get_text().split()) for axis in fig.axes for text in axis.texts)
 
 
-def test_distance_of_kernels() -> None:
+def test_relative_distance_of_kernels() -> None:
     A = torch.tensor([[[3.0, 0], [0, 0]], [[0, 4.0], [0, 0]]])
     C = torch.tensor([[[3.0, 0], [0, 0]], [[0, 4.0], [0, 2.0]]])
     assert distance({"A": A, "C": C}) == pytest.approx(0.4)
@@ -89,9 +89,7 @@ def test_distance_of_kernels() -> None:
 
 
 @pytest.mark.parametrize("name", ["bilevel", "DEQ", "nested"])
-def test_untrained_weights_have_the_loss_of_epoch_0(
-    name: str, trained: dict[str, Run], results: Path
-) -> None:
+def test_starting_weights_have_loss_of_epoch_0(name: str, trained: dict[str, Run], results: Path) -> None:
     run = trained[name]
     start = starting_weights(run, results)
     other = with_weights(run, start, "untrained")
@@ -119,10 +117,10 @@ def dense_norm(kernels: Tensor, height: int, width: int) -> float:
         ("nested", "A and C start where another training ended"),
     ],
 )
-def test_table_and_check_of_kernels(
+def test_kernel_table_has_norms_of_dense_matrices(
     name: str, statement: str, trained: dict[str, Run], results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Norms of the dense matrices; another norm or distance fails."""
+    """The check also rejects another norm or distance."""
     run = trained[name]
     before = starting_weights(run, results)
     table = kernel_table(run, before)
@@ -146,8 +144,8 @@ def test_table_and_check_of_kernels(
 
 @pytest.mark.parametrize("chosen", [None, [2, 0]])
 @pytest.mark.parametrize("name", ["bilevel", "DEQ"])
-def test_figure_of_kernels(name: str, chosen: list[int] | None, trained: dict[str, Run]) -> None:
-    """Each chosen kernel of `A` and of `C`, in a grey scale of its row with 0 in the middle."""
+def test_kernel_figure_shows_kernels(name: str, chosen: list[int] | None, trained: dict[str, Run]) -> None:
+    """Kernels of `A` and `C` share the grey scale of their row, with 0 in the middle."""
     run = trained[name]
     before = {key: 0.5 * weight for key, weight in run.weights.items()}
     fig = kernel_figure(run, before, "smoke", chosen)
@@ -165,8 +163,8 @@ def test_figure_of_kernels(name: str, chosen: list[int] | None, trained: dict[st
         assert rf"$\|A-C\|/\|A\|$ = {distance(weights):.2g}" in texts(fig)
 
 
-def test_photographs_stand_above_their_quality(trained: dict[str, Run]) -> None:
-    """Each over the same enlarged part, in a frame of its model's colour, on a page's width."""
+def test_photograph_figure_shows_images_crops_and_quality(trained: dict[str, Run]) -> None:
+    """Every image has the same enlarged crop and a frame in its model's colour, on a page's width."""
     result = reconstruct({name: trained[name] for name in ("bilevel", "DEQ")})
     rows = [{"": {"truth": "u", "input": "f"}, "free": {"DEQ": "a DEQ"}}, {"tied": {"bilevel": "one"}}]
     fig = photograph_figure(result, rows, "smoke", 1)
@@ -202,8 +200,8 @@ def test_total_variation_is_tuned_on_training_images(task: str, weight: str) -> 
         assert (u - truth).square().mean() < 0.7 * (observed - truth).square().mean()
 
 
-def test_runs_of_the_paper_and_ours(results: Path) -> None:
-    """Named by model and size, one for each seed; ours start from their own kernels."""
+def test_runs_of_paper_and_ours(results: Path) -> None:
+    """Runs are named by model and size, one for each seed; ours start from cosine kernels."""
     values: dict[str, Any] = {"initial": "second", "noise": 0.1, "seed": 4, "epochs": 1}
     first, papers, ours = get_runs_and_ours("smoke", "denoising", 2, 1, results, **values)
     assert list(first) == ["bilevel 11x11", "DEQ 11x11", "bilevel 3x3", "DEQ 3x3"]
@@ -222,8 +220,8 @@ def test_runs_of_the_paper_and_ours(results: Path) -> None:
         assert (row["deq"], row["ahead"]) == (psnr, psnr - row["bilevel"])
 
 
-def test_quality_photograph_by_photograph(trained: dict[str, Run]) -> None:
-    """Each method against scikit-image's PSNR, and medians of the differences to total variation."""
+def test_psnr_of_each_photograph_matches_scikit_image(trained: dict[str, Run]) -> None:
+    """The table `ahead` has medians of the differences to total variation."""
     run = trained["DEQ"]
     few = replace(run, config=run.config.model_copy(update={"dataset": "faces"}))
     table = photograph_by_photograph({"DEQ": [few]})

@@ -1,4 +1,4 @@
-"""Reconstructions of test images: their quality, their check against the training, and seeds."""
+"""Reconstructions of test images: quality, agreement with the training, and seeds."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ SMALL = {"size": 7, "train_images": 50, "test_images": 20, "batch_size": 25, "se
     tol=st.sampled_from([1e-3, 1e-5]),
     apart=st.floats(0, 1.5).filter(lambda apart: abs(apart - 1) > 1e-3),
 )
-def test_a_loss_holds_as_exactly_as_solves_define_it(loss: float, tol: float, apart: float) -> None:
-    """Up to `SPREAD` tolerances, or any loss where a solve did not converge."""
+def test_loss_tolerance_follows_solver_tolerance(loss: float, tol: float, apart: float) -> None:
+    """Up to `SPREAD` tolerances; any loss where a solve did not converge."""
     mse = (math.sqrt(loss) + apart * SPREAD * tol) ** 2
     run = Run("key", RunConfig(tol=tol), "completed", "", pd.DataFrame(), {}, {})
     for unconverged in (0.0, 0.01):
@@ -51,7 +51,7 @@ def test_a_loss_holds_as_exactly_as_solves_define_it(loss: float, tol: float, ap
         assert keeps_loss(result, "deq", loss, 0.01)
 
 
-def test_shown_numbers_are_rounded_and_none_is_missing() -> None:
+def test_shown_table_rounds_numbers_and_fills_gaps() -> None:
     table = pd.DataFrame(
         {"ahead": [-0.001, 2.346], "mse": [1.0, 2.0], "deq": ["diverged in epoch 3", math.nan]}
     )
@@ -59,8 +59,8 @@ def test_shown_numbers_are_rounded_and_none_is_missing() -> None:
     assert shown(table).to_dict("list") == expected
 
 
-def test_seeds_of_the_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each seed is trained or found; a run that did not complete has how it ended in place of its PSNR."""
+def test_table_of_seeds_has_psnr_or_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs are trained or loaded; an incomplete run shows its end in place of its PSNR."""
     first, of_seeds = get_runs_of_seeds("smoke", "denoising", 2, tmp_path, **SMALL)
     assert [[run.config.seed for run in same] for same in of_seeds.values()] == [[3, 4]] * 3
     table = seed_by_seed(of_seeds)
@@ -84,7 +84,7 @@ def test_seeds_of_the_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     shutil.rmtree(run_folder(first["deq tied"].config, tmp_path))
     _, papers = get_runs_of_seeds("smoke", "denoising", 1, tmp_path, train=False, **SMALL)
     assert list(papers) == ["bilevel", "deq"]
-    # Their reconstructions pass the checks; those of other weights do not.
+    # Reconstructions pass the checks; those with another loss do not.
     result = reconstruct(first)
     check_reconstructions(result)
     assert "deq tied: C is a parameter of its own\nwhere all its solves converge" in capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_seeds_of_the_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.usefixtures("drawing")
 # matplotlib converts torch's tensors in a way that NumPy deprecates.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_reconstructions_stand_in_the_column_of_their_model() -> None:
+def test_reconstruction_figure_has_column_per_model() -> None:
     generator = torch.Generator().manual_seed(0)
     truth, observed, *images = torch.rand(4, 5, 7, 7, generator=generator) * 2 - 1
     runs = {

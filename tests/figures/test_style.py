@@ -1,4 +1,4 @@
-"""Files of a figure with their provenance."""
+"""Files of a figure and their provenance."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIGS = grid("smoke", task="denoising", epochs=[2, 5])
 SWEEP = load_sweep("smoke", CONFIGS, "no results")
 
 
-def test_budget_of_a_sweep() -> None:
+def test_budget_line_of_sweep() -> None:
     line = sweep_budget("smoke", SWEEP.provenance)
     side, images = CONFIGS[0].size, CONFIGS[0].train_images
     assert line.startswith(f"MNIST {side}x{side}; profile smoke: {len(CONFIGS)} configurations, {images:,} ")
@@ -32,7 +32,7 @@ def test_budget_of_a_sweep() -> None:
     assert line.endswith(f"{len(CONFIGS)} configurations not run")
 
 
-def test_files_of_a_figure_have_their_digests_and_are_repeatable(tmp_path: Path) -> None:
+def test_saved_files_have_digests_and_are_reproducible(tmp_path: Path) -> None:
     fig, axes = plt.subplots()
     axes.plot([1, 3, 2])
     note(fig, "a note")

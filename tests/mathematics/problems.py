@@ -39,7 +39,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Projections:
-    """A dense operator of norm 1 whose data, `(2, 3, 5)`, have another shape than the images `(1, H, W)`."""
+    """A dense operator of norm 1 from images `(1, H, W)` to data of another shape, `(2, 3, 5)`."""
 
     def __init__(self) -> None:
         M = normal(30, PIXELS, seed=7)
@@ -92,7 +92,7 @@ class Problem:
     """A small training problem whose step map contracts.
 
     Attributes:
-        kind: of the regularizer, one of `KINDS`.
+        kind: regularizer, one of `KINDS`.
         leaves: weights `A`, `b` of dense kinds, `C` of a DEQ, and the data `f`; a stack dimension may lead.
         numbers: `tau`, `lam` and `gamma`.
     """
@@ -139,7 +139,7 @@ class Problem:
 
 
 def make_problem(kind: str, operator: str, tied: bool, same: bool = False) -> Problem:
-    """Return the problem of a regularizer and an operator; a free `C` is near `A`, or the `same`.
+    """Return the problem of a regularizer and an operator; a free `C` is near `A`, or equal if `same`.
 
     Dense `A` are nearly orthogonal with positive biases, so that most experts are active and the step maps
     contract on pixels that the data do not contain. Kernels have the norm of the gradient.

@@ -67,7 +67,7 @@ def symmetric_part(M: Tensor) -> Tensor:
 @EVERY_KIND
 @given(STACKS, SEEDS)
 @settings(max_examples=10)
-def test_equal_weights_are_the_bilevel_model(kind: str, stack: tuple[int, ...], seed: int) -> None:
+def test_unit_weights_give_bilevel_model(kind: str, stack: tuple[int, ...], seed: int) -> None:
     u, numbers = normal(*stack, BATCH, 1, HEIGHT, WIDTH, seed=seed), 2 * [ONE.expand(stack)]
     t = torch.zeros(*stack, 3, dtype=torch.float64)
     tied, weighted = (draw_field(kind, stack, own, t, seed) for own in (False, True))
@@ -78,7 +78,7 @@ def test_equal_weights_are_the_bilevel_model(kind: str, stack: tuple[int, ...], 
 @EVERY_KIND
 @given(STACKS, SEEDS)
 @settings(max_examples=10)
-def test_a_weighted_field_is_the_gradient_of_its_energy(kind: str, stack: tuple[int, ...], seed: int) -> None:
+def test_weighted_field_is_gradient_of_energy(kind: str, stack: tuple[int, ...], seed: int) -> None:
     u, numbers = normal(*stack, BATCH, 1, HEIGHT, WIDTH, seed=seed), 2 * [ONE.expand(stack)]
     field = draw_field(kind, stack, True, normal(*stack, 3, seed=seed + 2), seed)
     energy, w = field.energy(u.requires_grad_(), *numbers), normal(*u.shape, seed=seed + 3)
@@ -90,7 +90,7 @@ def test_a_weighted_field_is_the_gradient_of_its_energy(kind: str, stack: tuple[
     torch.testing.assert_close(field.vjp(u, *numbers)(w), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_the_step_with_a_learned_weight_follows_the_largest_expert() -> None:
+def test_step_with_learned_weight_follows_largest_expert() -> None:
     field = draw_field("normalized", (), True, torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64), 0)
     model = FixedPointModel(Identity(), field, 1.0, 4.0, 1.0, learn_weight=True)
     expected = 1 / (4 + math.e * SHARPNESS * GRADIENT_NORM**2)
@@ -101,10 +101,8 @@ def test_the_step_with_a_learned_weight_follows_the_largest_expert() -> None:
 
 @given(st.floats(0.1, 3), st.floats(0.1, 2), st.floats(-3, 3), SEEDS)
 @settings(max_examples=20)
-def test_weakly_convex_experts_keep_their_bound(
-    concavity: float, bound: float, scale: float, seed: int
-) -> None:
-    """No Hessian of `R` has an eigenvalue below `-bound`, and the weights are `exp(t)` where that is free."""
+def test_weakly_convex_experts_satisfy_bound(concavity: float, bound: float, scale: float, seed: int) -> None:
+    """No Hessian of `R` has an eigenvalue below `-bound`; weights below the bound are `exp(t)`."""
     A = normal(3, 3, 3, seed=seed)
     C = WeaklyConvexExperts(normal(3, seed=seed + 1) + scale, concavity, bound)
     weights = C.weights(A).detach()
@@ -118,8 +116,8 @@ def test_weakly_convex_experts_keep_their_bound(
     assert torch.equal(WeaklyConvexExperts(C.t - 20, concavity, bound).weights(A), (C.t - 20).exp())
 
 
-def test_bounded_weights_of_normalized_kernels_are_those_of_their_energy() -> None:
-    """The bound is that of the kernels that act, not of the parameters."""
+def test_bounded_weights_follow_normalized_kernels() -> None:
+    """Field and energy have the weights of the scaled kernels, not those of the parameters."""
     A, start = normal(3, 3, 3, seed=0), normal(1, 1, HEIGHT, WIDTH, seed=1)
     C = WeaklyConvexExperts(torch.zeros(3, dtype=torch.float64), concavity=1.0, bound=0.9)
     field = ConvFieldsOfExperts(A, C, smoothed_sign(SHARPNESS), start)
@@ -128,7 +126,7 @@ def test_bounded_weights_of_normalized_kernels_are_those_of_their_energy() -> No
     torch.testing.assert_close(field.field(u, ONE, ONE), gradient, rtol=1e-10, atol=1e-10)
 
 
-def test_learned_potentials_and_weights_have_the_gradients_of_differences() -> None:
+def test_hypergradient_of_learned_potentials_matches_differences() -> None:
     """Directional derivatives of a training loss with respect to kernels, weights, knots and slopes."""
     truth = normal(2, 1, HEIGHT, WIDTH, seed=0)
     f = truth + 0.5 * normal(*truth.shape, seed=1)
@@ -163,7 +161,7 @@ def test_learned_potentials_and_weights_have_the_gradients_of_differences() -> N
 
 @EVERY_OPERATOR
 @pytest.mark.parametrize("name", ["t", "E"])
-def test_the_gradients_of_a_coupling_are_those_of_differences(name: str, operator: str) -> None:
+def test_hypergradient_of_coupling_matches_differences(name: str, operator: str) -> None:
     problem = make_problem("linear", operator, tied=True)
     shape = (PIXELS,) if name == "t" else (PIXELS, *problem.leaves["f"].shape[1:])
     tensors = {key: problem.leaves[key] for key in "Ab"} | {name: 0.02 * normal(*shape, seed=9)}
@@ -189,9 +187,7 @@ def test_the_gradients_of_a_coupling_are_those_of_differences(name: str, operato
 @EVERY_OPERATOR
 @given(st.floats(0.1, 2), st.floats(0.1, 2), st.floats(0, 1), SEEDS)
 @settings(max_examples=10)
-def test_tied_on_the_kernel_is_monotone(
-    operator: str, lam: float, gamma: float, share: float, seed: int
-) -> None:
+def test_tied_on_kernel_is_monotone(operator: str, lam: float, gamma: float, share: float, seed: int) -> None:
     """`lambda K^T K + gamma C^T D A` for any slopes in [0, s] if `gamma s ||E||^2 <= 4 lambda`."""
     K = OPERATORS[operator]()
     M = matrix_of(K)
@@ -211,7 +207,7 @@ def test_tied_on_the_kernel_is_monotone(
 
 
 @given(st.integers(2, 6), st.floats(0.1, 3), SEEDS)
-def test_an_expert_is_monotone_only_if_its_synthesis_is_a_multiple(n: int, d: float, seed: int) -> None:
+def test_expert_is_monotone_only_for_parallel_synthesis(n: int, d: float, seed: int) -> None:
     """The symmetric part of `d c a^T` has the eigenvalues `d (<a, c> +- |a| |c|) / 2`, and zeros."""
     a, c = normal(2, n, seed=seed)
     eigenvalues = torch.linalg.eigvalsh(symmetric_part(d * torch.outer(c, a)))

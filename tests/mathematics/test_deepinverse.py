@@ -51,8 +51,8 @@ def small_model(tied: bool, **options: Any) -> FixedPointModel:
 
 @pytest.mark.parametrize("name", PHYSICS)
 @pytest.mark.parametrize("batch", [(3,), (2, 3)])
-def test_a_physics_is_an_operator_with_its_adjoint(name: str, batch: tuple[int, ...]) -> None:
-    """For images with any leading dimensions and data of any size."""
+def test_adjoint_of_physics_passes_inner_product(name: str, batch: tuple[int, ...]) -> None:
+    """Images may have any leading dimensions, and data any size."""
     K, u = PhysicsOperator(PHYSICS[name]()), normal(*batch, 1, SIDE, SIDE)
     f = K.forward(u)
     assert f.shape[: len(batch)] == batch
@@ -65,7 +65,7 @@ def test_a_physics_is_an_operator_with_its_adjoint(name: str, batch: tuple[int, 
         torch.testing.assert_close(OURS[name].adjoint(v), K.adjoint(v), rtol=1e-11, atol=1e-11)
 
 
-def test_tomography_has_the_exact_adjoint_and_norm_one() -> None:
+def test_tomography_has_exact_adjoint_and_norm_one() -> None:
     """DeepInverse's own back-projection fails the same inner product."""
     exact = tomography(32, 10)
     u, v = normal(1, 1, 32, 32).float(), normal(1, 1, 46, 10, seed=1).float()
@@ -83,8 +83,8 @@ def test_tomography_has_the_exact_adjoint_and_norm_one() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", ["inpainting", "downsampling"])
-def test_their_gradient_descent_with_our_prior_reaches_our_fixed_point(tied: bool, name: str) -> None:
-    """And so does our `Reconstructor`, for images in [0, 1]."""
+def test_gradient_descent_of_deepinverse_reaches_fixed_point(tied: bool, name: str) -> None:
+    """`Reconstructor` gives the same images, in [0, 1]."""
     ours, theirs = small_model(tied), PHYSICS[name]()
     clean = normal(2, 1, SIDE, SIDE, seed=4).tanh()
     f, lam, tau = theirs.A(clean), ours.lam.item(), ours.tau.item()
@@ -108,8 +108,8 @@ def test_their_gradient_descent_with_our_prior_reaches_our_fixed_point(tied: boo
     torch.testing.assert_close(unit, (fixed.value + 1) / 2, rtol=0, atol=1e-6)
 
 
-def test_a_tied_prior_is_the_gradient_of_its_function() -> None:
-    """By autograd; DeepInverse's proximal point solves the optimality condition."""
+def test_tied_prior_is_gradient_of_function() -> None:
+    """Compare with autograd; DeepInverse's proximal point solves the optimality condition."""
     prior, x = FieldPrior(small_model(True)), normal(2, 1, 6, 6, seed=5).requires_grad_()
     assert prior.explicit_prior
     assert not FieldPrior(small_model(False)).explicit_prior
@@ -120,8 +120,8 @@ def test_a_tied_prior_is_the_gradient_of_its_function() -> None:
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_gradients_of_a_reconstructor_are_those_of_differences(learned: bool) -> None:
-    """In an entry of `C`, or in the learned weight."""
+def test_gradient_of_reconstructor_matches_differences(learned: bool) -> None:
+    """Derivative with respect to an entry of `C`, or to the learned weight."""
     theirs, model = PHYSICS["inpainting"](), small_model(False, **{"learn_weight": True} if learned else {})
     reconstruct, x = Reconstructor(model, EXACT).eval(), (normal(2, 1, SIDE, SIDE, seed=6).tanh() + 1) / 2
     y = theirs.A(x) + 0.05 * normal(2, 1, SIDE, SIDE, seed=7)
@@ -143,8 +143,8 @@ def test_gradients_of_a_reconstructor_are_those_of_differences(learned: bool) ->
     assert abs(parameter.grad.flatten()[0].item() - difference) <= 1e-4 * parameter.grad.norm().item()
 
 
-def test_deepinverse_trains_a_model() -> None:
-    """Its trainer with its supervised loss lowers the error, for its own physics."""
+def test_trainer_of_deepinverse_lowers_error() -> None:
+    """Supervised loss and inpainting of DeepInverse."""
     A = normal(4, 3, 3).float()
     field = ConvFieldsOfExperts(A, A, smoothed_sign(10.0), normal(1, 1, 16, 16).float())
     model = FixedPointModel(Identity(), field, 1 / 150, 20.0, 1.0)
@@ -200,8 +200,8 @@ def their_field(name: str) -> PriorField:
     ("prior", "physics"),
     [("explicit", "inpainting"), ("explicit", "downsampling"), ("denoiser", "denoising")],
 )
-def test_gradients_of_their_priors_are_those_of_differences(prior: str, physics: str) -> None:
-    """In a random direction of all parameters."""
+def test_hypergradient_of_priors_matches_differences(prior: str, physics: str) -> None:
+    """Directional derivative with respect to all parameters."""
     field, K, u = their_field(prior), PhysicsOperator(PHYSICS[physics]()), normal(2, 1, SIDE, SIDE, seed=6)
     model = FixedPointModel(K, field, 1 / 8, 5.0, 0.8)
     f = K.forward(u) + 0.1 * normal(*K.forward(u).shape, seed=7)
@@ -225,8 +225,8 @@ def test_gradients_of_their_priors_are_those_of_differences(prior: str, physics:
     assert abs(derivative - difference) <= 1e-5 * size * sum(d.square().sum() for d in directions) ** 0.5
 
 
-def test_their_prior_of_our_field_is_our_model() -> None:
-    """The same fixed point, energy and gradient; training takes the same steps up to roundings."""
+def test_field_as_prior_gives_same_model() -> None:
+    """The energies agree, and trainings take the same steps up to rounding errors."""
     ours, u = small_model(True), normal(4, 1, SIDE, SIDE, seed=6).tanh()
     theirs = FixedPointModel(Identity(), PriorField(FieldPrior(small_model(True))), 1 / 50, 20.0, 1.0)
     torch.testing.assert_close(theirs.lower_level(u, u), ours.lower_level(u, u), rtol=1e-12, atol=0)
@@ -245,8 +245,8 @@ def test_their_prior_of_our_field_is_our_model() -> None:
         theirs.preconditioner(u.shape[-3:])
 
 
-def test_a_step_is_made_for_the_norm() -> None:
-    """With a physics of norm 5 the map diverges, unless the norm is named."""
+def test_step_follows_norm_of_physics() -> None:
+    """With a physics of norm 5 the map diverges, unless the norm is passed."""
     model, f, impulse = small_model(True), normal(1, 1, SIDE, SIDE), torch.zeros(1, 1, 3, 3).double()
     impulse[..., 1, 1] = 5
     large = PhysicsOperator(deepinv.physics.Blur(impulse, padding="circular"))
@@ -255,7 +255,7 @@ def test_a_step_is_made_for_the_norm() -> None:
     assert status == [Status.DIVERGED, Status.CONVERGED]
 
 
-def test_a_nonlinear_physics_is_refused() -> None:
+def test_nonlinear_physics_is_rejected() -> None:
     with pytest.raises(
         ValueError, match=r"^`physics` must be a LinearPhysics of DeepInverse, got Identity\.$"
     ):

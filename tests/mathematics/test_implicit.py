@@ -35,7 +35,7 @@ EVERY_PROBLEM = pytest.mark.parametrize(
 
 
 def active_pieces(model: FixedPointModel, u: Tensor) -> Tensor:
-    """Return on which linear piece of `sigma` every expert of `u` is."""
+    """Return the linear piece of `sigma` for every expert of `u`."""
     field = model.regularizer
     if field.activation is LINEAR:
         return torch.zeros(1)
@@ -43,8 +43,8 @@ def active_pieces(model: FixedPointModel, u: Tensor) -> Tensor:
 
 
 @EVERY_PROBLEM
-def test_the_gradient_is_that_of_differences(kind: str, operator: str, tied: bool) -> None:
-    """Of the loss in directions of the weights and of the data, away from all kinks."""
+def test_hypergradient_matches_differences(kind: str, operator: str, tied: bool) -> None:
+    """Directional derivatives of the loss with respect to weights and data, away from all kinks."""
     problem = make_problem(kind, operator, tied)
     gradients, solution, adjoint = problem.implicit_gradients()
     assert_converged(solution, adjoint)
@@ -63,7 +63,7 @@ def test_the_gradient_is_that_of_differences(kind: str, operator: str, tied: boo
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_is_that_of_the_unrolled_iteration(kind: str, tied: bool) -> None:
+def test_hypergradient_matches_unrolled_iteration(kind: str, tied: bool) -> None:
     """Backpropagation through converged plain steps, against both solvers and autograd's products."""
     problem = make_problem(kind, "projections", tied)
     model, f = problem.build()
@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_the_unrolled_iteration(kind: str, tied: bool) -
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_the_adjoint_solves_the_transposed_linear_system(operator: str, tied: bool) -> None:
+def test_adjoint_solves_transposed_linear_system(operator: str, tied: bool) -> None:
     """`w` solves `(I - J)^T w = dL/du` with the dense Jacobian `J`; truncated series sum powers of `J^T`."""
     problem = make_problem("relu", operator, tied)
     _, solution, adjoint = problem.implicit_gradients()
@@ -107,8 +107,8 @@ def test_the_adjoint_solves_the_transposed_linear_system(operator: str, tied: bo
         total = total + power
 
 
-def test_the_adjoint_may_start_anywhere() -> None:
-    """From its solution it takes one step, from elsewhere it leads to the same gradient."""
+def test_hypergradient_is_independent_of_adjoint_start() -> None:
+    """A start at the solution takes one step."""
     problem = make_problem("kernels", "blur", tied=False)
     expected, _, adjoint = problem.implicit_gradients()
     for start, steps in ((adjoint.value, 1), (100 * torch.ones_like(adjoint.value), None)):
@@ -117,8 +117,8 @@ def test_the_adjoint_may_start_anywhere() -> None:
         assert steps is None or solved.steps.le(steps).all()
 
 
-def test_a_failing_adjoint_is_a_status() -> None:
-    """Too few steps, or an expansion: reported, not raised."""
+def test_adjoint_failure_is_a_status() -> None:
+    """Too few steps and an expansion are reported, not raised."""
     problem = make_problem("relu", "mask", tied=False)
     _, solution, adjoint = problem.implicit_gradients(PLAIN, PlainIteration(tol=1e-12, max_steps=3))
     assert_converged(solution)
@@ -134,8 +134,8 @@ def test_a_failing_adjoint_is_a_status() -> None:
 
 
 @pytest.mark.parametrize("solver", [PlainIteration(1e-2, 20), Anderson(1e-2, 20)], ids=["plain", "anderson"])
-def test_the_value_is_the_solvers_iterate(solver: Solver) -> None:
-    """To the last bit; without gradients nothing is recorded."""
+def test_value_is_iterate_of_solver(solver: Solver) -> None:
+    """Equal to the last bit; without gradients nothing is recorded."""
     problem = make_problem("softshrink", "blur", tied=False)
     model, f = problem.build()
     T, u0 = model.step_map(f), problem.start(f)
@@ -147,8 +147,8 @@ def test_the_value_is_the_solvers_iterate(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize("solver", [PlainIteration, Anderson])
-def test_memory_does_not_grow_with_the_steps(solver: Callable[[float, int], Solver]) -> None:
-    """Ten or two hundred steps leave the same tensors for the backward pass."""
+def test_memory_is_independent_of_steps(solver: Callable[[float, int], Solver]) -> None:
+    """Ten or two hundred steps save the same tensors for the backward pass."""
     problem = make_problem("relu", "mask", tied=False)
     model, f = problem.build()
     T, u0 = model.step_map(f), problem.start(f)
@@ -168,8 +168,8 @@ def test_memory_does_not_grow_with_the_steps(solver: Callable[[float, int], Solv
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is")  # of torch itself, in forward mode
-def test_other_derivatives_are_refused() -> None:
-    """Second ones, in forward mode and through torch.func: an error, never a wrong number."""
+def test_higher_and_forward_derivatives_are_rejected() -> None:
+    """Second derivatives, forward mode and torch.func raise an error in place of a wrong number."""
 
     def solved(t: Tensor) -> Tensor:
         u0 = torch.zeros(1, 1, 1, dtype=torch.float64)
@@ -189,8 +189,8 @@ def test_other_derivatives_are_refused() -> None:
 
 @pytest.mark.parametrize(("solver", "hook"), [("fixed_point_iter", True), ("anderson", False)])
 @pytest.mark.parametrize("kind", ["relu", "kernels"])
-def test_the_gradient_agrees_with_torchdeq(kind: str, solver: str, hook: bool) -> None:
-    """TorchDEQ differentiates the same step map, by a hook or a function of its own."""
+def test_hypergradient_matches_torchdeq(kind: str, solver: str, hook: bool) -> None:
+    """TorchDEQ differentiates the same step map, by a hook or its own function."""
     problem: Problem = make_problem(kind, "blur", tied=False)
     model, f = problem.build()
     options = {

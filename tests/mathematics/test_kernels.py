@@ -47,17 +47,17 @@ def as_images(z: Tensor, k: int, filters: int, height: int, width: int) -> Tenso
 
 
 def convolved(kernels: Tensor, u: Tensor) -> Tensor:
-    """Return `A u` by torch, of kernels `(F, k, k)` and images `(N, 1, H, W)`."""
+    """Return `A u` by torch for kernels `(F, k, k)` and images `(N, 1, H, W)`."""
     return functional.conv2d(u, kernels[:, None], padding=kernels.shape[-1] // 2)
 
 
 @EVERY_SIDE
 @given(IMAGE_SIDES, IMAGE_SIDES, FILTERS, st.integers(1, 3), SEEDS)
 @settings(max_examples=30)
-def test_analysis_is_torchs_convolution(
+def test_analysis_matches_torch_convolution(
     k: int, height: int, width: int, filters: int, batch: int, seed: int
 ) -> None:
-    """`A u` of images smaller or larger than the kernel, zero outside the image, with its gradients."""
+    """Images smaller or larger than the kernel, zero outside, with gradients."""
     kernels = normal(filters, k, k, seed=seed).requires_grad_()
     u = normal(batch, 1, height, width, seed=seed + 1).requires_grad_()
     z = correlate(kernels, u)
@@ -76,10 +76,10 @@ def test_analysis_is_torchs_convolution(
 @EVERY_SIDE
 @given(IMAGE_SIDES, IMAGE_SIDES, st.integers(1, 4), STACKS, SEEDS)
 @settings(max_examples=30)
-def test_synthesis_is_the_exact_adjoint(
+def test_synthesis_passes_inner_product(
     k: int, height: int, width: int, filters: int, stack: tuple[int, ...], seed: int
 ) -> None:
-    """`<A u, z> = <u, A^T z>` for arbitrary experts, of every member of a stack and image of a batch."""
+    """`<A u, z> = <u, A^T z>` for arbitrary experts, every member of a stack and image of a batch."""
     kernels = normal(*stack, filters, k, k, seed=seed)
     u = normal(*stack, 2, 1, height, width, seed=seed + 1)
     z = normal(*stack, 2, *layout(k, filters, height, width), seed=seed + 2)
@@ -91,10 +91,10 @@ def test_synthesis_is_the_exact_adjoint(
 
 @given(st.sampled_from(SIDES), st.integers(2, 14), st.integers(2, 14), st.integers(1, 3), SEEDS)
 @settings(max_examples=10)
-def test_the_norm_is_the_largest_singular_value(
+def test_spectral_norm_is_largest_singular_value(
     k: int, height: int, width: int, filters: int, seed: int
 ) -> None:
-    """Approached from below, with the image that attains it."""
+    """The norm increases with the iterations, and the returned image attains it."""
     kernels = normal(filters, k, k, seed=seed)
     exact = image_norm(kernels, height, width).item()
     start, norms = normal(1, 1, height, width, seed=seed + 1), []
@@ -110,7 +110,7 @@ def test_the_norm_is_the_largest_singular_value(
 
 @pytest.mark.parametrize(("height", "width"), [(1, 2), (3, 8), (12, 9)])
 @pytest.mark.parametrize("k", [3, 11])
-def test_the_norm_of_the_gradient_is_the_known_one(k: int, height: int, width: int) -> None:
+def test_spectral_norm_of_gradient_matches_closed_form(k: int, height: int, width: int) -> None:
     """With `u = 0` outside, forward differences of `n` pixels have the norm `2 cos(pi / (2n + 1))`."""
     expected = math.hypot(*(2 * math.cos(math.pi / (2 * n + 1)) for n in (height, width)))
     norm, _ = spectral_norm(difference_kernels(1, 2, k).double(), normal(1, 1, height, width), 500)
@@ -118,7 +118,7 @@ def test_the_norm_of_the_gradient_is_the_known_one(k: int, height: int, width: i
 
 
 @pytest.mark.parametrize("tol", [1e-1, 1e-2, 1e-3])
-def test_the_norm_has_its_tolerance(tol: float) -> None:
+def test_spectral_norm_satisfies_tolerance(tol: float) -> None:
     """`||A^T A v - s v|| <= tol s`, and the norm is within that of the largest singular value."""
     kernels, start = normal(2, 7, 7), normal(1, 1, 20, 17, seed=1)
     norm, v = spectral_norm(kernels, start, 500, tol)
@@ -129,8 +129,8 @@ def test_the_norm_has_its_tolerance(tol: float) -> None:
     assert (1 - tol) * exact <= norm <= (1 + 1e-11) * exact
 
 
-def test_the_norm_leaves_a_direction_that_is_orthogonal_to_the_maximizer() -> None:
-    """A mean is attained by a symmetric image, one with alternating signs by an antisymmetric image.
+def test_spectral_norm_leaves_orthogonal_start() -> None:
+    """A symmetric start is orthogonal to the maximizer of a kernel with alternating signs.
 
     Products with `A^T A` map symmetric images to symmetric ones, with a smaller singular value.
     """
@@ -143,13 +143,13 @@ def test_the_norm_leaves_a_direction_that_is_orthogonal_to_the_maximizer() -> No
     assert (maximizer * symmetric).sum().abs() < 1e-6
 
 
-def test_the_norm_of_zero_is_zero() -> None:
+def test_spectral_norm_of_zero_is_zero() -> None:
     zero, _ = spectral_norm(torch.zeros(2, 3, 3), torch.ones(1, 1, 5, 5), 10)
     assert zero.item() == 0
 
 
 @EVERY_SIDE
-def test_the_first_differences_are_the_forward_ones(k: int) -> None:
+def test_first_differences_are_forward_differences(k: int) -> None:
     u = normal(1, 1, 9, 8)
     padded = functional.pad(u, (0, 1, 0, 1))[0, 0]
     expected = torch.stack([padded[:-1, 1:], padded[1:, :-1]]) - u[0, 0]
@@ -159,7 +159,7 @@ def test_the_first_differences_are_the_forward_ones(k: int) -> None:
 @EVERY_SIDE
 @pytest.mark.parametrize("order", [1, 2])
 def test_differences_are_distinct_and_annihilate_polynomials(order: int, k: int) -> None:
-    """Constants, and affine images if they are of second order, away from the border."""
+    """Constants, and affine images for the second order, away from the border."""
     kernels = difference_kernels(order, 30, k)
     flat = functional.normalize(kernels.flatten(1))
     assert (flat @ flat.T).fill_diagonal_(0).abs().max() < 1 - 1e-3
@@ -170,8 +170,8 @@ def test_differences_are_distinct_and_annihilate_polynomials(order: int, k: int)
         assert inner.any() == (degree >= order)
 
 
-def test_all_differences_of_the_smallest_kernel() -> None:
-    """Of first order there are the 36 pairs of the nine pixels, and no more."""
+def test_smallest_kernel_has_36_first_differences() -> None:
+    """One for each pair of its nine pixels."""
     kernels = difference_kernels(1, count_differences(1, 3), 3)
     pairs = {tuple(kernel.flatten().nonzero().flatten().tolist()) for kernel in kernels}
     assert pairs == set(itertools.combinations(range(9), 2))
@@ -180,8 +180,8 @@ def test_all_differences_of_the_smallest_kernel() -> None:
 
 
 @pytest.mark.parametrize("side", [3, 5])
-def test_the_cosine_basis_is_scipys(side: int) -> None:
-    """Orthonormal, without the constant, each frequency once, and low ones first."""
+def test_cosine_kernels_match_scipy(side: int) -> None:
+    """Orthonormal kernels without the constant, each frequency once, low ones first."""
     kernels = cosine_kernels(side**2 - 1, side)
     flat = kernels.flatten(1)
     torch.testing.assert_close(flat @ flat.T, torch.eye(side**2 - 1))

@@ -50,7 +50,7 @@ TIED = pytest.mark.parametrize("tied", [True, False], ids=["bilevel", "deq"])
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @TIED
-def test_a_linear_model_solves_its_linear_system(tied: bool, operator: str) -> None:
+def test_linear_model_solves_linear_system(tied: bool, operator: str) -> None:
     """`(lambda K^T K + gamma C^T A) u = lambda K^T f - gamma C^T b`."""
     problem = make_problem("linear", operator, tied)
     model, f = problem.build()
@@ -70,7 +70,7 @@ def test_a_linear_model_solves_its_linear_system(tied: bool, operator: str) -> N
 @EVERY_PROBLEM
 @given(SEEDS, st.floats(0.01, 3), st.floats(0.1, 20), st.floats(0, 3))
 @settings(max_examples=5)
-def test_a_tied_step_is_gradient_descent_on_the_lower_level(
+def test_tied_step_is_gradient_descent_on_lower_level(
     kind: str, operator: str, seed: int, tau: float, lam: float, gamma: float
 ) -> None:
     """`T(u) = u - tau grad E(u)` for any weights, numbers and images."""
@@ -85,8 +85,8 @@ def test_a_tied_step_is_gradient_descent_on_the_lower_level(
 
 
 @EVERY_PROBLEM
-def test_a_tied_fixed_point_minimizes_the_lower_level(kind: str, operator: str) -> None:
-    """Its gradient vanishes, points nearby have more energy, and plain iteration descends to it."""
+def test_tied_fixed_point_minimizes_lower_level(kind: str, operator: str) -> None:
+    """The gradient vanishes, nearby points have more energy, and plain iteration descends."""
     problem = make_problem(kind, operator, tied=True)
     model, f = problem.build()
     f = f.detach()
@@ -107,8 +107,8 @@ def test_a_tied_fixed_point_minimizes_the_lower_level(kind: str, operator: str) 
 
 @EVERY_PROBLEM
 @pytest.mark.parametrize("solver", [PLAIN, ANDERSON], ids=["plain", "anderson"])
-def test_a_deq_with_equal_weights_is_the_bilevel_model(kind: str, operator: str, solver: Any) -> None:
-    """With `C = A`: the same iterates and fixed point, and gradients of `A` and `C` that add up."""
+def test_deq_with_equal_weights_is_bilevel_model(kind: str, operator: str, solver: Any) -> None:
+    """Iterates and fixed points agree for `C = A`, and the gradients of `A` and `C` add up."""
     tied, free = (make_problem(kind, operator, flag, same=True) for flag in (True, False))
     (one, f), (other, _) = tied.build(), free.build()
     u = v = tied.start(f)
@@ -126,7 +126,7 @@ def test_a_deq_with_equal_weights_is_the_bilevel_model(kind: str, operator: str,
 
 
 @EVERY_PROBLEM
-def test_the_bilevel_hypergradient_is_the_implicit_function_theorem(kind: str, operator: str) -> None:
+def test_bilevel_hypergradient_matches_implicit_function_theorem(kind: str, operator: str) -> None:
     """`dL/dtheta = -<d/dtheta grad_u E, H^-1 dL/du>`, with the Hessian `H` of the lower level `E` at `u*`."""
     problem = make_problem(kind, operator, tied=True)
     gradients, solution, adjoint = problem.implicit_gradients()
@@ -140,8 +140,8 @@ def test_the_bilevel_hypergradient_is_the_implicit_function_theorem(kind: str, o
     assert_same_gradients(gradients, problem.gradients(model, f, -(optimality * q).sum()), rtol=1e-7)
 
 
-def test_denoising_is_an_independent_solution_of_smoothed_total_variation() -> None:
-    """SciPy's L-BFGS minimizes the same energy, written in NumPy, to the bilevel model's fixed point."""
+def test_smoothed_tv_denoising_matches_scipy() -> None:
+    """SciPy's L-BFGS minimizes the same energy, written in NumPy."""
     side, sharpness, lam, gamma = 8, 5.0, 4.0, 0.7
     truth = np.sign(np.arange(side)[:, None] - np.arange(side)[None] + 0.5)
     noisy = truth + 0.3 * np.random.default_rng(0).standard_normal((side, side))
@@ -169,7 +169,7 @@ def test_denoising_is_an_independent_solution_of_smoothed_total_variation() -> N
 
 
 @given(st.sampled_from(sorted(DENSE)), st.sampled_from(sorted(OPERATORS)), st.floats(0.01, 3), SEEDS)
-def test_the_preconditioned_map_expands_nothing(kind: str, operator: str, tau: float, seed: int) -> None:
+def test_preconditioned_map_is_nonexpansive(kind: str, operator: str, tau: float, seed: int) -> None:
     """`P` is symmetric and positive, and `P (I - dT/du)` has eigenvalues in [0, 2), for every `tau`."""
     K = OPERATORS[operator]()
     leaves = {"A": normal(PIXELS, PIXELS, seed=seed), "b": normal(PIXELS, seed=seed + 1)}
@@ -187,8 +187,8 @@ def test_the_preconditioned_map_expands_nothing(kind: str, operator: str, tau: f
 
 @TIED
 @pytest.mark.parametrize("operator", ["identity", "blur"])
-def test_the_preconditioner_of_kernels_inverts_a_circulant(operator: str, tied: bool) -> None:
-    """That of the model on periodic images, with the modulus of `C^T A` of a DEQ."""
+def test_preconditioner_of_kernels_inverts_circulant(operator: str, tied: bool) -> None:
+    """The circulant is that of periodic images, with the modulus of `C^T A` for a DEQ."""
     problem = make_problem("kernels", operator, tied)
     model, _ = problem.build()
     units = torch.eye(PIXELS, dtype=torch.float64).view(PIXELS, *SHAPE)
@@ -209,8 +209,8 @@ def test_the_preconditioner_of_kernels_inverts_a_circulant(operator: str, tied: 
 
 
 @pytest.mark.parametrize(("kind", "operator"), list(itertools.product(DENSE, OPERATORS)))
-def test_a_preconditioned_solve_has_the_same_gradients(kind: str, operator: str) -> None:
-    """Also for a step with which plain iteration diverges."""
+def test_preconditioning_preserves_gradients(kind: str, operator: str) -> None:
+    """Gradients also agree for a step with which plain iteration diverges."""
     problem = make_problem(kind, operator, tied=True)
     expected, solution, adjoint = problem.implicit_gradients(PLAIN)
     # The threshold of softshrink is the step: another step is another problem.
@@ -226,7 +226,7 @@ def test_a_preconditioned_solve_has_the_same_gradients(kind: str, operator: str)
 
 @TIED
 @pytest.mark.parametrize("operator", ["identity", "blur"])
-def test_preconditioned_kernels_have_the_same_gradients_in_fewer_steps(operator: str, tied: bool) -> None:
+def test_preconditioning_of_kernels_saves_steps(operator: str, tied: bool) -> None:
     problem = make_problem("kernels", operator, tied)
     expected, *solutions = problem.implicit_gradients(first_adjoint=None)
     P = problem.build()[0].preconditioner(SHAPE)
@@ -236,8 +236,8 @@ def test_preconditioned_kernels_have_the_same_gradients_in_fewer_steps(operator:
     assert all(a.steps.max() < b.steps.max() for a, b in zip(preconditioned, solutions, strict=True))
 
 
-def test_members_without_a_preconditioner_have_the_identity() -> None:
-    """Weights that are not finite disturb no other member; free weights and masks are refused."""
+def test_preconditioner_of_non_finite_weights_is_identity() -> None:
+    """Other members are not affected; free weights and masks are rejected."""
     problem = make_problem("relu", "projections", tied=True)
     A, b = (problem.leaves[name] for name in ("A", "b"))
     stack = {"A": torch.stack([A, torch.full_like(A, torch.nan), 1e200 * A]), "b": b.expand(3, -1)}
@@ -251,10 +251,10 @@ def test_members_without_a_preconditioner_have_the_identity() -> None:
 
 @given(st.sampled_from(sorted(OPERATORS)), st.booleans(), st.floats(0.5, 50.0), SEEDS)
 @settings(max_examples=10)
-def test_the_gradient_with_a_learned_weight_is_that_of_differences(
+def test_hypergradient_with_learned_weight_matches_differences(
     operator: str, tied: bool, lam: float, seed: int
 ) -> None:
-    """Through the normalization and the weight, of `A`, `C` and `lambda`; the step follows the weight."""
+    """Derivatives of `A`, `C` and `lambda` through the normalization; the step follows the weight."""
     A, other = normal(2, 3, 3, 3, seed=seed)
     kernels = {"A": A} if tied else {"A": A, "C": A + 0.3 * other}
     K, truth = OPERATORS[operator](), normal(BATCH, *SHAPE, seed=seed + 1)
@@ -288,8 +288,8 @@ def test_the_gradient_with_a_learned_weight_is_that_of_differences(
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=5))
-def test_data_of_another_size_are_refused(shape: list[int]) -> None:
-    """By dense weights for 5x5 pixels and by kernels; all that fits is solved."""
+def test_data_of_wrong_size_are_rejected(shape: list[int]) -> None:
+    """Dense weights accept 5x5 pixels, kernels all images of one channel."""
     A, k, f = normal(25, 25), normal(2, 3, 3), normal(*shape)
     dense, conv = DenseFieldsOfExperts(A, A[0], A, RELU), ConvFieldsOfExperts(k, k, smoothed_sign(1.0))
     fits = (len(shape) == 4 and torch.Size(shape[1:]).numel() == 25, len(shape) == 4 and shape[1] == 1)

@@ -43,7 +43,7 @@ OTHERS = st.tuples(st.sampled_from([Projections(), Identity()]), st.just((3, 1, 
 
 
 @given(blurs() | masks() | OTHERS, SEEDS)
-def test_any_operator_is_linear_with_an_exact_adjoint(
+def test_operator_is_linear_and_adjoint_passes_inner_product(
     drawn: tuple[Operator, tuple[int, ...]], seed: int
 ) -> None:
     """`<K u, v> = <u, K^T v>`, `K (2 u - 3 w) = 2 K u - 3 K w`, and `normal` is `K^T K`."""
@@ -61,9 +61,7 @@ def test_any_operator_is_linear_with_an_exact_adjoint(
 
 
 @given(blurs(), SEEDS)
-def test_a_blur_is_the_circular_sum_over_its_kernel(
-    drawn: tuple[CircularBlur, tuple[int, ...]], seed: int
-) -> None:
+def test_blur_is_circular_convolution(drawn: tuple[CircularBlur, tuple[int, ...]], seed: int) -> None:
     """`K u` is the sum of copies of `u`, shifted by the offset of each entry from the centre."""
     K, shape = drawn
     u = normal(*shape, seed=seed)
@@ -75,7 +73,7 @@ def test_a_blur_is_the_circular_sum_over_its_kernel(
     torch.testing.assert_close(K.forward(u), forward, rtol=1e-11, atol=1e-11)
 
 
-def test_one_blur_serves_images_of_any_size_and_precision() -> None:
+def test_blur_accepts_any_size_and_precision() -> None:
     kernel = normal(3, 4)
     shared = CircularBlur(kernel)
     for height, width in ((6, 7), (7, 6), (6, 7)):
@@ -86,8 +84,8 @@ def test_one_blur_serves_images_of_any_size_and_precision() -> None:
 
 
 @pytest.mark.parametrize("size", [5, 11])
-def test_the_motion_blur_averages_along_the_diagonal(size: int) -> None:
-    """The blur of one bright pixel is a diagonal of `size` equal pixels, centred on it."""
+def test_motion_blur_averages_along_diagonal(size: int) -> None:
+    """One bright pixel becomes a centred diagonal of `size` equal pixels."""
     u = torch.zeros(28, 28, dtype=torch.float64)
     u[14, 14] = 1
     expected = torch.zeros_like(u)
@@ -98,27 +96,27 @@ def test_the_motion_blur_averages_along_the_diagonal(size: int) -> None:
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
-def test_the_top_rows_mask_loses_a_third_rounded_up(height: int, width: int) -> None:
+def test_top_rows_mask_removes_third_rounded_up(height: int, width: int) -> None:
     mask = top_rows_mask(height, width)
-    lost = int((mask == 0).all(1).sum())
-    assert 3 * lost >= height > 3 * (lost - 1)
-    assert mask.sum() == (height - lost) * width
-    assert mask[:lost].eq(0).all()
+    removed = int((mask == 0).all(1).sum())
+    assert 3 * removed >= height > 3 * (removed - 1)
+    assert mask.sum() == (height - removed) * width
+    assert mask[:removed].eq(0).all()
 
 
 @given(st.integers(4, 300), st.integers(4, 300))
-def test_the_central_block_mask_loses_a_quarter_of_each_side(height: int, width: int) -> None:
-    """The lost pixels are a rectangle, with equal margins up to one pixel."""
-    lost = central_block_mask(height, width) == 0
-    rows, columns = lost.any(1).nonzero().flatten(), lost.any(0).nonzero().flatten()
+def test_central_block_mask_removes_quarter_of_each_side(height: int, width: int) -> None:
+    """The removed pixels are a rectangle, with equal margins up to one pixel."""
+    removed = central_block_mask(height, width) == 0
+    rows, columns = removed.any(1).nonzero().flatten(), removed.any(0).nonzero().flatten()
     for inside, side in ((rows, height), (columns, width)):
         before, after = int(inside[0]), side - 1 - int(inside[-1])
         assert len(inside) == side // 4 == side - before - after
         assert 0 <= after - before <= 1
-    assert lost.sum() == len(rows) * len(columns)
+    assert removed.sum() == len(rows) * len(columns)
 
 
-def test_images_that_do_not_fit_are_refused() -> None:
+def test_images_of_wrong_size_are_rejected() -> None:
     image: Tensor = torch.zeros(4, 28)
     with pytest.raises(ValueError, match="at least the kernel's 5x5 pixels, got 4x28"):
         CircularBlur(diagonal_motion_kernel(5)).forward(image)

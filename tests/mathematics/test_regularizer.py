@@ -59,7 +59,7 @@ ACTIVATIONS = st.one_of(
 
 
 @given(ACTIVATIONS, st.floats(0.01, 3), SEEDS)
-def test_sigma_is_the_derivative_of_its_potential(
+def test_sigma_is_derivative_of_potential(
     activation: regularizer.Activation | LearnedSpline, tau: float, seed: int
 ) -> None:
     """`sigma = phi'`, at kinks too, and `slope = sigma'` in [0, steepest], or from -1 if concave."""
@@ -77,7 +77,7 @@ def test_sigma_is_the_derivative_of_its_potential(
 
 
 @given(st.floats(0.01, 3), st.floats(0.1, 200), SEEDS)
-def test_activations_are_those_of_torch(tau: float, sharpness: float, seed: int) -> None:
+def test_activations_match_torch(tau: float, sharpness: float, seed: int) -> None:
     z, threshold = 3 * normal(50, seed=seed), torch.tensor(tau, dtype=torch.float64)
     expected = {"relu": z.relu(), "softshrink": functional.softshrink(z, tau), "linear": z}
     for name, value in expected.items():
@@ -91,7 +91,7 @@ def test_activations_are_those_of_torch(tau: float, sharpness: float, seed: int)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_smoothed_sign_does_not_overflow(dtype: torch.dtype) -> None:
+def test_smoothed_sign_does_not_overflow(dtype: torch.dtype) -> None:
     activation, tau = smoothed_sign(100.0), torch.tensor(0.5)
     z = torch.tensor([1.0, 10.0, 1e4, 1e30, -1.0, -1e30], dtype=dtype)
     assert activation.sigma(z, tau).dtype == dtype
@@ -101,7 +101,7 @@ def test_the_smoothed_sign_does_not_overflow(dtype: torch.dtype) -> None:
 
 @EVERY_KIND
 @given(STACKS, SEEDS)
-def test_a_tied_field_is_the_gradient_of_the_energy(kind: str, stack: tuple[int, ...], seed: int) -> None:
+def test_tied_field_is_gradient_of_energy(kind: str, stack: tuple[int, ...], seed: int) -> None:
     field, u, gamma, tau = draw_field(kind, stack, True, seed)
     energy = field.energy(u.requires_grad_(), gamma, tau)
     assert energy.shape == (*stack, BATCH)
@@ -111,8 +111,8 @@ def test_a_tied_field_is_the_gradient_of_the_energy(kind: str, stack: tuple[int,
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.booleans(), SEEDS)
-def test_a_field_is_its_formula(kind: str, tied: bool, seed: int) -> None:
-    """`gamma C^T sigma(A u + b)`, by vectors or by torch's convolutions."""
+def test_field_matches_formula(kind: str, tied: bool, seed: int) -> None:
+    """`gamma C^T sigma(A u + b)`, by matrix-vector products or by torch's convolutions."""
     field, u, gamma, tau = draw_field(kind, (), tied, seed)
     C = field.A if field.C is None else field.C
     if isinstance(field, DenseFieldsOfExperts):
@@ -126,7 +126,7 @@ def test_a_field_is_its_formula(kind: str, tied: bool, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "kernels"])
 @given(st.booleans(), SEEDS)
-def test_only_a_tied_field_has_a_symmetric_jacobian(kind: str, tied: bool, seed: int) -> None:
+def test_only_tied_field_has_symmetric_jacobian(kind: str, tied: bool, seed: int) -> None:
     field, u, gamma, tau = draw_field(kind, (), tied, seed)
     J = jacobian(lambda x: field.field(x, gamma, tau), u[:1]).view(PIXELS, PIXELS)
     asymmetry = (J - J.T).norm() / J.norm()
@@ -136,9 +136,7 @@ def test_only_a_tied_field_has_a_symmetric_jacobian(kind: str, tied: bool, seed:
 @EVERY_KIND
 @given(STACKS, st.booleans(), SEEDS)
 @settings(max_examples=12)
-def test_products_with_the_jacobian_are_autograds(
-    kind: str, stack: tuple[int, ...], tied: bool, seed: int
-) -> None:
+def test_vjp_matches_autograd(kind: str, stack: tuple[int, ...], tied: bool, seed: int) -> None:
     field, u, gamma, tau = draw_field(kind, stack, tied, seed)
     w = normal(*u.shape, seed=seed + 6)
     (expected,) = torch.autograd.grad(field.field(u.requires_grad_(), gamma, tau), u, w)
@@ -148,8 +146,8 @@ def test_products_with_the_jacobian_are_autograds(
 @pytest.mark.parametrize("kind", KINDS)
 @given(STACKS, st.booleans(), SEEDS)
 @settings(max_examples=12)
-def test_a_stack_is_its_members(kind: str, stack: tuple[int, ...], tied: bool, seed: int) -> None:
-    """Field, energy and products with the Jacobian, of members with their own `gamma` and `tau`."""
+def test_stack_matches_members(kind: str, stack: tuple[int, ...], tied: bool, seed: int) -> None:
+    """Field, energy and vector-Jacobian products, for members with their own `gamma` and `tau`."""
     stacked, u, gamma, tau = draw_field(kind, stack, tied, seed)
     w = normal(*u.shape, seed=seed + 6)
 
@@ -166,8 +164,8 @@ def test_a_stack_is_its_members(kind: str, stack: tuple[int, ...], tied: bool, s
 
 
 @given(st.sampled_from([(), (2,)]), st.booleans(), SEEDS)
-def test_the_size_of_the_cache_changes_nothing(stack: tuple[int, ...], tied: bool, seed: int) -> None:
-    """Field, products and gradients image by image are those of all images at once."""
+def test_results_are_independent_of_cache_size(stack: tuple[int, ...], tied: bool, seed: int) -> None:
+    """Field, products and gradients image by image equal those of all images at once."""
 
     def results(cached: int) -> list[Tensor]:
         field, u, gamma, tau = draw_field("kernels", stack, tied, seed)
@@ -183,8 +181,8 @@ def test_the_size_of_the_cache_changes_nothing(stack: tuple[int, ...], tied: boo
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_kernels_are_scaled_to_the_norm_of_the_gradient(tied: bool) -> None:
-    """`A` and `C` of every member, at first and after `refresh`; the parameters stay as they are."""
+def test_kernels_are_scaled_to_norm_of_gradient(tied: bool) -> None:
+    """`A` and `C` of every member, initially and after `refresh`; the parameters do not change."""
     sizes = torch.tensor([1.0, 20.0, 0.01], dtype=torch.float64)[:, None, None, None]
     A, C = sizes * normal(3, 2, 5, 5), normal(3, 2, 5, 5, seed=1)
     start = normal(3, 1, 1, HEIGHT, WIDTH, seed=2)
@@ -212,8 +210,8 @@ def test_kernels_are_scaled_to_the_norm_of_the_gradient(tied: bool) -> None:
 
 @given(st.booleans(), SEEDS)
 @settings(max_examples=5)
-def test_the_norm_is_a_constant_of_the_gradient_or_differentiated(tied: bool, seed: int) -> None:
-    """The gradient is the scale times that at the scaled kernels, or its part orthogonal to the kernels."""
+def test_norm_is_constant_or_differentiated(tied: bool, seed: int) -> None:
+    """The gradient is the scale times that at the scaled kernels, or orthogonal to the kernels."""
     A, C = normal(2, 2, 3, 3, seed=seed)
     u, start = normal(2, 1, 1, HEIGHT, WIDTH, seed=seed + 1)
     gamma = tau = torch.tensor(1.0, dtype=torch.float64)
@@ -228,16 +226,16 @@ def test_the_norm_is_a_constant_of_the_gradient_or_differentiated(tied: bool, se
     )
     scaled = make_field("kernels", constant.weights())
     scaled.activation = smoothed_sign(1.0)
-    found, expected = gradients(constant), gradients(scaled)
-    for gradient, right, scale in zip(found, expected, constant.scales, strict=True):
+    actual, expected = gradients(constant), gradients(scaled)
+    for gradient, right, scale in zip(actual, expected, constant.scales, strict=True):
         torch.testing.assert_close(gradient, scale * right, rtol=1e-10, atol=1e-10)
     for gradient, parameter in zip(gradients(differentiated), differentiated.parameters(), strict=True):
         assert (gradient * parameter).sum().abs() <= 1e-10 * gradient.norm() * parameter.norm()
 
 
 @pytest.mark.parametrize("n", [16, 100])
-def test_initial_weights_are_those_of_torchs_linear_layer(n: int) -> None:
-    """Entries are uniform in `[-1, 1] / sqrt(n)`, a function of the generator alone, and `C` is not `A`."""
+def test_initial_weights_match_linear_layer(n: int) -> None:
+    """Entries are uniform in `[-1, 1] / sqrt(n)`, and `A` and `C` independent."""
     A, b, C = initial_weights(n, torch.Generator().manual_seed(0))
     assert [tuple(w.shape) for w in (A, b, C)] == [(n, n), (n,), (n, n)]
     bound = n**-0.5

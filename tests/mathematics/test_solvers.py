@@ -29,7 +29,7 @@ SOLVERS = pytest.mark.parametrize("solver", [PlainIteration(), Anderson()], ids=
 
 
 def linear_map(M: Tensor, c: Tensor) -> StepMap:
-    """Return `u -> M u + c` of every sample: `M` is `(*batch, d, d)`, `c` and `u` are `(*batch, 1, 1, d)`."""
+    """Return `u -> M u + c` per sample: `M` is `(*batch, d, d)`, `c` and `u` are `(*batch, 1, 1, d)`."""
     return lambda u: (M[..., None, None, :, :] @ u[..., None]).squeeze(-1) + c
 
 
@@ -47,7 +47,7 @@ def rotations(count: int, d: int, seed: int) -> Tensor:
 
 
 def recorded(step_map: StepMap) -> tuple[StepMap, list[Tensor]]:
-    """Return the same map, and the list of the points at which it is evaluated."""
+    """Return the same map, and a list of the points of its evaluations."""
     points: list[Tensor] = []
 
     def T(u: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def recorded(step_map: StepMap) -> tuple[StepMap, list[Tensor]]:
 
 @SOLVERS
 @given(st.integers(1, 10), BATCHES, st.floats(0, 0.9), SEEDS)
-def test_linear_contractions_reach_their_closed_form(
+def test_linear_contractions_converge_to_closed_form(
     solver: Solver, d: int, batch: tuple[int, ...], factor: float, seed: int
 ) -> None:
     """The error at `u` is at most `||T(u) - u|| / (1 - q)` for a contraction with factor `q`."""
@@ -75,8 +75,8 @@ def test_linear_contractions_reach_their_closed_form(
 
 
 @SOLVERS
-def test_a_batch_solves_every_sample_as_if_alone(solver: Solver) -> None:
-    """Easy, hard, hopeless, expansive and undefined samples together: value, steps and status as alone."""
+def test_batch_matches_separate_samples(solver: Solver) -> None:
+    """Contractive, neutral, expansive and undefined samples have the same values, steps and statuses."""
     solver = replace(solver, tol=1e-8, max_steps=40)
     factors = torch.tensor([0.01, 0.5, 0.99, 1.0, 3.0, math.nan, 0.3], dtype=torch.float64)
     M = factors[:, None, None] * rotations(7, 30, 0)
@@ -92,8 +92,8 @@ def test_a_batch_solves_every_sample_as_if_alone(solver: Solver) -> None:
 
 @SOLVERS
 @pytest.mark.parametrize("stack", [(), (2,)])
-def test_a_restricted_map_changes_nothing_but_the_work(solver: Solver, stack: tuple[int, ...]) -> None:
-    """An image is evaluated while it runs in a member of the stack, no longer."""
+def test_restriction_skips_stopped_images(solver: Solver, stack: tuple[int, ...]) -> None:
+    """An image is evaluated while it is active in a member of the stack; the results do not change."""
     solver = replace(solver, tol=1e-8, max_steps=40)
     factors = torch.tensor([0.3, 0.01, 0.5, 3.0, 0.99], dtype=torch.float64)
     M = factors[:, None, None] * rotations(5, 30, 0)
@@ -121,7 +121,7 @@ def test_a_restricted_map_changes_nothing_but_the_work(solver: Solver, stack: tu
 
 
 @SOLVERS
-def test_too_few_steps_are_a_status(solver: Solver) -> None:
+def test_step_limit_is_a_status(solver: Solver) -> None:
     M, c = 0.99 * rotations(3, 30, 0), normal(3, 1, 1, 30, seed=1)
     solution = fixed_point(linear_map(M, c), torch.zeros_like(c), replace(solver, tol=1e-8, max_steps=7))
     assert solution.status.eq(Status.MAX_STEPS).all()
@@ -131,8 +131,8 @@ def test_too_few_steps_are_a_status(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize("patience", [3, 5, 12])
-def test_a_constant_residual_stagnates(patience: int) -> None:
-    """Not one that falls, however slowly within the factor, and not one that grows."""
+def test_constant_residual_stagnates(patience: int) -> None:
+    """A residual that falls fast enough or grows does not stagnate."""
     factors = torch.tensor([1.0, 0.5, 0.75 ** (1 / patience), 1.2], dtype=torch.float64)
     M, c = factors[:, None, None] * rotations(1, 8, 0), normal(4, 1, 1, 8, seed=1)
     c[0] = 0
@@ -147,8 +147,8 @@ def test_a_constant_residual_stagnates(patience: int) -> None:
     assert torch.equal(patient.value[1:], solution.value[1:])
 
 
-def test_an_expansion_diverges_at_the_step_of_its_growth() -> None:
-    """With `T(u) = 3 u + c` residuals grow by 3 a step: the iteration ends once they exceed the limit."""
+def test_expansion_diverges_once_residual_exceeds_limit() -> None:
+    """Residuals of `T(u) = 3 u + c` grow by a factor of 3 per step."""
     c = normal(1, 1, 1, 5)
     solution = fixed_point(lambda u: 3 * u + c, torch.zeros_like(c), PlainIteration(max_steps=100))
     growths = next(k for k in range(100) if 3**k > DIVERGENCE_FACTOR)
@@ -170,17 +170,15 @@ def test_an_expansion_diverges_at_the_step_of_its_growth() -> None:
     ],
     ids=["nan", "nan in the second step", "inf", "overflow of a float32 norm", "overflow of a float64 norm"],
 )
-def test_values_that_are_not_finite_have_diverged(
-    solver: Solver, dtype: torch.dtype, step_map: StepMap
-) -> None:
+def test_non_finite_values_diverge(solver: Solver, dtype: torch.dtype, step_map: StepMap) -> None:
     solution = fixed_point(step_map, torch.full((1, 1, 2, 2), 0.5, dtype=dtype), solver)
     assert solution.status.item() == Status.DIVERGED
     assert solution.value.isfinite().all()
 
 
 @SOLVERS
-def test_a_fixed_point_is_recognized_at_the_start(solver: Solver) -> None:
-    """With one evaluation, also if `T(u) = u = 0`; a constant map needs two."""
+def test_start_at_fixed_point_converges_in_one_step(solver: Solver) -> None:
+    """Also if `T(u) = u = 0`. A constant map needs two steps."""
     c = torch.tensor([[[[2.0, -4.0]]], [[[0.0, 0.0]]]], dtype=torch.float64)
     solution = fixed_point(lambda u: u / 2 + c, 2 * c, solver)
     assert torch.equal(solution.value, 2 * c)
@@ -194,8 +192,8 @@ def test_a_fixed_point_is_recognized_at_the_start(solver: Solver) -> None:
 
 
 @SOLVERS
-def test_the_residuals_are_those_of_all_iterates(solver: Solver) -> None:
-    """`residuals[k]` is `||T(u) - u|| / ||T(u)||` at the k-th point, and constant after a sample stopped."""
+def test_residuals_match_all_iterates(solver: Solver) -> None:
+    """`residuals[k]` is `||T(u) - u|| / ||T(u)||` at the k-th point, constant once a sample has stopped."""
     factors = torch.tensor([[0.05, 0.4, 0.9], [0.97, 0.6, 0.2]], dtype=torch.float64)
     M = factors[..., None, None] * rotations(6, 15, 0).view(2, 3, 15, 15)
     c = normal(2, 3, 1, 1, 15, seed=1)
@@ -215,7 +213,7 @@ def test_the_residuals_are_those_of_all_iterates(solver: Solver) -> None:
             assert solution.residuals[stop:, i, j].eq(solution.residual[i, j]).all()
 
 
-def test_plain_iteration_evaluates_the_powers_of_the_map() -> None:
+def test_plain_iteration_evaluates_powers_of_map() -> None:
     c = normal(2, 1, 1, 4)
     step_map = linear_map(0.9 * rotations(2, 4, 1), c)
     T, points = recorded(step_map)
@@ -227,12 +225,10 @@ def test_plain_iteration_evaluates_the_powers_of_the_map() -> None:
 
 
 @given(st.integers(1, 6), st.floats(0.1, 1), st.floats(1e-6, 1e-2), SEEDS)
-def test_anderson_takes_the_step_of_its_definition(
-    memory: int, beta: float, regularization: float, seed: int
-) -> None:
+def test_anderson_step_matches_definition(memory: int, beta: float, regularization: float, seed: int) -> None:
     """Every point minimizes the regularized residual over affine combinations of the last ones.
 
-    Here the minimizer is that of the bordered system of the Lagrange multiplier.
+    The test computes the minimizer from the bordered system with a Lagrange multiplier.
     """
     d = 8
     c = normal(1, 1, 1, d, seed=seed)
@@ -257,7 +253,7 @@ def test_anderson_takes_the_step_of_its_definition(
 
 @pytest.mark.parametrize("regularization", [1e-4, 1e-16, 0.0])
 @pytest.mark.parametrize("d", [1, 3])
-def test_identical_residuals_leave_anderson_finite(d: int, regularization: float) -> None:
+def test_anderson_is_finite_for_identical_residuals(d: int, regularization: float) -> None:
     """A translation has one residual, a Gram matrix of rank one and no fixed point."""
     c = torch.ones(2, 1, 1, d, dtype=torch.float64)
     solver = Anderson(tol=1e-12, max_steps=30, memory=6, regularization=regularization)
@@ -267,7 +263,7 @@ def test_identical_residuals_leave_anderson_finite(d: int, regularization: float
 
 
 @given(st.integers(-60, 60), SEEDS)
-def test_anderson_is_invariant_to_the_scale(exponent: int, seed: int) -> None:
+def test_anderson_is_scale_invariant(exponent: int, seed: int) -> None:
     """`s T(u / s)` from `s u0` has `s` times the iterates, to the last bit for powers of two."""
     s = 2.0**exponent
     M, (c, u0) = 0.9 * rotations(2, 10, seed), normal(2, 2, 1, 1, 10, seed=seed + 1)
@@ -282,7 +278,7 @@ def test_anderson_is_invariant_to_the_scale(exponent: int, seed: int) -> None:
 @given(
     st.lists(st.integers(1, 3), max_size=2), st.sampled_from([torch.float64, torch.int64, torch.complex64])
 )
-def test_other_shapes_and_types_are_refused(shape: list[int], dtype: torch.dtype) -> None:
+def test_invalid_shapes_and_types_are_rejected(shape: list[int], dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=r"^`u0` must be a floating point \(\.\.\., C, H, W\), got "):
         fixed_point(lambda u: u, torch.zeros(shape, dtype=dtype), PlainIteration())
     restricted = FixedPointProblem(lambda u: u, restrict=lambda indices: lambda u: u)

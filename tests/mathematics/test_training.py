@@ -1,4 +1,4 @@
-"""Training: repeatable numbers, independent members of a stack, statuses and checkpoints."""
+"""Training: reproducibility, independent members of a stack, statuses and checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PLAIN = PlainIteration(tol=1e-3, max_steps=60)
 def make_model(
     kind: str = "dense", operator: str = "blur", members: Sequence[int] | None = (0, 1, 2), **values: Any
 ) -> FixedPointModel:
-    """Return a stack of equal weights with their own `gamma`; one model without a stack if None."""
+    """Return a stack of equal weights with a `gamma` per member; a single model if `members` is None."""
     draws = generator(0, "weights")
     stack = () if members is None else (len(members),)
     gamma = torch.tensor(GAMMAS[0] if members is None else [GAMMAS[i] for i in members])
@@ -111,7 +111,7 @@ def assert_same(one: History, other: History, kind: str = "dense") -> None:
 
 @contextmanager
 def ticking(seconds: float) -> Iterator[None]:
-    """A clock that is this much later at every reading."""
+    """Replace the clock by one that advances by `seconds` at every reading."""
     readings = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
         clock = SimpleNamespace(perf_counter=lambda: next(readings) * seconds)
@@ -120,7 +120,7 @@ def ticking(seconds: float) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_the_learning_rate_decays_from_step_to_step(schedule: Any) -> None:
+def test_learning_rate_decays_in_every_step(schedule: Any) -> None:
     adam = Adam(0.1, 0.02, schedule)
     assert [adam.rate(step, 4) for step in (0, 2, 4)] == pytest.approx([0.1, 0.06, 0.02])
     run, rates = make_training(optimizer=adam), list[float]()
@@ -135,8 +135,8 @@ def test_generators_of_different_purposes_are_independent() -> None:
     assert torch.equal(draws[0], torch.randn(20_000, generator=generator(0, "order")))
 
 
-def test_a_training_is_repeatable_and_leaves_global_state_alone() -> None:
-    """Whatever the global generator and the number of threads."""
+def test_training_is_reproducible_and_preserves_global_state() -> None:
+    """Results do not depend on the global generator or the number of threads."""
     histories, threads = [], torch.get_num_threads()
     try:
         with torch.random.fork_rng():
@@ -155,8 +155,8 @@ def test_a_training_is_repeatable_and_leaves_global_state_alone() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_stack_trains_each_member_as_alone(case: str) -> None:
-    """In any order and with any neighbours; without a stack dimension to the bit as a stack of one."""
+def test_stack_matches_separate_trainings(case: str) -> None:
+    """Members may have any order; a model without a stack dimension equals a stack of one to the bit."""
     together = make_training(**CASES[case]).run()
     assert [history.status for history in together] == ["completed"] * 3
     assert len({history.rows[-1]["train_loss"] for history in together}) == 3
@@ -168,8 +168,8 @@ def test_a_stack_trains_each_member_as_alone(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", [*CASES, "lbfgs"])
-def test_a_resumed_training_has_the_same_bits(case: str) -> None:
-    """From the checkpoints of any epoch, alone and together with members of other stacks."""
+def test_resumed_training_has_same_bits(case: str) -> None:
+    """Checkpoints of any epoch resume alone and together with members of other stacks."""
     lbfgs = {"kind": "kernels", "batch_size": None, "warm_start": True, "optimizer": LBFGS(5)}
     options, members = CASES.get(case, lbfgs), (0,) if case == "lbfgs" else (0, 1)
     checkpoints: dict[int, dict[int, dict[str, Any]]] = {}
@@ -199,10 +199,8 @@ def test_a_resumed_training_has_the_same_bits(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["dense", "warm"])
-def test_diverging_members_do_not_disturb_their_neighbours(
-    case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One diverges before and one in the second epoch; the third ends as it does alone."""
+def test_diverging_members_do_not_affect_others(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One diverges before the first epoch and one in the second; the third ends as alone."""
     options = CASES[case] | {"operator": "identity", "solver": PLAIN}
     alone = make_training(members=(0,), **options).run()[0]
     stack = make_training(**options)
@@ -221,8 +219,8 @@ def test_diverging_members_do_not_disturb_their_neighbours(
     assert_same(completed, alone, options["kind"])
 
 
-def test_time_is_charged_by_solver_steps() -> None:
-    """All of it, to living members; a member that spends its budget ends alone, also after a checkpoint."""
+def test_time_is_shared_by_solver_steps() -> None:
+    """Active members share all of it; one that exceeds its budget ends alone, also after a checkpoint."""
     options: dict[str, Any] = {"kind": "tied", "operator": "identity", "solver": PLAIN, "batch_size": None}
     options |= {"epochs": 2, "tau": torch.tensor([0.15, 0.02, 0.15])}
     with ticking(1.0):
@@ -247,8 +245,8 @@ def test_time_is_charged_by_solver_steps() -> None:
 
 
 @pytest.mark.parametrize(("every", "tested"), [(2, {0, 2, 4, 5}), (10, {0, 5}), (1, {0, 1, 2, 3, 4, 5})])
-def test_rows_have_the_metrics_of_their_epoch(every: int, tested: set[int]) -> None:
-    """Rarer evaluations change nothing else; the Neumann series reports no convergence."""
+def test_rows_have_metrics_of_their_epoch(every: int, tested: set[int]) -> None:
+    """Fewer evaluations change no weights; a Neumann series reports no convergence."""
     history = make_training(epochs=5, test_every=every, members=None).run()[0]
     names = {f"{s}_{m}" for s in ("forward", "backward") for m in ("steps", "residual", "unconverged")}
     tests = {f"test_{metric}" for metric in ("loss", "psnr", "steps", "residual", "unconverged")}
@@ -264,8 +262,8 @@ def test_rows_have_the_metrics_of_their_epoch(every: int, tested: set[int]) -> N
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_gradient_is_that_of_the_unrolled_iteration(tied: bool) -> None:
-    """In float64, of the documented noise, by autograd through explicit steps; and that of a penalty."""
+def test_training_gradient_matches_unrolled_iteration(tied: bool) -> None:
+    """Autograd through explicit steps in float64, with the documented noise and a penalty."""
     model = make_model("tied" if tied else "dense", "identity", None).double()
     images, noise = TRAIN.double(), 0.3
     options: dict[str, Any] = {"optimizer": Adam(1e-30), "solver": Anderson(1e-12, 2000), "seed": 3}
@@ -294,8 +292,8 @@ def test_the_gradient_is_that_of_the_unrolled_iteration(tied: bool) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [None, 5])
-def test_warm_starts_continue_from_the_last_solutions(batch_size: int | None) -> None:
-    """With weights that hardly move, solves take one step; otherwise the noise is drawn in each epoch."""
+def test_warm_start_uses_last_solutions(batch_size: int | None) -> None:
+    """Solves take one step if the weights hardly change; a cold start draws new noise in each epoch."""
     frozen: dict[str, Any] = {"members": None, "optimizer": Adam(1e-30), "epochs": 3}
     warm, cold = (
         make_training("kernels", warm_start=flag, operator="identity", batch_size=batch_size, **frozen)
@@ -326,7 +324,7 @@ def test_kernels_and_weight_are_learned(optimizer: Adam | LBFGS) -> None:
     assert all(torch.equal(weight, model.weights()[name]) for name, weight in history.weights.items())
 
 
-def test_data_may_have_another_shape_than_the_images() -> None:
+def test_training_accepts_data_of_another_shape() -> None:
     K, A = OPERATORS["projections"](), 0.1 * torch.randn(4, 3, 3, generator=generator(0, "kernels")).double()
     model = FixedPointModel(K, ConvFieldsOfExperts(A, A, smoothed_sign(5)), 0.02, 20, 1)
     history = train(model, TRAIN.double(), 0.05, epochs=6, optimizer=Adam(0.03), batch_size=6)
@@ -334,12 +332,12 @@ def test_data_may_have_another_shape_than_the_images() -> None:
     assert losses[-1] < losses[0]
 
 
-def test_psnr_is_that_of_images_between_minus_one_and_one() -> None:
+def test_psnr_has_data_range_of_two() -> None:
     assert psnr(torch.tensor([4.0, 0.04, 0.0004])).tolist() == pytest.approx([0, 20, 40], abs=1e-4)
     assert psnr(torch.zeros(1)).isfinite().all()
 
 
-def test_impossible_combinations_are_refused() -> None:
+def test_invalid_combinations_are_rejected() -> None:
     with pytest.raises(ValueError, match="`batch_size` must be all images for L-BFGS, got 5"):
         make_training(optimizer=LBFGS())
     with pytest.raises(ValueError, match="`model` must be a single model for L-BFGS, got 3"):

@@ -1,4 +1,4 @@
-"""The explorer: its table is the store's, and its page shows a selection of the table."""
+"""The explorer: its table has the stored runs, and its page shows a selection of them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of these results in the place of the repository's."""
+    """A copy of these results in place of the repository's."""
     folder: Path = shutil.copytree(trained, tmp_path / "store")
     for module in (records, sweeps):
         monkeypatch.setattr(module, "RESULTS", folder)
@@ -54,13 +54,13 @@ def store(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def assert_shown(strip: bytes, images: torch.Tensor) -> None:
-    """The bytes are the first four of the images `(N, H, W)`, to the grey level."""
+    """Assert that the bytes are the first four images of `(N, H, W)`, to the grey level."""
     height, width = images.shape[1:]
     pixels = torch.frombuffer(bytearray(strip), dtype=torch.uint8).reshape(height, 4, width).movedim(1, 0)
     assert (pixels / 255 * 2 - 1 - images[:4].clamp(-1, 1)).abs().max() <= 1.001 / 255
 
 
-def test_the_table_is_the_stores(trained: Path) -> None:
+def test_table_has_stored_runs(trained: Path) -> None:
     """Both tables, and truth, data and fixed points of the first test digits."""
     table, configs = load_table("smoke", trained), grid("smoke", **TINY)
     sweep = load_sweep("smoke", configs, trained)
@@ -79,7 +79,7 @@ def test_the_table_is_the_stores(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["provenance.json", *sweeps.TABLES])
-def test_a_damaged_or_missing_file_is_named(name: str, store: Path) -> None:
+def test_damaged_and_missing_files_are_reported(name: str, store: Path) -> None:
     path = table_folder("smoke", store) / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 128
@@ -91,7 +91,7 @@ def test_a_damaged_or_missing_file_is_named(name: str, store: Path) -> None:
         load_table("smoke", store)
 
 
-def test_the_command_makes_the_table(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_table(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [text for name, value in TINY.items() for text in ("-p", name, str(value))]
     assert main(["--profile", "smoke", *arguments]) == 0
     assert capsys.readouterr().out == f"{store / 'smoke' / 'sweep'}\n"
@@ -99,11 +99,11 @@ def test_the_command_makes_the_table(store: Path, capsys: pytest.CaptureFixture[
     assert main([]) == 1
     err = capsys.readouterr().err.splitlines()
     assert err[0] == "`tau` must be a number above 0, got -1.0."
-    assert err[1] == "no quick run is stored; `make sweep PROFILE=quick` trains them"
+    assert err[1] == "no quick run is stored; run `make sweep PROFILE=quick`"
 
 
-def test_the_page_shows_a_selection(trained: Path) -> None:
-    """Controls that start at the selection, a picture, and the levels; also of runs that did not complete."""
+def test_page_shows_selection(trained: Path) -> None:
+    """The page has controls that start at the selection, a picture, and the levels."""
     chosen = {"task": "inpainting", "tau": 0.5, "noise": None, "sigma": None, "gamma": None}
     folder = notebooks.run("explore", "smoke", chosen, trained)
     book = nbformat.read(folder / "explore.ipynb", as_version=4)

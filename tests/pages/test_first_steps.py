@@ -1,4 +1,4 @@
-"""The pages of the mathematics alone: short, free of machinery, and each of their checks holds."""
+"""Notebooks of the mathematics alone: short, without infrastructure, and with checks that hold."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MATHEMATICS = (
 
 
 @pytest.mark.parametrize(("name", "checks", "lines"), [("first_steps", 6, 60), ("your_own", 7, 120)])
-def test_a_page_of_the_mathematics_is_short_and_its_checks_hold(name: str, checks: int, lines: int) -> None:
-    """It imports nothing that stores or draws for it, and its compared outputs are facts that are true."""
+def test_mathematics_notebook_is_short_and_passes_checks(name: str, checks: int, lines: int) -> None:
+    """It imports the mathematics, torch and matplotlib alone, and its compared outputs hold."""
     cells = nbformat.read(notebook_path(name), as_version=4).cells
     code = [cell for cell in cells if cell.cell_type == "code"]
     imported = {

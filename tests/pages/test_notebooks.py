@@ -1,4 +1,4 @@
-"""The notebooks: what they are called with, what they write, and failures that change nothing."""
+"""The notebooks: parameters, written files, and failures without side effects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lib.pages import notebooks
 FIGURES = [name for name in notebooks.PAGES if name.startswith("fig")]
 
 SMOKED = ["fig01", "fig02", "fig05", "fig06", "fig07", "fig08", "fig09", "fig13", "fig17"]
-"""Figures that are made here; the others differ from them in values alone."""
+"""Figures that are executed here; the others differ from them in values alone."""
 
 
 def cells(name: str) -> list[Any]:
@@ -29,7 +29,7 @@ def cells(name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_figure_reads_as_a_page(name: str) -> None:
+def test_figure_notebook_has_all_parts(name: str) -> None:
     """A title, one cell of parameters, their table, a picture, no error, and a reading at the end."""
     page = cells(name)
     assert page[0].source.startswith(f"# Figure {int(name[3:])}")
@@ -41,15 +41,13 @@ def test_a_figure_reads_as_a_page(name: str) -> None:
     assert all(output.output_type != "error" for output in outputs)
 
 
-def test_the_pages_are_the_notebooks() -> None:
+def test_pages_match_notebooks() -> None:
     files = sorted(path.stem for path in notebooks.NOTEBOOKS.glob("*.ipynb"))
     assert sorted(page.file for page in notebooks.PAGES.values()) == files
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_the_parameters_of_each_page_are_valid_and_explained(
-    profile: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_parameters_are_valid_and_described(profile: str, capsys: pytest.CaptureFixture[str]) -> None:
     for name in notebooks.PAGES:
         notebooks.require(name, profile, {})
         known = notebooks.cell_parameters(name)
@@ -60,7 +58,7 @@ def test_the_parameters_of_each_page_are_valid_and_explained(
 
 
 @pytest.mark.parametrize("name", SMOKED)
-def test_a_figure_makes_its_files(name: str, tmp_path: Path) -> None:
+def test_figure_writes_its_files(name: str, tmp_path: Path) -> None:
     """The smoke profile writes picture, PDF, numbers, executed notebook and provenance."""
     ours = {"our_seeds": 1} if "our_seeds" in notebooks.cell_parameters(name) else {}
     folder = notebooks.run(name, "smoke", {"seed": 1} | ours, tmp_path)
@@ -78,13 +76,13 @@ def test_a_figure_makes_its_files(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bsd68", "free_c", "hypergradients", "scaling", "tomography", "weight"])
-def test_a_page_beside_the_figures_makes_its_files(name: str, tmp_path: Path) -> None:
+def test_notebook_writes_its_files(name: str, tmp_path: Path) -> None:
     folder = notebooks.run(name, "smoke", {}, tmp_path)
     assert {path.suffix for path in folder.iterdir()} >= {".ipynb", ".png", ".csv"}
 
 
-def test_kernels_are_trained_and_tested_on_folders(tmp_path: Path) -> None:
-    """The page of Set68 with images and pieces of one's own."""
+def test_bsd68_accepts_own_folders(tmp_path: Path) -> None:
+    """Train on the pieces and test on the images of two folders."""
     for name, count, side in (("train", 36, 20), ("test", 2, 24)):
         (tmp_path / name).mkdir()
         for i in range(count):
@@ -98,7 +96,7 @@ def test_kernels_are_trained_and_tested_on_folders(tmp_path: Path) -> None:
     assert np.shape(kernels["C"]) == (2, 3, 3)
 
 
-def test_a_list_makes_an_axis_of_the_grid(tmp_path: Path) -> None:
+def test_list_is_an_axis_of_grid(tmp_path: Path) -> None:
     chosen = {"task": "denoising", "noise": [0.1, 0.5], "tau": 0.5}
     folder = notebooks.run("fig05", "smoke", chosen, tmp_path)
     assert pd.read_csv(folder / "fig05.csv")["noise"].tolist() == [0.1] * 3 + [0.5] * 3
@@ -106,8 +104,8 @@ def test_a_list_makes_an_axis_of_the_grid(tmp_path: Path) -> None:
     assert (len(runs), set(runs["task"]), set(runs["tau"])) == (6, {"denoising"}, {0.5})
 
 
-def test_each_seed_of_a_table_is_in_its_provenance(tmp_path: Path) -> None:
-    """Only then its run is committed with its figure."""
+def test_provenance_lists_every_seed(tmp_path: Path) -> None:
+    """A run is committed only if the provenance of its figure lists it."""
     folder = notebooks.run("fig02", "smoke", {"seed": 4, "seeds": 2}, tmp_path)
     provenance = json.loads((folder / "provenance.json").read_text())
     runs = [*provenance["runs"].values(), *provenance.get("histories", {}).values()]
@@ -116,8 +114,8 @@ def test_each_seed_of_a_table_is_in_its_provenance(tmp_path: Path) -> None:
     )
 
 
-def test_a_photograph_is_reconstructed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From a path that looks like anything but one, into a picture of its size."""
+def test_photograph_is_reconstructed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The path has special characters, and the picture the size of the photograph."""
     photograph = tmp_path / "a: 'b' #2.png"
     Image.new("RGB", (30, 40), (90, 120, 60)).save(photograph)
     asked = ["-p", "image", str(photograph), "-p", "noise", "None", "-p", "results", str(tmp_path / "007")]
@@ -129,8 +127,8 @@ def test_a_photograph_is_reconstructed(tmp_path: Path, capsys: pytest.CaptureFix
         assert (picture.mode, picture.size) == ("L", (30, 40))
 
 
-def test_a_failure_leaves_the_old_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A notebook that fails changes nothing in its folder; the failed copy stays until it succeeds."""
+def test_failure_keeps_old_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed notebook changes nothing in its folder; its copy stays until the notebook succeeds."""
     page = nbformat.read(notebooks.notebook_path("fig02"), as_version=4)
     parameters = next(cell for cell in page.cells if "parameters" in cell.metadata.get("tags", []))
     page.metadata["kernelspec"]["name"] = "conda-env-imaging"
@@ -152,7 +150,7 @@ def test_a_failure_leaves_the_old_result(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "said"),
+    ("name", "arguments", "message"),
     [
         ("fig99", [], "`notebook` must be one of "),
         ("fig02", ["digits", "x"], "`digits` must be an integer, got 'x'."),
@@ -165,22 +163,22 @@ def test_a_failure_leaves_the_old_result(tmp_path: Path, monkeypatch: pytest.Mon
         ("reconstruct", ["clean", "maybe"], "`clean` must be True or False, got 'maybe'."),
     ],
 )
-def test_the_command_refuses_before_a_kernel_starts(
+def test_invalid_arguments_are_rejected_before_execution(
     name: str,
     arguments: list[str],
-    said: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(notebooks, "run", None)
-    given = ["-p", *arguments] if arguments else []
-    assert notebooks.main(["run", name, "--profile", "smoke", *given]) == 2
+    options = ["-p", *arguments] if arguments else []
+    assert notebooks.main(["run", name, "--profile", "smoke", *options]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"{name}: {said}")
+    assert error.startswith(f"{name}: {message}")
     assert error.count("\n") == 1
 
 
-def test_a_notebook_with_conflicts_is_named(
+def test_invalid_notebook_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
@@ -191,23 +189,23 @@ def test_a_notebook_with_conflicts_is_named(
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "said"),
+    ("name", "chosen", "message"),
     [
         ("fig08", {"dataset": "nowhere"}, "`dataset` must be .*, got 'nowhere'"),
         ("fig08", {"image": 9}, "`image` must be a number from 0 to 1, got 9."),
         ("reconstruct", {"run": "0" * 20}, "`run` must be the key of a run in .*, got '0+'"),
     ],
 )
-def test_the_first_cell_refuses_before_a_training(
-    name: str, given: dict[str, Any], said: str, tmp_path: Path
+def test_invalid_parameters_are_rejected_before_training(
+    name: str, chosen: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=said) as refusal:
-        notebooks.run(name, "smoke", given, tmp_path)
+    with pytest.raises(ConfigError, match=message) as refusal:
+        notebooks.run(name, "smoke", chosen, tmp_path)
     assert "\n" not in str(refusal.value)
     assert not list(tmp_path.glob("runs/*"))
 
 
-def test_an_interrupt_stops_what_has_not_started(
+def test_interrupt_cancels_remaining_notebooks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started = []
@@ -222,7 +220,7 @@ def test_an_interrupt_stops_what_has_not_started(
     assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
 
 
-def test_a_figure_that_fails_stops_no_other(
+def test_failed_figure_does_not_stop_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(name: str, *arguments: object) -> Path:
@@ -231,8 +229,8 @@ def test_a_figure_that_fails_stops_no_other(
         return Path(name)
 
     monkeypatch.setattr(notebooks, "run", run)
-    given = ["--profile", "overnight", "-p", "train", "False"]
-    assert notebooks.main(["run", "fig02", "fig03", "fig04", *given]) == 2
+    options = ["--profile", "overnight", "-p", "train", "False"]
+    assert notebooks.main(["run", "fig02", "fig03", "fig04", *options]) == 2
     out, error = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()] == ["fig02", "fig04"]
     assert error == "fig03: `train` must be True.\n"

