@@ -1,4 +1,4 @@
-# `make` prints the targets; `make figures` and `make test` set up whatever is missing first.
+# `make` prints the targets. All others first install the environment if it is missing.
 
 PROFILE ?= quick
 CLUSTER ?= none
@@ -65,8 +65,8 @@ report: $(INSTALLED) ## the report page of existing figures: results/$(PROFILE)/
 first_steps: $(INSTALLED) ## the mathematics alone, from an operator to a training, in 60 lines and some seconds
 your_own: $(INSTALLED) ## your own potential, operator, physics and prior of DeepInverse, each trained and checked
 theory: $(INSTALLED) ## bilevel learning as a deep equilibrium model with tied weights, in numbers
-free_c: $(INSTALLED) ## when a free C pays: the effect of the start, and DEQs with guarantees
-weight: $(INSTALLED) ## why a learned weight improves the learned models over total variation
+free_c: $(INSTALLED) ## gain of a free C, effect of its start, and DEQs with guarantees
+weight: $(INSTALLED) ## effect of a learned weight on the learned models and total variation
 hypergradients: $(INSTALLED) ## comparison of hypergradients: solved, Neumann series, Jacobian-free
 reconstruct: $(INSTALLED) ## reconstruct your own photograph with the committed kernels: ARGS="-p image photo.jpg"
 evaluate: $(INSTALLED) ## evaluate trained kernels on a folder of images: ARGS="-p dataset path/to/BSD68 -p sigma 25"
@@ -103,7 +103,7 @@ status=0; summary=; trap 'exit 130' INT; \
   part types $(BIN)/mypy
 endef
 
-check: $(INSTALLED) ## lint, types, tests and examples of the mathematics: after an edit of lib/*.py
+check: $(INSTALLED) ## lint, types, tests and examples of the mathematics (after an edit of lib/*.py)
 	@$(LINT); \
 	  part mathematics $(PYTEST) -n $(JOBS) --dist worksteal tests/mathematics lib/*.py $(ARGS); \
 	  printf "\n$$summary"; exit $$status
@@ -117,7 +117,7 @@ test: $(INSTALLED) ## lint, types, tests (ARGS: pytest's options), and some note
 validate: $(INSTALLED) ## all notebooks against their stored output, and their numbers against the reference
 	$(PYTEST) --nbval nbs tests/reference.py $(ARGS)
 
-bench: $(INSTALLED) ## times, errors and reproducible digits, also of other implementations: results/bench/
+bench: $(INSTALLED) ## benchmarks of times, errors and reproducibility, with other implementations: results/bench/
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_training.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_adjoints.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_stacks.py
@@ -127,7 +127,7 @@ bench: $(INSTALLED) ## times, errors and reproducible digits, also of other impl
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_pylopt.py
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_published.py
 
-gpu: $(INSTALLED) ## compare and time a GPU (ARGS="--sweep 10": and train runs for another machine)
+gpu: $(INSTALLED) ## compare a GPU with the CPU (ARGS="--sweep 10" also trains runs for another machine)
 	@set -f; $(BIN)/python tests/bench/bench_gpu.py $(ARGS)
 
 lab: $(INSTALLED) ## JupyterLab on the notebooks (ARGS: its options)
@@ -148,22 +148,22 @@ keep: $(INSTALLED) ## copy the figures of PROFILE=overnight and their runs to th
 lock: ## resolve environment.yml into requirements.lock for all versions of Python (PYTHONS: their paths)
 	@$(firstword $(PYTHONS)) .ci/lock.py $(PYTHONS)
 
-clean: ## remove the environment and generated figures, but no trained run
+clean: ## remove the environment and generated figures; keep trained runs
 	rm -rf $(VENV) results/smoke results/quick results/overnight results/paper $(addprefix results/,$(PAGES))
 
 delete-runs: ## remove all trained runs
 	rm -rf results/runs results/jobs
 
 # The environment records its folder and packages; if these or the requested Python differ, it is rebuilt.
-GIVEN := $(findstring command,$(origin PYTHON))
+REQUESTED := $(findstring command,$(origin PYTHON))
 ifneq ($(shell \
   test "$$(pwd -P; cat requirements.lock)" = "$$(cat $(INSTALLED) 2>&1)" && test -x $(BIN)/python || echo other; \
-  $(if $(GIVEN),test "$$("$(PYTHON)" -V 2>&1)" = "$$($(BIN)/python -V 2>&1)" || echo other)),)
+  $(if $(REQUESTED),test "$$("$(PYTHON)" -V 2>&1)" = "$$($(BIN)/python -V 2>&1)" || echo other)),)
 .PHONY: $(INSTALLED)
 endif
 
 $(INSTALLED):
-	@for python in "$(PYTHON)" $(if $(GIVEN),,$(PYTHONS) python3 python); do \
+	@for python in "$(PYTHON)" $(if $(REQUESTED),,$(PYTHONS) python3 python); do \
 	    base=$$("$$python" -c "$(BASE)" 2>/dev/null) && break; base=; done; \
 	  test -n "$$base" || { echo "$(or $(PYTHON),the PATH) has no Python 3.11, 3.12 or 3.13 that runs:" \
 	    "install Python 3.11, 3.12 or 3.13, or name it: make PYTHON=/path/to/python3.13"; exit 1; }; \

@@ -22,7 +22,7 @@ def main(folder: str) -> None:
         import venv
     except ImportError:
         package = f"python3.{sys.version_info.minor}-venv"
-        sys.exit(f"{sys.executable} cannot make virtual environments: install its venv module ({package})")
+        sys.exit(f"{sys.executable} has no module venv; install {package}")
     place = Path(folder).resolve()
     made, contents = place / "installed", f"{ROOT}\n{LOCK.read_text()}"
     with (ROOT / f"{folder}.lock").open("w") as lock:
@@ -41,7 +41,7 @@ def main(folder: str) -> None:
         if subprocess.run(command, env=sources(python)).returncode:
             sys.exit("the packages could not be installed: check the network and run make again")
         (packages,) = place.glob("lib/python3.*/site-packages")
-        # Relative, so that even a copy of the whole folder imports its own code.
+        # With a relative path, a copy of the whole folder imports its own code.
         linked = Path(folder).is_symlink()
         (packages / "repository.pth").write_text(str(ROOT) if linked else os.path.relpath(ROOT, packages))
         made.write_text(contents)

@@ -46,7 +46,7 @@ Row = Sequence[object]
 
 
 def table(columns: Sequence[str], rows: Iterable[Row]) -> str:
-    """Return a table in Markdown, whose numbers have typographic minus signs, and zero none."""
+    """Return a table in Markdown with typographic minus signs and no sign for zero."""
     lines = [columns, ["---"] * len(columns), *rows]
     text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     return re.sub(r"(?<![\w.-])-(?=\d)", "−", re.sub(r"[+-](?=0(\.0+)?\b(?!\.))", "", text))
@@ -59,7 +59,7 @@ def origin(folder: Path) -> dict[str, Any]:
 
 
 def budget(folder: Path) -> str:
-    """Return the training images, their size and the epochs behind a folder of evidence."""
+    """Return the training images, their size and the epochs of a folder of evidence."""
     record = origin(folder)
     if "axes" in record:
         first, count = record["shared"], f"{sum(record['statuses'].values()):,} configurations, "
@@ -92,7 +92,7 @@ def difference(values: Sequence[float]) -> str:
 
 
 def of_seeds(seeds: pd.DataFrame, arm: str = "deq") -> tuple[str, str]:
-    """Return the difference of an arm to bilevel learning in a `seeds.csv`, and its seeds."""
+    """Return the difference between an arm and bilevel learning in a `seeds.csv`, and its seeds."""
     columns = [name for name in ("bilevel", arm, "reason") if name in seeds]
     psnr = seeds[["bilevel", arm]].apply(pd.to_numeric, errors="coerce")
     lost = psnr.isna().any(axis="columns")
@@ -107,7 +107,7 @@ def of_seeds(seeds: pd.DataFrame, arm: str = "deq") -> tuple[str, str]:
 
 
 def result_rows() -> list[Row]:
-    """Return how far the DEQ is ahead of bilevel learning in each setting."""
+    """Return the lead of the DEQ over bilevel learning in each setting."""
     rows: list[Row] = []
     seeds = {task: pd.read_csv(OVERNIGHT / name / "seeds.csv") for task, name in DIGITS.items()}
     for task, own in seeds.items():
@@ -149,13 +149,13 @@ def results() -> str:
 
 
 def headline() -> str:
-    """Return the main table in short: without the two kernels of 11x11, and what was trained."""
+    """Return the main table without the kernels of 11x11 and without budgets."""
     rows = [row[:4] for row in result_rows() if "11x11" not in row[1]]
     return table(COLUMNS[:4], [(*row[:3], str(row[3]).partition(";")[0]) for row in rows])
 
 
 def bsd68() -> str:
-    """Return the mean PSNR on Set68 of ours and of published methods."""
+    """Return the mean PSNR of our models and of published methods on Set68."""
     means = pd.read_csv(REFERENCE / "bsd68" / "means.csv", index_col=0)
     chosen = means[~means.index.str.contains("noisy")].sort_values("25")
     rows = [
@@ -175,7 +175,7 @@ def verdict(cases: Sequence[bool]) -> str:
 
 
 def printed(name: str, pattern: str) -> list[Any]:
-    """Return what a pattern finds in the outputs of a committed notebook."""
+    """Return all matches of a pattern in the outputs of a committed notebook."""
     cells = nbformat.read(notebook_path(name), as_version=4).cells
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
     texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
@@ -183,7 +183,7 @@ def printed(name: str, pattern: str) -> list[Any]:
 
 
 def claims() -> str:
-    """Return the statements of the paper with what was found for each."""
+    """Return the statements of the paper with their outcomes."""
     rows: list[Row] = []
     distance = float(printed("theory", r"A and C summed +([\d.e+-]+)$")[0])
     number = f"relative distance of the hypergradients {distance:.0e}"
@@ -244,7 +244,7 @@ def claims() -> str:
     best = pd.read_csv(OVERNIGHT / "fig05" / "fig05.csv").rename(columns={"model": "arm"})
     losses = best.pivot_table(index=["task", "noise"], columns="arm", values="test_loss")
     number = (
-        f"all {len(losses)} panels; the best DEQ ends lower in {(losses['deq'] < losses['bilevel']).sum()}"
+        f"all {len(losses)} panels; the best DEQ has the lower loss in {(losses['deq'] < losses['bilevel']).sum()}"
     )
     text = "Figure 5: test loss of the best configurations after each epoch, for each noise and task"
     rows.append((text, "fig05", HOLDS if whole else IN_PART, number, grid_budget))
@@ -257,7 +257,7 @@ def claims() -> str:
     number = "median epochs, bilevel / DEQ: " + ", ".join(
         f"{task} {within.loc[task, 'bilevel']:g} / {within.loc[task, 'deq']:g}" for task in TASKS
     )
-    text = "Figure 6: how many epochs runs finish in the same time"
+    text = "Figure 6: epochs that runs finish in the same time"
     rows.append((text, "fig06", HOLDS if whole else IN_PART, number, grid_budget))
 
     inside = pd.read_csv(OVERNIGHT / "fig07" / "fig07.csv", index_col="image")["psnr inside"]
@@ -297,7 +297,7 @@ def claims() -> str:
         + ", ".join(f"{name} {gain:+.1f}" for name, gain in gains.items())
         + " dB"
     )
-    text = "Figure 13: kernels trained on deblurring beside those learned on denoising"
+    text = "Figure 13: kernels trained on deblurring compared with those learned on denoising"
     cases = [gain > 0 for gain in gains.values()]
     rows.insert(-1, (text, "fig13", verdict(cases), number, f"{budget(OVERNIGHT / 'fig13')}, the paper's"))
     text = "Figures 1 to 6 after 100 epochs on 60,000 digits, over the whole grid"
@@ -314,7 +314,7 @@ def claims() -> str:
 
 
 def questions() -> str:
-    """Return the questions of ours with their answers in the profiles."""
+    """Return our questions with their answers in the profiles."""
     parts = []
     for name in PAGES:
         folders = {profile: RESULTS / where / name for profile, where in COMMITTED.items()}
@@ -333,7 +333,7 @@ def questions() -> str:
 
 
 def sizes() -> str:
-    """Return what each profile trains."""
+    """Return the images, epochs and seeds of each profile."""
 
     def digits(profile: str, task: str) -> str:
         c, seeds = profile_config(profile, task), profile_seeds(profile)
@@ -356,7 +356,7 @@ def sizes() -> str:
 
 
 def hours() -> str:
-    """Return the hours of training behind the committed evidence."""
+    """Return the hours of training for the committed evidence."""
     records = [json.loads(path.read_bytes()) for path in OVERNIGHT.glob("runs/*.json")]
     records += [json.loads(zipfile.ZipFile(path).read("run.json")) for path in OVERNIGHT.glob("runs/*.zip")]
     seconds = sum(record["run"]["provenance"]["seconds"] for record in records)
@@ -372,9 +372,9 @@ def hours() -> str:
             )
         )
     others = ("fig02", "fig03", "fig04", "fig07", "fig08", "fig13", "free_c", "weight", "hypergradients")
-    found = [origin(REFERENCE / name) for name in others]
-    total = sum(record["training_seconds"] for record in found)
-    keys = {key for record in found for key in record["runs"]}
+    origins = [origin(REFERENCE / name) for name in others]
+    total = sum(record["training_seconds"] for record in origins)
+    keys = {key for record in origins for key in record["runs"]}
     rows.append(
         (
             "quick, figures 2 to 4, 7, 8 and 13, free_c, weight and hypergradients",
@@ -387,7 +387,7 @@ def hours() -> str:
 
 def versions() -> str:
     """Return the versions of the method."""
-    return table(["version", "what changed in results"], METHODS.items())
+    return table(["version", "change of results"], METHODS.items())
 
 
 PARTS = {
@@ -396,7 +396,7 @@ PARTS = {
 
 
 def updated(text: str) -> str:
-    """Return a page with its generated parts as they are today."""
+    """Return a page with its generated parts updated."""
     for name, part in PARTS.items():
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
         if mark:

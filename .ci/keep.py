@@ -1,7 +1,7 @@
 """Copy figures to the committed results: `python .ci/keep.py --profile overnight fig02 fig03`.
 
-For `overnight` with the runs behind all committed figures; those that no figure needs any more are removed.
-The tables of results/reference/README.md are written again.
+For `overnight` the runs of all committed figures are copied too, and runs that no figure needs are removed.
+Then the generated tables of the pages are updated.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lib.experiments.store import RESULTS, write_atomic
 
 
 def keep(name: str, profile: str, results: Path = RESULTS) -> Path:
-    """Copy what a notebook made to the committed results, and return its folder there.
+    """Copy the results of a notebook to the committed results, and return their folder.
 
     Args:
-        name: of the notebook, such as `fig02`.
+        name: name of the notebook, such as `fig02`.
         profile: name of the profile; for `quick` the runs are not committed.
         results: folder of the results.
     """
@@ -37,11 +37,11 @@ def keep(name: str, profile: str, results: Path = RESULTS) -> Path:
     origins = [json.loads(path.read_bytes()) for path in committed.glob(f"*/{PROVENANCE}")]
     whole = {key for origin in origins for key in origin.get("runs", ())}
     alone = {key for origin in origins for key in origin.get("histories", ())} - whole
-    kept, needed = committed / "runs", {f"{key}.zip" for key in whole} | {f"{key}.json" for key in alone}
+    runs, needed = committed / "runs", {f"{key}.zip" for key in whole} | {f"{key}.json" for key in alone}
     for file in sorted(needed):
-        if not (kept / file).exists():
-            keep_run(kept / file, results)
-    for path in kept.glob("*"):
+        if not (runs / file).exists():
+            keep_run(runs / file, results)
+    for path in runs.glob("*"):
         if path.name not in needed:
             path.unlink()
     return committed / name
@@ -56,10 +56,7 @@ if __name__ == "__main__":
         if (RESULTS / options.profile / name).is_dir():
             print(keep(name, options.profile))
         else:
-            print(
-                f"{name} has not been made: make {name} PROFILE={options.profile} makes it", file=sys.stderr
-            )
-    # Beside this file: the tables of the pages that show the evidence.
+            print(f"{name} has no results; run `make {name} PROFILE={options.profile}`", file=sys.stderr)
     import evidence
 
     evidence.main()

@@ -1,7 +1,7 @@
-"""Resolves environment.yml for several versions of Python: `python3.11 .ci/lock.py python3.11 python3.13`.
+"""Resolve environment.yml for several versions of Python: `python3.11 .ci/lock.py python3.11 python3.13`.
 
-What all versions share stands in requirements.lock as it is, the rest with the versions that it is for. The
-packages that a build of torch for GPUs brings along are left out: torch pins them.
+Packages of all versions stand in requirements.lock without a marker, others with the versions of Python that
+need them. Packages for GPUs are left out, because torch pins them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def resolve(python: str, pins: list[str], wanted: set[str]) -> tuple[str, set[str]]:
-    """The version of a Python, and what pip would install into a new environment of it.
+    """Return the version of a Python, and the packages that pip would install in a new environment.
 
     Args:
-        python: its program.
-        pins: the direct dependencies.
-        wanted: what to take of the others where there is a choice.
+        python: path of the interpreter.
+        pins: direct dependencies.
+        wanted: versions of the other packages that are preferred.
     """
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([python, "-m", "venv", folder], check=True)
@@ -31,8 +31,8 @@ def resolve(python: str, pins: list[str], wanted: set[str]) -> tuple[str, set[st
         pip = [str(Path(folder, "bin", "python")), "-m", "pip", "install", "--disable-pip-version-check"]
         ask = ["--quiet", "--dry-run", "--ignore-installed", "--report", "-", "-c", str(constraints)]
         report = json.loads(subprocess.run([*pip, *ask, *pins], check=True, stdout=subprocess.PIPE).stdout)
-    found = (each["metadata"] for each in report["install"])
-    lines = {f"{each['name']}=={each['version'].partition('+')[0]}" for each in found}
+    packages = (each["metadata"] for each in report["install"])
+    lines = {f"{each['name']}=={each['version'].partition('+')[0]}" for each in packages}
     version: str = report["environment"]["python_version"]
     return version, {line for line in lines if not re.match("nvidia|cuda|triton", line)}
 

@@ -1,7 +1,7 @@
-"""Rename the runs that were stored before keys held the version of the method: `python .ci/migrate.py`.
+"""Rename runs that were stored before keys contained the version of the method: `python .ci/migrate.py`.
 
-Their keys held a digest of the code. Runs of the code with the digests below have the results of method 1 and
-get its keys; runs of other code stay as they are.
+Old keys contain a digest of the code. Runs of the code with the digests below have the results of method 1 and
+get its keys; runs of other code are not changed.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def migrated(content: bytes, name: str = "run") -> tuple[str, bytes]:
     """Return the new key and content of a run's record.
 
     Raises:
-        ValueError: the run is of other code.
+        ValueError: the run has another digest.
     """
     record: dict[str, Any] = json.loads(content)[name]
     kind = RunConfig if record["config"]["dataset"] == "mnist" else FacesConfig
     key, provenance = run_key(kind(**record["config"])), record["provenance"]
     if provenance.get("code") not in CODES:
-        raise ValueError(f"it is of other code, {provenance.get('code')}")
+        raise ValueError(f"its code has another digest, {provenance.get('code')}")
     record["provenance"] = {
         "method" if k == "code" else k: 1 if k == "code" else v for k, v in provenance.items()
     }
@@ -48,11 +48,11 @@ def main() -> None:
         try:
             key, content = migrated(path.read_bytes())
         except ValueError as error:
-            print(f"{path.parent} stays as it is: {error}")
+            print(f"{path.parent} is not renamed: {error}")
             continue
         write_atomic(path, content)
         path.parent.rename(store / key)
-        print(f"{path.parent.name} is {key}")
+        print(f"{path.parent.name} is renamed to {key}")
 
 
 if __name__ == "__main__":
