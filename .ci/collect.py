@@ -1,6 +1,6 @@
 """Write the explorer's table: a trained sweep with some reconstructions, for use without runs and data.
 
-`python .ci/collect.py --profile quick` makes the table from the stored runs, and `nbs/explore.ipynb` shows it.
+`python .ci/collect.py --profile quick` makes the table from the stored runs; `nbs/explore.ipynb` shows it.
 """
 
 from __future__ import annotations

@@ -243,9 +243,8 @@ def claims() -> str:
         rows.append((text, name, verdict(cases), number, f"{budget(OVERNIGHT / name)}, {len(seeds)} seeds"))
     best = pd.read_csv(OVERNIGHT / "fig05" / "fig05.csv").rename(columns={"model": "arm"})
     losses = best.pivot_table(index=["task", "noise"], columns="arm", values="test_loss")
-    number = (
-        f"all {len(losses)} panels; the best DEQ has the lower loss in {(losses['deq'] < losses['bilevel']).sum()}"
-    )
+    ahead = (losses["deq"] < losses["bilevel"]).sum()
+    number = f"all {len(losses)} panels; the best DEQ has the lower loss in {ahead}"
     text = "Figure 5: test loss of the best configurations after each epoch, for each noise and task"
     rows.append((text, "fig05", HOLDS if whole else IN_PART, number, grid_budget))
     steps = (

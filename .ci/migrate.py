@@ -1,7 +1,7 @@
 """Rename runs that were stored before keys contained the version of the method: `python .ci/migrate.py`.
 
-Old keys contain a digest of the code. Runs of the code with the digests below have the results of method 1 and
-get its keys; runs of other code are not changed.
+Old keys contain a digest of the code. Runs of the code with the digests below have the results of method 1
+and get its keys; runs of other code are not changed.
 """
 
 from __future__ import annotations
