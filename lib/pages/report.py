@@ -31,7 +31,7 @@ from lib.experiments.store import RESULTS, DamagedFile, write_atomic
 from lib.pages.notebooks import PAGES, notebook_path
 from lib.training import COMPLETED
 
-READING = "## What one sees"
+FINDINGS = "## Results"
 """Heading of a notebook's cell that describes its figure."""
 
 QUESTIONS = "questions.json"
@@ -114,15 +114,15 @@ def _figure(name: str, results: Path, problems: list[str]) -> dict[str, Any]:
     notebook = nbformat.read(notebook_path(name), as_version=4)
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     title, _, text = cells[0].partition("\n")
-    reading = next((cell.removeprefix(READING) for cell in cells if cell.startswith(READING)), "")
+    findings = next((cell.removeprefix(FINDINGS) for cell in cells if cell.startswith(FINDINGS)), "")
     folder, executed = results / name, results / name / f"{name}.ipynb"
     figure: dict[str, Any] = {"name": name, "title": title.lstrip("# "), "made": folder.is_dir()}
     figure["alt"] = next((cell.metadata["alt"] for cell in notebook.cells if "alt" in cell.metadata), title)
-    figure |= {"caption": markdown(text.strip().partition("\n\n")[0]), "reading": markdown(reading.strip())}
+    figure |= {"caption": markdown(text.strip().partition("\n\n")[0]), "findings": markdown(findings.strip())}
     if (results / f"{name}.failed.ipynb").exists():
-        problems.append(f"the last run of {name} failed: {results.name}/{name}.failed.ipynb has the error")
+        problems.append(f"the last execution of {name} failed; see {results.name}/{name}.failed.ipynb")
     if not figure["made"]:
-        problems.append(f"{name} has not been made: make {name} PROFILE={results.name} makes it")
+        problems.append(f"{name} is missing; run make {name} PROFILE={results.name}")
         return figure
     origin, contents = _contents(folder, problems)
     # A sweep has counts, other figures have their runs.

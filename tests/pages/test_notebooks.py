@@ -30,12 +30,12 @@ def cells(name: str) -> list[Any]:
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_figure_notebook_has_all_parts(name: str) -> None:
-    """A title, one cell of parameters, their table, a picture, no error, and a reading at the end."""
+    """A title, one cell of parameters, their table, a picture, results, and no error."""
     page = cells(name)
     assert page[0].source.startswith(f"# Figure {int(name[3:])}")
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in page) == 1
     assert any("_table(" in cell.source for cell in page if cell.cell_type == "code")
-    assert any(cell.source.startswith("## What one sees") for cell in page)
+    assert any(cell.source.startswith("## Results") for cell in page)
     outputs = [output for cell in page if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert all(output.output_type != "error" for output in outputs)

@@ -46,10 +46,10 @@ MNIST
 
 
 def notebook(name: str, text: str) -> nbformat.NotebookNode:
-    """An executed notebook of a figure with a caption, a reading, a picture and printed text."""
+    """An executed notebook of a figure with a caption, results, a picture and printed text."""
     picture = nbformat.v4.new_output("display_data", data={"image/png": PNG})
     outputs = [picture, nbformat.v4.new_output("stream", text=text)]
-    words = [f"# Figure {int(name[3:])}: {text}\n\n{text} $A^\\top < b$", f"## What one sees\n\n{text}"]
+    words = [f"# Figure {int(name[3:])}: {text}\n\n{text} $A^\\top < b$", f"## Results\n\n{text}"]
     alt = {"alt": f"a picture of {text}"}
     drawn = nbformat.v4.new_code_cell("x = 1", outputs=outputs, metadata=alt)
     cells = [*map(nbformat.v4.new_markdown_cell, words), drawn]
@@ -141,8 +141,8 @@ def test_missing_and_damaged_files_are_reported(results: Path) -> None:
         f"quick/fig01 is damaged: [Errno 2] No such file or directory: '{missing}'.",
         f"quick/fig02 is damaged: {changed}: it is not the file that its provenance describes.",
         "fig02: 1 runs with status 'diverged'.",
-        "the last run of fig03 failed: quick/fig03.failed.ipynb has the error.",
-        "fig03 has not been made: make fig03 PROFILE=quick makes it.",
+        "the last execution of fig03 failed; see quick/fig03.failed.ipynb.",
+        "fig03 is missing; run make fig03 PROFILE=quick.",
     ]
     assert not page.select("#fig01 img")
 
