@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from lib.regularizer import (
     SOFTSHRINK,
     ConvFieldsOfExperts,
     DenseFieldsOfExperts,
+    LearnedSpline,
+    WeaklyConvexExperts,
+    WeightedExperts,
     initial_weights,
     smoothed_sign,
 )
@@ -42,6 +46,9 @@ STACKED = ("noise", "tau", "gamma", "lam")
 
 PRECONDITIONED_STEPS = 4
 """Maximum number of steps of a preconditioned adjoint solve, which replaces the Neumann series."""
+
+SPLINE_STEP = 0.05
+"""Step size of kernels with a learned potential; their solves are preconditioned and hardly depend on it."""
 
 Config = RunConfig | FacesConfig
 
@@ -217,10 +224,23 @@ def trained_model(
     return _model(config, tensors, make_operator(config, shape))
 
 
+def spline_experts(kernels: Mapping[str, Any]) -> ConvFieldsOfExperts:
+    """Return experts with a learned potential: tensors or lists `A`, `knots`, `slopes`, and `C` or `p`."""
+    names = ("A", "knots", "slopes", "C" if "C" in kernels else "p")
+    A, knots, slopes, C = (torch.as_tensor(kernels[name]) for name in names)
+    potential = LearnedSpline(knots, slopes, concave=len(slopes) < len(knots))
+    if "C" in kernels:
+        return ConvFieldsOfExperts(A, C, potential)
+    weights = WeaklyConvexExperts(C.log(), 1.0, 1.0) if potential.concave else WeightedExperts(C.log())
+    return ConvFieldsOfExperts(A, weights, potential)
+
+
 def _model(
     config: Config, tensors: Weights, operator: Operator, direction: Tensor | None = None
 ) -> FixedPointModel:
     A, tau, lam, gamma = (tensors[name] for name in ("A", "tau", "lam", "gamma"))
+    if "knots" in tensors:
+        return FixedPointModel(operator, spline_experts(tensors), tau, lam, gamma)
     # The bilevel model is the special case C = A.
     C = tensors.get("C", A) if config.model == "deq" else None
     if isinstance(config, RunConfig):

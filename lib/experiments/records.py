@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lib.experiments.build import Config, Weights, trained_model
+from lib.experiments.build import SPLINE_STEP, Config, Weights, trained_model
 from lib.experiments.config import MODELS, ConfigError, FacesConfig, RunConfig, require_name, shown
 from lib.experiments.data import FACES_FILES, MNIST_FILES, notice, photograph_files
 from lib.experiments.method import METHOD_VERSION
@@ -35,9 +35,12 @@ DATA_DIGESTS = {"mnist": MNIST_FILES, "faces": FACES_FILES}
 REFERENCE, KERNELS = RESULTS / "reference", "kernels.json"
 """Folder of committed figures, and name of files of trained kernels in it."""
 
-COMMITTED_KERNELS = {"faces": ("fig*", 8)}
-"""Folders of committed kernels, and how many of them the pages take, by the images that they were trained on.
+COMMITTED_KERNELS = {"natural": ("bsd68/weakly-convex*.json", None), "faces": ("fig*/kernels*.json", 8)}
+"""Files of committed kernels, and how many kernels the pages take, None for all, by training images.
 The first entry is the pages' default."""
+
+NATURAL_NOISE = {"denoising": 2 * 25 / 255, "deblurring": 0.01}
+"""Tasks for which the pages take kernels of natural images, and their default noise."""
 
 COMMITTED = {"quick": "reference", "overnight": "reference/overnight"}
 """Folders of committed figures in the results, by profile."""
@@ -231,18 +234,41 @@ def load_kernels(path: Path) -> Run:
     return _run(record["provenance"]["run"], record | {"history": []}, weights)
 
 
+def load_potential(path: Path, task: str) -> Run:
+    """Return the training of kernels with a learned potential, from a file of `nbs/bsd68.ipynb`.
+
+    Its noise is that of the training, which was denoising with weight 1; `task` is what it is used for.
+    """
+    kernels = json.loads(path.read_bytes())
+    made = kernels["settings"]
+    values = {name: made[name] for name in ("filters", "filter_size", "epochs", "learning_rate", "seed")}
+    values |= {"model": "deq" if "C" in kernels else "bilevel", "noise": 2 * kernels["sigma"] / 255}
+    values |= {"task": task, "tau": SPLINE_STEP, "gamma": kernels["gamma"], "train_images": made["pieces"]}
+    config = FacesConfig(dataset="Berkeley", lam=1.0, precondition=True, regularization=1e-6, **values)
+    data, seconds = {"pieces": f"sha256:{made['pieces_sha256']}"}, kernels["validation"][-1]["seconds"]
+    provenance = {"data": data, "environment": kernels["environment"], "seconds": seconds, "method": 1}
+    record = kernels | {"config": config.model_dump(), "history": [], "provenance": provenance}
+    names = kernels.keys() & {"A", "C", "p", "knots", "slopes"}
+    return _run(file_digest(path)[7:27], record, {name: torch.tensor(kernels[name]) for name in names})
+
+
 def committed_kernels(
     task: str,
     model: str | None = None,
     filters: int | None = None,
     kernels: str | None = None,
+    noise: float | None = None,
     folder: Path = REFERENCE,
 ) -> list[Run]:
     """Return the committed runs of a task, one per model, DEQ last.
 
+    Of natural images they are those of the lowest trained level that is at least 0.8 times `noise`, or of the
+    highest: those of much less noise would need a weight with which the energy is far from convex.
+
     Args:
         model: model of the only run; None returns the runs of all models.
         filters, kernels: number of kernels, and a key of `COMMITTED_KERNELS`; None takes the default.
+        noise: noise of the data, for kernels of natural images; None takes `NATURAL_NOISE`.
 
     Raises:
         ConfigError: there is no such run.
@@ -250,18 +276,20 @@ def committed_kernels(
     kernels = kernels or next(iter(COMMITTED_KERNELS))
     require_name("kernels", kernels, COMMITTED_KERNELS)
     pattern, usual = COMMITTED_KERNELS[kernels]
-    runs = [load_kernels(path) for path in sorted(folder.glob(f"{pattern}/kernels*.json"))]
+    level = NATURAL_NOISE.get(task, 0.0) if noise is None else noise
+    files = sorted(folder.glob(pattern))
+    if kernels == "natural":
+        runs = [load_potential(path, name) for name in NATURAL_NOISE for path in files]
+        runs.sort(key=lambda run: (run.config.noise < 0.8 * level, abs(run.config.noise - 0.8 * level)))
+    else:
+        runs = [load_kernels(path) for path in files]
     known = {f"{run.config.task} {run.config.model} {len(run.weights['A'])}": run for run in reversed(runs)}
-    chosen = [f"{task} {name} {filters or usual}" for name in ([model] if model else MODELS)]
+    filters = filters or usual or len(runs[0].weights["A"])
+    chosen = [f"{task} {name} {filters}" for name in ([model] if model else MODELS)]
     if not known.keys() & set(chosen):
         got, accepted = " or ".join(chosen), ", ".join(reversed(known))
         raise ConfigError(f"`task`, `model`, `filters` must be one of {accepted}, got {got}.")
     return [known[name] for name in chosen if name in known]
-
-
-def trained_kernels(task: str, model: str, filters: int, folder: Path = REFERENCE) -> Run:
-    """Return the committed run of a task and a model with a number of kernels, trained on faces."""
-    return committed_kernels(task, model, filters, "faces", folder)[0]
 
 
 def keep_run(path: Path, results: Results = None) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lib.experiments.build import load_images, make_solver
 from lib.experiments.config import MODELS
-from lib.experiments.records import Run, trained_kernels
+from lib.experiments.records import Run, committed_kernels
 from lib.solvers import Solver
 from lib.training import generator, observe, one_thread
 
@@ -39,7 +39,7 @@ def measure(run: Run, truth: Tensor, f: Tensor, solver: Solver, preconditioned: 
 def main() -> None:
     rows = []
     for case in tqdm(list(product(("denoising", "deblurring"), MODELS, (2, 30))), desc="tolerances"):
-        run = trained_kernels(*case)
+        (run,) = committed_kernels(*case, "faces")
         truth = load_images(run.config)["train"][:IMAGES].double()
         n = torch.randn(truth.shape, generator=generator(0, "bench"), dtype=torch.float64)
         f = observe(run.model().operator, truth, torch.tensor(run.config.noise), n)

@@ -390,12 +390,14 @@ def test_initial_run_is_trained_first_and_loaded_by_key(
         records.stored_kernels(run.key, tmp_path, task="denoising")
     folder = tmp_path / "fig09"
     records.save_kernels(run, folder)
-    loaded = records.trained_kernels("deblurring", "bilevel", KERNELS.filters, tmp_path)
+    (loaded,) = records.committed_kernels("deblurring", "bilevel", 2, "faces", folder=tmp_path)
     assert (loaded.key, loaded.config) == (run.key, run.config)
     assert torch.equal(loaded.weights["A"], run.weights["A"])
     with pytest.raises(ConfigError, match=r"must be one of deblurring bilevel 2, got denoising deq 8\.$"):
-        records.trained_kernels("denoising", "deq", 8, tmp_path)
-    monkeypatch.setattr(records, "COMMITTED_KERNELS", {"own": ("own", 2)} | records.COMMITTED_KERNELS)
+        records.committed_kernels("denoising", "deq", 8, "faces", folder=tmp_path)
+    monkeypatch.setattr(
+        records, "COMMITTED_KERNELS", {"own": ("own/kernels*.json", 2)} | records.COMMITTED_KERNELS
+    )
     deq = replace(run, config=run.config.model_copy(update={"model": "deq", "initial": "random"}))
     for name, one in {"kernels_deq.json": deq, "kernels_bilevel.json": run}.items():
         records.save_kernels(one, tmp_path / "own", name)
@@ -406,6 +408,25 @@ def test_initial_run_is_trained_first_and_loaded_by_key(
     flip(folder / records.KERNELS)
     with pytest.raises(DamagedFile, match=f"^{folder / records.KERNELS}: "):
         records.load_kernels(folder / records.KERNELS)
+
+
+def test_kernels_of_natural_images_are_the_trained_numbers_of_a_level() -> None:
+    """The level is the lowest one that is not far below the noise, or the highest one."""
+    files = [json.loads(path.read_bytes()) for path in records.REFERENCE.glob("bsd68/weakly-convex*.json")]
+    for own in files:
+        model, noise = "deq" if "C" in own else "bilevel", 1.9 * own["sigma"] / 255
+        (run,) = records.committed_kernels("deblurring", model, kernels="natural", noise=noise)
+        assert run.config.noise == pytest.approx(2 * own["sigma"] / 255)
+        experts, A = run.model(shape=(16, 16)).regularizer, torch.tensor(own["A"])
+        knots, slopes = experts.activation.shape()
+        C = torch.tensor(own["C"]) if "C" in own else torch.tensor(own["p"])[:, None, None] * A
+        pairs = {"A": A, "C": C, "knots": torch.tensor(own["knots"])}
+        for name, value in (experts.weights() | {"knots": knots}).items():
+            torch.testing.assert_close(value, pairs[name], rtol=1e-4, atol=1e-7)
+        assert slopes.tolist() == pytest.approx([*own["slopes"], -1.0])
+    highest = max(own["sigma"] for own in files)
+    (run,) = records.committed_kernels("denoising", "bilevel", noise=2.0)
+    assert run.config.noise == pytest.approx(2 * highest / 255)
 
 
 def test_committed_runs_are_loaded_without_training(

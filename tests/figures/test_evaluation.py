@@ -18,7 +18,7 @@ from lib.experiments.build import solve, trained_model
 from lib.experiments.config import ConfigError
 from lib.experiments.data import DataError, faces, photograph
 from lib.experiments.profiles import faces_config
-from lib.experiments.records import trained_kernels
+from lib.experiments.records import committed_kernels
 from lib.experiments.runs import get_run
 from lib.pages import notebooks
 from lib.training import generator
@@ -46,8 +46,9 @@ def folder(tmp_path: Path) -> Path:
     ("chosen", "message"),
     [
         ({"noise": 0.1, "sigma": 25.0}, "`sigma` and `noise` exclude each other, got 25 and 0.1."),
-        ({"kernels": "flowers"}, "`kernels` must be one of faces"),
+        ({"kernels": "flowers"}, "`kernels` must be one of natural, faces, got 'flowers'."),
         ({"run": ["0.1"], "kernels": "faces"}, "`kernels` and `run` exclude each other, got 'faces'."),
+        ({"sigma": 30.0, "tune": False}, "`tune` must be True unless the noise is that of the training, "),
         ({"dataset": "small"}, "0.png must have at least 7x7 pixels, got 40x6."),
         ({"run": ["0.1", "0.3"]}, "All runs must have the same `noise`, got 0.1 and 0.3."),
         ({"run": ["0.1"], "task": "deblurring"}, "`task` must be denoising, as in run "),
@@ -67,10 +68,14 @@ def test_invalid_parameters_are_rejected(chosen: dict[str, Any], message: str, t
 
 def test_notebooks_measure_images_of_folder(folder: Path, tmp_path: Path) -> None:
     """The table has a row for each image; `evaluate` and `reconstruct` write their results."""
-    chosen = {"dataset": str(folder), "filters": 2, "sigma": 15.0, "largest": 100}
+    faces = {"kernels": "faces", "filters": 2}
+    chosen = faces | {"dataset": str(folder), "sigma": 15.0, "largest": 100}
     made = notebooks.run("evaluate", "smoke", chosen, tmp_path)
     start, _, _ = made.name.rpartition("-")
-    assert (made.parent, start) == (tmp_path / "smoke", "evaluate-faces-denoising-2-noise-0.1176-largest-100")
+    assert (made.parent, start) == (
+        tmp_path / "smoke",
+        "evaluate-faces-kernels-faces-denoising-2-noise-0.1176-largest-100",
+    )
     table = pd.read_csv(made / f"{made.name}.csv", index_col="image")
     assert table[["height", "width"]].T.to_dict("list") == {"a": [40, 30], "b": [32, 48], "c": [100, 82]}
     # Noise of 15 on the scale of 255.
@@ -84,7 +89,7 @@ def test_notebooks_measure_images_of_folder(folder: Path, tmp_path: Path) -> Non
     record = json.loads((made / "provenance.json").read_text())
     assert set(record["settings"]["images"]) == {"a.png", "b.jpg", "c.tif"}
     # One row is recomputed with another step, on which the fixed point does not depend.
-    run = trained_kernels("denoising", "deq", 2)
+    (run,) = committed_kernels("denoising", "deq", 2, "faces")
     config = run.config.model_copy(update={"tau": 1 / (1 / run.config.tau + lam), "tol": 1e-5})
     truth = photograph(folder / "b.jpg")
     n = torch.randn(truth.shape, generator=generator(0, "evaluation", "b"))
@@ -93,10 +98,10 @@ def test_notebooks_measure_images_of_folder(folder: Path, tmp_path: Path) -> Non
     pair = truth[0, 0].numpy(), u[0, 0].detach().numpy()
     assert table.loc["b", "psnr DEQ"] == pytest.approx(peak_signal_noise_ratio(*pair, data_range=2), abs=0.01)
     assert table.loc["b", "ssim DEQ"] == pytest.approx(structural_similarity(*pair, data_range=2), abs=0.001)
-    made = notebooks.run("reconstruct", "smoke", {"filters": 2, "image": str(folder / "c.tif")}, tmp_path)
+    made = notebooks.run("reconstruct", "smoke", faces | {"image": str(folder / "c.tif")}, tmp_path)
     assert made.parent.name.startswith("c-")
     with Image.open(made / "reconstruction.png") as image:
         assert image.size == (92, 112)
-    chosen = {"filters": 2, "image": str(folder / "c.tif"), "clean": False}
+    chosen = faces | {"image": str(folder / "c.tif"), "clean": False}
     other = notebooks.run("reconstruct", "smoke", chosen, tmp_path)
     assert (other.parent, other.name[:25]) == (made.parent, "denoising-deq-2-as-it-is-")
