@@ -244,6 +244,7 @@ def load_potential(path: Path, task: str) -> Run:
     values = {name: made[name] for name in ("filters", "filter_size", "epochs", "learning_rate", "seed")}
     values |= {"model": "deq" if "C" in kernels else "bilevel", "noise": 2 * kernels["sigma"] / 255}
     values |= {"task": task, "tau": SPLINE_STEP, "gamma": kernels["gamma"], "train_images": made["pieces"]}
+    values |= {"initial": "cosine", "schedule": "cosine", "final_learning_rate": made["learning_rate"] / 50}
     config = FacesConfig(dataset="Berkeley", lam=1.0, precondition=True, regularization=1e-6, **values)
     data, seconds = {"pieces": f"sha256:{made['pieces_sha256']}"}, kernels["validation"][-1]["seconds"]
     provenance = {"data": data, "environment": kernels["environment"], "seconds": seconds, "method": 1}
