@@ -37,13 +37,17 @@ class PhysicsOperator:
     """A linear physics of DeepInverse as an `Operator` of images `(..., C, H, W)`.
 
     `K^T` is `A_adjoint`, which some physics only approximate by default: fixed points and gradients are then
-    those of no energy (see `tomography`).
+    those of no energy.
 
     Args:
         physics: data must have three dimensions behind those of the batch.
 
     Raises:
         ValueError: the physics is not linear.
+
+    >>> blur = PhysicsOperator(deepinv.physics.Blur(torch.ones(1, 1, 3, 3) / 9, padding="circular"))
+    >>> blur.forward(torch.ones(2, 1, 8, 8)).shape
+    torch.Size([2, 1, 8, 8])
     """
 
     def __init__(self, physics: Any) -> None:
@@ -54,13 +58,13 @@ class PhysicsOperator:
         self.physics = physics
 
     def forward(self, u: Tensor) -> Tensor:
-        return _batched(self.physics.A(u.flatten(0, -4)), u)
+        return torch.unflatten(self.physics.A(u.flatten(0, -4)), 0, u.shape[:-3])
 
     def adjoint(self, v: Tensor) -> Tensor:
-        return _batched(self.physics.A_adjoint(v.flatten(0, -4)), v)
+        return torch.unflatten(self.physics.A_adjoint(v.flatten(0, -4)), 0, v.shape[:-3])
 
     def normal(self, u: Tensor) -> Tensor:
-        return _batched(self.physics.A_adjoint_A(u.flatten(0, -4)), u)
+        return torch.unflatten(self.physics.A_adjoint_A(u.flatten(0, -4)), 0, u.shape[:-3])
 
 
 class _NormalOperator(PhysicsOperator):
@@ -70,32 +74,17 @@ class _NormalOperator(PhysicsOperator):
         return v
 
 
-def _batched(images: Tensor, like: Tensor) -> Tensor:
-    """Return DeepInverse's images or data `(N, ...)` with the batch dimensions of `like`."""
-    return images.view(*like.shape[:-3], *images.shape[1:])
-
-
-def with_operator(model: FixedPointModel, operator: Any, norm: float = 1.0) -> FixedPointModel:
-    """Return a model with another `K` that shares the weights of `model`, and their gradients.
-
-    Args:
-        model: with kernels, or with dense weights for images of the same size.
-        operator: an `Operator`.
-        norm: upper bound of `||K||`. If it is above 1, the step size becomes
-            `1 / (1 / tau + lambda (norm^2 - 1))`, so that contractions remain contractions. Softshrink, whose
-            threshold is the step size, requires a norm of 1.
-    """
-    lam = model.lam if model.weight is None else torch.exp(WEIGHT_PACE * model.weight)
-    tau = 1 / (1 / model.tau + lam.detach() * max(0.0, norm**2 - 1))
-    return FixedPointModel(operator, model.regularizer, tau, lam, model.gamma)
-
-
 class PriorField(torch.nn.Module):
     """A prior of DeepInverse as the regularizer of one model: the field `gamma grad` of images in [-1, 1].
 
     Args:
         prior: whose `grad` autograd can differentiate; its parameters are trained.
         arguments: of `grad` and `fn` after the images, such as `sigma_denoiser`.
+
+    >>> from lib.operators import Identity
+    >>> model = FixedPointModel(Identity(), PriorField(deepinv.optim.Tikhonov()), 0.1, 1, 1)
+    >>> model.step_map(torch.zeros(2, 1, 8, 8))(torch.ones(2, 1, 8, 8)).mean()  # u - 0.1 (u + u)
+    tensor(0.8000)
     """
 
     def __init__(self, prior: Any, *arguments: Any) -> None:
@@ -135,7 +124,7 @@ class FieldPrior(deepinv.optim.Prior):
 
     def __init__(self, model: FixedPointModel) -> None:
         super().__init__()
-        self.model, self.explicit_prior = model, model.regularizer.C is None
+        self.model, self.explicit_prior = model, getattr(model.regularizer, "C", None) is None
 
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return `R(x)` of images `(N, C, H, W)`, `(N,)`; for a DEQ `R` has `A` and `b`."""
@@ -160,7 +149,9 @@ class Reconstructor(deepinv.models.Reconstructor):
         model: such as `run.model()`. Its `K` is not used; its `lambda` fits the noise of its training.
         solver: solver of the fixed point.
         adjoint_solver: solver of the adjoint equation; None uses `solver`.
-        norm: upper bound of the norm of the physics (see `with_operator`).
+        norm: upper bound of the norm of the physics. If it is above 1, the step size becomes
+            `1 / (1 / tau + lambda (norm^2 - 1))`, so that contractions remain contractions. Softshrink, whose
+            threshold is the step size, requires a norm of 1.
 
     Attributes:
         solution: the last `Solution`, without a gradient.
@@ -184,31 +175,14 @@ class Reconstructor(deepinv.models.Reconstructor):
         Raises:
             ValueError: the physics is not linear, or the weights are for other images.
         """
-        K = _NormalOperator(physics)
+        K, model = _NormalOperator(physics), self.model
         if self.training:
-            self.model.refresh()
+            model.refresh()
         Kty = physics.A_adjoint(y)
         Ktf = 2 * Kty - K.normal(torch.ones_like(Kty))
-        problem = with_operator(self.model, K, self.norm).problem(Ktf)
+        lam = model.lam if model.weight is None else torch.exp(WEIGHT_PACE * model.weight)
+        tau = 1 / (1 / model.tau + lam.detach() * max(0.0, self.norm**2 - 1))
+        problem = FixedPointModel(K, model.regularizer, tau, lam, model.gamma).problem(Ktf)
         solution = implicit_fixed_point(problem, Ktf, self.solver, self.adjoint_solver)
         self.solution = replace(solution, value=solution.value.detach())
         return (solution.value + 1) / 2
-
-
-def tomography(side: int, angles: int) -> Any:
-    """Return DeepInverse's parallel-beam tomography with the exact adjoint and a norm just below 1.
-
-    The adjoint is backpropagation through `A`. DeepInverse's interpolating back-projection only approximates
-    it: the two inner products differ in the third digit.
-
-    Args:
-        side: side of the square images in pixels.
-        angles: number of projections, evenly spaced over half a turn.
-    """
-    turn = torch.arange(angles) * (180.0 / angles)
-    physics = deepinv.physics.Tomography(
-        angles=turn, img_width=side, circle=False, adjoint_via_backprop=True, normalize=True
-    )
-    # A lower bound whose last digits vary: rounded up, it is the same on every machine.
-    physics.operator_norm = torch.ceil(100.1 * physics.operator_norm) / 100
-    return physics

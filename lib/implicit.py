@@ -29,35 +29,21 @@ class NeumannSeries:
     tol: float = 0.0
 
 
-class _Once(torch.autograd.Function):
-    """`w` as a function of everything that `step` depends on, without a derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, step: Tensor) -> Tensor:
-        return w.view_as(w)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
-        raise RuntimeError(
-            "`implicit_fixed_point` must be differentiated only once, got a second derivative."
-        )
-
-
 class _Implicit(torch.autograd.Function):
     """`u*` with the derivative of `T(u*)` for the adjoint solution as cotangent; no second derivatives."""
 
     @staticmethod
     def forward(ctx: Any, step: Tensor, u: Tensor, solve_adjoint: StepMap) -> Tensor:
         ctx.solve_adjoint = solve_adjoint
-        ctx.save_for_backward(step)
         return u.detach().clone()
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
-        w: Tensor = ctx.solve_adjoint(cotangents[0].detach())
         if torch.is_grad_enabled():
-            w = cast(Tensor, _Once.apply(w, *ctx.saved_tensors))
-        return w, None, None
+            raise RuntimeError(
+                "`create_graph` must be False: fixed points have no second derivative, got True."
+            )
+        return ctx.solve_adjoint(cotangents[0]), None, None
 
 
 def implicit_fixed_point(
@@ -79,8 +65,8 @@ def implicit_fixed_point(
         on_adjoint: called in the backward pass with the adjoint `Solution` (residual, steps, status).
 
     Returns:
-        The `Solution` of the fixed point. Gradients flow through `value`; second derivatives raise a
-        RuntimeError.
+        The `Solution` of the fixed point. Gradients flow through `value`; a backward pass
+        with `create_graph`, as for second derivatives, raises a RuntimeError.
 
     >>> a, u0 = torch.tensor(0.5, requires_grad=True), torch.zeros(1, 1, 1)
     >>> implicit_fixed_point(lambda u: a * u + 1, u0, PlainIteration(tol=1e-6)).value.sum().backward()
@@ -94,26 +80,22 @@ def implicit_fixed_point(
     u = solution.value.detach().requires_grad_(problem.vjp is None)
     step = problem.step_map(u)
 
-    def recorded(w: Tensor) -> Tensor:
-        return torch.autograd.grad(step, u, w, retain_graph=True)[0]
-
     def solve_adjoint(cotangent: Tensor) -> Tensor:
         def adjoint_map(images: Tensor | None = None) -> StepMap:
             """Return `w -> J^T w + dL/du*` of the images of these indices, or of all."""
             if problem.vjp is None:
-                return lambda w: recorded(w) + cotangent
+                return lambda w: torch.autograd.grad(step, u, w, retain_graph=True)[0] + cotangent
             at, g = (t if images is None else t.index_select(-4, images) for t in (u, cotangent))
             transposed_jacobian = problem.vjp(at)
             return lambda w: transposed_jacobian(w) + g
 
         restrict = None if problem.vjp is None or problem.restrict is None else adjoint_map
+        equation = FixedPointProblem(adjoint_map(), restrict=restrict)
         if isinstance(adjoint_solver, NeumannSeries):
-            equation = FixedPointProblem(adjoint_map(), restrict=restrict)
-            adjoint = fixed_point(
-                equation, cotangent, PlainIteration(adjoint_solver.tol, adjoint_solver.steps)
-            )
+            series = PlainIteration(adjoint_solver.tol, adjoint_solver.steps)
+            adjoint = fixed_point(equation, cotangent, series)
         else:
-            equation = FixedPointProblem(adjoint_map(), restrict=restrict, precondition=problem.precondition)
+            equation = replace(equation, precondition=problem.precondition)
             w0 = cotangent if problem.first_adjoint is None else problem.first_adjoint(cotangent)
             adjoint = fixed_point(equation, w0, adjoint_solver or solver)
         if on_adjoint is not None:

@@ -18,9 +18,6 @@ from torch.nn import functional
 
 from lib.products import product
 
-NEIGHBOURS = tuple((i, j) for i, j in itertools.product(range(3), range(-2, 3)) if (i, j) > (0, 0))
-"""Offsets of up to two rows and columns, one of each pair of opposite ones."""
-
 
 def block_side(count: int, side: int) -> int:
     """Return the side `r` of the blocks, near the fastest on a CPU: 2 for many kernels, more for a few."""
@@ -203,9 +200,8 @@ def difference_kernels(order: int, count: int, side: int) -> Tensor:
         )
     kernels = torch.zeros(count, side, side)
     for kernel, corners in zip(kernels, differences, strict=False):
-        signs = (-1, 1) if order == 1 else (1, -1, -1, 1)
-        for (i, j), sign in zip(corners, signs, strict=False):
-            kernel[i, j] += sign
+        for (i, j), sign in zip(corners, (1, -1, -1, 1), strict=False):
+            kernel[i, j] += sign if order == 2 else -sign
     return kernels
 
 
@@ -230,17 +226,15 @@ def count_differences(order: int, side: int) -> int:
 @cache
 def _differences(order: int, side: int) -> list[list[tuple[int, int]]]:
     """Return the pixels of all differences, with alternating signs, in the order of `difference_kernels`."""
-    pairs = [(d, e) for d in NEIGHBOURS for e in (NEIGHBOURS if order == 2 else [(0, 0)]) if e <= d]
-    centre = side // 2
+    # Up to two rows and columns away, one of each pair of opposite ones.
+    neighbours = [d for d in itertools.product(range(3), range(-2, 3)) if d > (0, 0)]
+    pairs = [(d, e) for d in neighbours for e in (neighbours if order == 2 else [(0, 0)]) if e <= d]
     ordered = []
-    for (d, e), x in itertools.product(pairs, itertools.product(range(side), range(side))):
-        corners = [x, _plus(x, d), _plus(x, e), _plus(_plus(x, d), e)]
-        if all(0 <= i < side and 0 <= j < side for i, j in corners):
-            length = sum(i * i for i in (*d, *e))
-            off = sum((2 * (i - centre) + di + ei) ** 2 for i, di, ei in zip(x, d, e, strict=True))
-            ordered.append(((length, order == 2 and d != e, off, (-x[0], -x[1]), d, e), corners))
+    for (d, e), (i, j) in itertools.product(pairs, itertools.product(range(side), repeat=2)):
+        corners = [(i + a * d[0] + b * e[0], j + a * d[1] + b * e[1]) for b in range(2) for a in range(2)]
+        corners = corners[: 2 * order]
+        if all(0 <= k < side for corner in corners for k in corner):
+            length = sum(k * k for k in (*d, *e))
+            off = sum((k + m + 1 - side) ** 2 for k, m in zip(corners[0], corners[-1], strict=True))
+            ordered.append(((length, order == 2 and d != e, off, (-i, -j), d, e), corners))
     return [corners for _, corners in sorted(ordered)]
-
-
-def _plus(x: tuple[int, int], d: tuple[int, int]) -> tuple[int, int]:
-    return x[0] + d[0], x[1] + d[1]

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lib.operators import Identity, Mask, Operator
 from lib.products import product
-from lib.regularizer import GRADIENT_NORM, NORM_TOL, ConvFieldsOfExperts, FieldsOfExperts, broadcast
+from lib.regularizer import (
+    GRADIENT_NORM,
+    NORM_TOL,
+    ConvFieldsOfExperts,
+    FieldsOfExperts,
+    Regularizer,
+    broadcast,
+)
 from lib.solvers import FixedPointProblem, StepMap
 
 WEIGHT_PACE = 8.0
@@ -28,7 +35,8 @@ class FixedPointModel(nn.Module):
 
     Args:
         operator: `K`.
-        regularizer: the learned field, or `lib.deepinverse.PriorField`, whose `vjp` is left to autograd.
+        regularizer: `FieldsOfExperts`, or another field such as `lib.deepinverse.PriorField`, which is
+            differentiated by autograd alone.
         tau: step size, a number or `(*stack)`.
         lam: weight `lambda` of the data term, a number or `(*stack)`.
         gamma: weight of the regularizer, a number or `(*stack)`.
@@ -49,7 +57,7 @@ class FixedPointModel(nn.Module):
     def __init__(
         self,
         operator: Operator,
-        regularizer: FieldsOfExperts | Any,
+        regularizer: Regularizer,
         tau: float | Tensor,
         lam: float | Tensor,
         gamma: float | Tensor,
@@ -124,7 +132,8 @@ class FixedPointModel(nn.Module):
     @torch.no_grad()
     def vjp(self, u: Tensor) -> StepMap:
         """Return `w -> J^T w` with `J = dT/du` at `u`, `(*stack, batch, C, H, W)`, the same for all data."""
-        K, field_vjp = self.operator, self.regularizer.vjp(u, self.gamma, self.tau)
+        K, field = self.operator, cast(FieldsOfExperts, self.regularizer)
+        field_vjp = field.vjp(u, self.gamma, self.tau)
         tau, lam = broadcast(self.tau, u), broadcast(self.lam, u)
 
         @torch.no_grad()
@@ -152,8 +161,9 @@ class FixedPointModel(nn.Module):
         Raises:
             ValueError: dense weights are free, or `K` is a mask and the weights are kernels.
         """
-        field, conv = self.regularizer, isinstance(self.regularizer, ConvFieldsOfExperts)
-        if (conv and isinstance(self.operator, Mask)) or not (conv or getattr(field, "C", field) is None):
+        field, masked = self.regularizer, isinstance(self.operator, Mask)
+        conv = isinstance(field, ConvFieldsOfExperts)
+        if not isinstance(field, FieldsOfExperts) or (masked if conv else field.C is not None):
             raise ValueError("A preconditioner requires tied dense weights, or kernels without a mask.")
         curvature = field.activation.steepest / 2 * field.curvature(shape)
         tau, lam, gamma = (value[..., None, None] for value in (self.tau, self.lam, self.gamma))

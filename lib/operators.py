@@ -49,17 +49,14 @@ class Mask:
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
-        self._moved: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def forward(self, u: Tensor) -> Tensor:
         if u.shape[-2:] != self.mask.shape:
             got, size = ("x".join(map(str, shape)) for shape in (u.shape[-2:], self.mask.shape))
             raise ValueError(f"Images must have the mask's {size} pixels, got {got}.")
         # Moved once: a copy between devices waits for all queued work.
-        key = (u.dtype, u.device)
-        if key not in self._moved:
-            self._moved[key] = self.mask.to(u)
-        return self._moved[key] * u
+        mask = self.mask = self.mask.to(u)
+        return mask * u
 
     def adjoint(self, v: Tensor) -> Tensor:
         return self.forward(v)

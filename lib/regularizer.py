@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,6 @@ class Activation:
     steepest: float = 1.0
 
 
-def _softshrink(z: Tensor, tau: Tensor) -> Tensor:
-    return z - torch.clamp(z, -tau, tau)
-
-
 NORM_ITERATIONS, NORM_TOL = 500, 3e-3
 """Maximum number of Lanczos steps for a norm, and their relative tolerance after an optimizer step."""
 
@@ -53,9 +49,9 @@ RELU = Activation(
     potential=lambda z, tau: z.relu().square() / 2,
 )
 SOFTSHRINK = Activation(
-    sigma=_softshrink,
+    sigma=lambda z, tau: z - torch.clamp(z, -tau, tau),
     slope=lambda z, tau: (z.abs() > tau).to(z),
-    potential=lambda z, tau: _softshrink(z, tau).square() / 2,
+    potential=lambda z, tau: (z - torch.clamp(z, -tau, tau)).square() / 2,
 )
 LINEAR = Activation(
     sigma=lambda z, tau: z, slope=lambda z, tau: torch.ones_like(z), potential=lambda z, tau: z.square() / 2
@@ -69,24 +65,25 @@ def smoothed_sign(sharpness: float) -> Activation:
 
     Args:
         sharpness: `s`, the slope of `sigma` at zero.
+
+    >>> smoothed_sign(100).sigma(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor(0.0))
+    tensor([-1.,  0.,  1.])
     """
 
     # torch.sigmoid is several times faster than torch.tanh on a CPU, unless its result is denormal; beyond 40
     # the result is +-1 in every precision.
-    def sigma(z: Tensor) -> Tensor:
+    def sigma(z: Tensor, tau: Tensor) -> Tensor:
         return torch.add(z.new_tensor(-1), torch.sigmoid((2 * sharpness * z).clamp_(-40, 40)), alpha=2)
 
-    def potential(z: Tensor) -> Tensor:
+    def slope(z: Tensor, tau: Tensor) -> Tensor:
+        return sharpness * (1 - sigma(z, tau).square())
+
+    def potential(z: Tensor, tau: Tensor) -> Tensor:
         # log cosh x without overflow
         x = (sharpness * z).abs()
         return (x + torch.log1p(torch.exp(-2 * x)) - math.log(2)) / sharpness
 
-    return Activation(
-        sigma=lambda z, tau: sigma(z),
-        slope=lambda z, tau: sharpness * (1 - sigma(z).square()),
-        potential=lambda z, tau: potential(z),
-        steepest=sharpness,
-    )
+    return Activation(sigma, slope, potential, sharpness)
 
 
 class LearnedSpline(nn.Module):
@@ -100,6 +97,10 @@ class LearnedSpline(nn.Module):
         knots: `(J,)`, positive and ascending.
         slopes: `(J,)`, or `(J - 1,)` with `concave`, positive.
         concave: whether the last slope is -1.
+
+    >>> spline = LearnedSpline(torch.tensor([1.0, 2.0]), torch.tensor([3.0]), concave=True)
+    >>> spline.sigma(torch.tensor([0.0, 1.0, 2.0]), torch.tensor(0.0)).round(decimals=2).tolist()
+    [0.0, 3.0, 2.0]
     """
 
     def __init__(self, knots: Tensor, slopes: Tensor, concave: bool) -> None:
@@ -135,6 +136,21 @@ class LearnedSpline(nn.Module):
         return cast(Tensor, sum(w * c * (z - c / 2) for w, c in clipped))
 
 
+Potential = Activation | LearnedSpline
+
+
+class Regularizer(Protocol):
+    """Learned field of a model, with its energy, as in `FieldsOfExperts`."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def field(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor: ...
+    def energy(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor: ...
+    def weights(self) -> dict[str, Tensor]: ...
+    def refresh(self, tol: float) -> None: ...
+    def require(self, f: Tensor) -> None: ...
+    def steepest(self) -> Tensor | float: ...
+
+
 def broadcast(value: Tensor, like: Tensor) -> Tensor:
     """Return a value per model, `(*stack)`, with as many dimensions as `like` has."""
     return value.view(*value.shape, *[1] * (like.dim() - value.dim()))
@@ -161,6 +177,10 @@ class WeaklyConvexExperts(WeightedExperts):
     If no slope of `sigma` is below `-concavity`, no eigenvalue of the Hessian of `R` is below
     `-concavity max_w sum_i p_i |A_i(w)|^2`. `p = exp(t)`, scaled down where this exceeds `bound`. The maximum
     of the trigonometric polynomial follows from its values on a grid (Ehlich and Zeller, Math. Z. 86, 1964).
+
+    >>> A, t = torch.ones(1, 3, 3), torch.zeros(1)  # the largest |A(w)|^2 is 81
+    >>> [WeaklyConvexExperts(t, 1, bound).weights(A).item() for bound in (1, 100)]
+    [0.012..., 1.0]
     """
 
     def __init__(self, t: Tensor, concavity: float, bound: float) -> None:
@@ -196,6 +216,7 @@ class FieldsOfExperts(nn.Module, ABC):
     Attributes:
         A: analysis weights.
         C: synthesis weights, or a module that computes them from `A`; None ties them, `C = A`.
+        b: bias, or None.
         activation: `sigma`, its slope and its potential.
         weight_dims: dimensions of `A` behind those of the stack.
     """
@@ -205,30 +226,23 @@ class FieldsOfExperts(nn.Module, ABC):
     coupled: Tensor
 
     def __init__(
-        self, A: Tensor, C: Tensor | nn.Module | None, activation: Activation | LearnedSpline
+        self, A: Tensor, C: Tensor | nn.Module | None, activation: Potential, b: Tensor | None = None
     ) -> None:
         super().__init__()
         self.register_buffer("coupled", None)
         self.A = nn.Parameter(A)
         # A copy: `C` may be the same tensor as `A`.
         self.C = nn.Parameter(C.clone()) if isinstance(C, Tensor) else C
+        self.b = None if b is None else nn.Parameter(b)
         self.activation = activation
 
     @abstractmethod
-    def analysis(self, u: Tensor) -> Tensor:
-        """Return the experts `A u + b` of images `u`, `(*stack, batch, C, H, W)`."""
+    def forward(self, weights: Tensor, u: Tensor) -> Tensor:
+        """Return the experts `W u` of images `u`, `(*stack, batch, C, H, W)`, for `A` or `C` as `W`."""
 
     @abstractmethod
-    def analysis_of_synthesis(self, w: Tensor) -> Tensor:
-        """Return `C w` of images `w`."""
-
-    @abstractmethod
-    def synthesis(self, z: Tensor, u: Tensor) -> Tensor:
-        """Return the images `C^T z` of experts `z`, of the shape of `u`."""
-
-    @abstractmethod
-    def adjoint_analysis(self, z: Tensor, u: Tensor) -> Tensor:
-        """Return the images `A^T z` of experts `z`, of the shape of `u`."""
+    def adjoint(self, weights: Tensor, z: Tensor, u: Tensor) -> Tensor:
+        """Return the images `W^T z` of experts `z`, of the shape of `u`."""
 
     @abstractmethod
     def curvature(self, shape: torch.Size) -> Tensor:
@@ -238,12 +252,32 @@ class FieldsOfExperts(nn.Module, ABC):
         `(*stack, H, W // 2 + 1)`.
         """
 
-    @abstractmethod
-    def weights(self) -> dict[str, Tensor]:
-        """Return the weights that act on images, by name, with the leading dimensions of the stack."""
+    def analysis(self, u: Tensor) -> Tensor:
+        """Return the experts `A u + b` of images `u`."""
+        z = self.forward(self.acting("A"), u)
+        return z if self.b is None else z + self.b[..., None, :]
 
+    def acting(self, name: str) -> Tensor:
+        """Return `A` or `C` as it acts on images, with the leading dimensions of the stack."""
+        if name == "A" or self.C is None:
+            return self._scaled(self.A, 0)
+        if isinstance(self.C, Tensor):
+            return self._scaled(self.C, 1)
+        return cast(Tensor, self.C(self.acting("A"))) if torch.is_grad_enabled() else self.coupled
+
+    def _scaled(self, weights: Tensor, index: int) -> Tensor:
+        return weights
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights that act on images, by name."""
+        parts = {"A": self.acting("A"), "b": self.b, "C": None if self.C is None else self.acting("C")}
+        return {name: part.detach() for name, part in parts.items() if part is not None}
+
+    @torch.no_grad()
     def refresh(self, tol: float = NORM_TOL) -> None:
         """Update everything that depends on the parameters after they have changed; norms to `tol`."""
+        if isinstance(self.C, nn.Module):
+            self.coupled = self.C(self.acting("A"))
 
     def steepest(self) -> Tensor | float:
         """Return the largest slope of the weighted activations, `max p_i sigma'`."""
@@ -252,15 +286,11 @@ class FieldsOfExperts(nn.Module, ABC):
 
     def require(self, f: Tensor) -> None:
         """Raise ValueError unless the weights can act on images of the shape of `f`."""
-        stack = tuple(self.A.shape[: -self.weight_dims])
-        pixels = self.A.shape[-1] if self.weight_dims == 2 else None
-        fits = f.dim() == len(stack) + 4 and f.shape[: len(stack)] == stack
-        if pixels is None:
-            fits, size = fits and f.shape[-3] == 1, "C = 1"
-        else:
-            fits, size = fits and f.shape[-3:].numel() == pixels, f"C H W = {pixels}"
-        if not fits:
+        dense, stack = self.weight_dims == 2, tuple(self.A.shape[: -self.weight_dims])
+        own, count = (f.shape[-3:], self.A.shape[-1]) if dense else (f.shape[-3:-2], 1)
+        if f.dim() != len(stack) + 4 or f.shape[: len(stack)] != stack or own.numel() != count:
             layout = ", ".join([*map(str, stack), "N", "C", "H", "W"])
+            size = f"{'C H W' if dense else 'C'} = {count}"
             raise ValueError(f"Images must have shape ({layout}) with {size}, got {tuple(f.shape)}.")
 
     def field(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
@@ -275,7 +305,8 @@ class FieldsOfExperts(nn.Module, ABC):
             Tensor like `u`.
         """
         z = self.analysis(u)
-        return broadcast(gamma, u) * self.synthesis(self.activation.sigma(z, broadcast(tau, z)), u)
+        z = self.activation.sigma(z, broadcast(tau, z))
+        return broadcast(gamma, u) * self.adjoint(self.acting("C"), z, u)
 
     @torch.no_grad()
     def vjp(self, u: Tensor, gamma: Tensor, tau: Tensor) -> Callable[[Tensor], Tensor]:
@@ -285,7 +316,8 @@ class FieldsOfExperts(nn.Module, ABC):
 
         @torch.no_grad()
         def transposed_jacobian(w: Tensor) -> Tensor:
-            return broadcast(gamma, w) * self.adjoint_analysis(slope * self.analysis_of_synthesis(w), w)
+            z = slope * self.forward(self.acting("C"), w)
+            return broadcast(gamma, w) * self.adjoint(self.acting("A"), z, w)
 
         return transposed_jacobian
 
@@ -307,46 +339,26 @@ class DenseFieldsOfExperts(FieldsOfExperts):
         b: `(*stack, m)`, bias.
         C: `(*stack, m, n)`, or a module, evaluated at each `refresh` for solves; None ties `C = A`.
         activation: such as `RELU`.
+
+    >>> field = DenseFieldsOfExperts(torch.eye(2), torch.zeros(2), None, RELU)
+    >>> field.energy(torch.tensor([[[[-1.0, 2.0]]]]), gamma=torch.tensor(3.0), tau=torch.tensor(0.1)).item()
+    6.0
     """
 
     weight_dims = 2
 
-    def __init__(
-        self, A: Tensor, b: Tensor, C: Tensor | nn.Module | None, activation: Activation | LearnedSpline
-    ) -> None:
-        super().__init__(A, C, activation)
-        self.b = nn.Parameter(b)
+    def __init__(self, A: Tensor, b: Tensor, C: Tensor | nn.Module | None, activation: Potential) -> None:
+        super().__init__(A, C, activation, b)
         self.refresh()
 
-    @torch.no_grad()
-    def refresh(self, tol: float = NORM_TOL) -> None:
-        if isinstance(self.C, nn.Module):
-            self.coupled = self.C(self.A)
+    def forward(self, weights: Tensor, u: Tensor) -> Tensor:
+        return product(u.flatten(-3), weights.mT)
 
-    def _synthesis(self) -> Tensor:
-        if isinstance(self.C, nn.Module):
-            return cast(Tensor, self.C(self.A)) if torch.is_grad_enabled() else self.coupled
-        return self.A if self.C is None else self.C
-
-    def analysis(self, u: Tensor) -> Tensor:
-        """Return `A u + b`, `(*stack, batch, m)`, of images `u`, `(*stack, batch, C, H, W)`."""
-        return product(u.flatten(-3), self.A.mT) + self.b[..., None, :]
-
-    def analysis_of_synthesis(self, w: Tensor) -> Tensor:
-        return product(w.flatten(-3), self._synthesis().mT)
-
-    def synthesis(self, z: Tensor, u: Tensor) -> Tensor:
-        return product(z, self._synthesis()).view_as(u)
-
-    def adjoint_analysis(self, z: Tensor, u: Tensor) -> Tensor:
-        return product(z, self.A).view_as(u)
+    def adjoint(self, weights: Tensor, z: Tensor, u: Tensor) -> Tensor:
+        return product(z, weights).view_as(u)
 
     def curvature(self, shape: torch.Size) -> Tensor:
-        return product(self._synthesis().mT, self.A)
-
-    def weights(self) -> dict[str, Tensor]:
-        weights = {"A": self.A, "b": self.b} | ({} if self.C is None else {"C": self._synthesis()})
-        return {name: weight.detach() for name, weight in weights.items()}
+        return product(self.acting("C").mT, self.A)
 
 
 GRADIENT_NORM = 2.7300944
@@ -371,6 +383,11 @@ class ConvFieldsOfExperts(FieldsOfExperts):
         direction: `(*stack, 1, 1, H, W)`, image from which the computation of the norm starts; None does
             not normalize the kernels.
         differentiate_norm: whether the gradient goes through the norm.
+
+    >>> A, direction, u = torch.randn(4, 3, 3), torch.randn(1, 1, 8, 8), torch.randn(2, 1, 8, 8)
+    >>> field = ConvFieldsOfExperts(A, None, smoothed_sign(100), direction)
+    >>> bool(field.analysis(u).norm() <= GRADIENT_NORM * u.norm())
+    True
     """
 
     weight_dims = 3
@@ -381,7 +398,7 @@ class ConvFieldsOfExperts(FieldsOfExperts):
         self,
         A: Tensor,
         C: Tensor | nn.Module | None,
-        activation: Activation | LearnedSpline,
+        activation: Potential,
         direction: Tensor | None = None,
         differentiate_norm: bool = False,
     ) -> None:
@@ -396,23 +413,18 @@ class ConvFieldsOfExperts(FieldsOfExperts):
 
     @torch.no_grad()
     def refresh(self, tol: float = NORM_TOL) -> None:
-        """Compute the norms of normalized kernels to a relative tolerance, and `C` if it is a module."""
         if self.normalized:
             kernels = torch.stack([k.detach() for k in (self.A, self.C) if isinstance(k, Tensor)], dim=-4)
             norms, self.directions = spectral_norm(kernels, self.directions, NORM_ITERATIONS, tol)
             self.scales = GRADIENT_NORM / norms
-        if isinstance(self.C, nn.Module):
-            self.coupled = self.C(self._kernels("A"))
+        super().refresh(tol)
 
-    def _kernels(self, name: str) -> Tensor:
-        if name == "C" and isinstance(self.C, nn.Module):
-            return cast(Tensor, self.C(self._kernels("A"))) if torch.is_grad_enabled() else self.coupled
-        kernels, index = (self.C, 1) if name == "C" and isinstance(self.C, Tensor) else (self.A, 0)
+    def _scaled(self, weights: Tensor, index: int) -> Tensor:
         scale = self.scales[..., index]
         if self.differentiate_norm and torch.is_grad_enabled():
-            worst = correlate(kernels, self.directions.select(-5, index))
+            worst = correlate(weights, self.directions.select(-5, index))
             scale = GRADIENT_NORM / torch.linalg.vector_norm(worst, dim=(-3, -2, -1))
-        return scale[..., None, None, None] * kernels
+        return scale[..., None, None, None] * weights
 
     def _parts(self, u: Tensor) -> tuple[Tensor, ...]:
         """Split the images into groups whose experts fit in the cache; on a GPU, return all of them."""
@@ -432,26 +444,16 @@ class ConvFieldsOfExperts(FieldsOfExperts):
 
         return transposed_jacobian
 
-    def analysis(self, u: Tensor) -> Tensor:
-        """Return `A u`, `(*stack, batch, F r r, blocks)`, of images `(*stack, batch, 1, H, W)`."""
-        return correlate(self._kernels("A"), u)
+    def forward(self, weights: Tensor, u: Tensor) -> Tensor:
+        return correlate(weights, u)
 
-    def analysis_of_synthesis(self, w: Tensor) -> Tensor:
-        return correlate(self._kernels("C"), w)
-
-    def synthesis(self, z: Tensor, u: Tensor) -> Tensor:
-        return correlate_adjoint(self._kernels("C"), z, *u.shape[-2:])
-
-    def adjoint_analysis(self, z: Tensor, u: Tensor) -> Tensor:
-        return correlate_adjoint(self._kernels("A"), z, *u.shape[-2:])
+    def adjoint(self, weights: Tensor, z: Tensor, u: Tensor) -> Tensor:
+        return correlate_adjoint(weights, z, *u.shape[-2:])
 
     def curvature(self, shape: torch.Size) -> Tensor:
-        A, C = (torch.fft.rfft2(self._kernels(name), s=shape[-2:]) for name in ("A", "C"))
+        A, C = (torch.fft.rfft2(self.acting(name), s=shape[-2:]) for name in ("A", "C"))
         modulus: Tensor = (C.conj() * A).sum(-3).abs()
         return modulus
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name: self._kernels(name).detach() for name in ("A", *(() if self.C is None else ("C",)))}
 
 
 def initial_weights(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -72,13 +71,6 @@ class Solution:
         return (self.status == status).double().mean().item()
 
 
-class Acceleration(Protocol):
-    """Choice of the next iterate."""
-
-    def __call__(self, u: Tensor, step: Tensor, residual: Tensor) -> Tensor:
-        """Return the next iterate from `u`, `step = T(u)` and `residual = T(u) - u`, all `(N, d)`."""
-
-
 @dataclass(frozen=True)
 class PlainIteration:
     """Plain iteration `u <- T(u)`.
@@ -90,9 +82,6 @@ class PlainIteration:
     tol: float = 1e-3
     max_steps: int = 50
     patience: int | None = None
-
-    def start(self, u0: Tensor) -> Acceleration:
-        return lambda u, step, residual: step
 
 
 @dataclass(frozen=True)
@@ -125,9 +114,6 @@ class Anderson:
     beta: float = 1.0
     patience: int | None = None
 
-    def start(self, u0: Tensor) -> Acceleration:
-        return _AndersonHistory(self, u0)
-
 
 class _AndersonHistory:
     def __init__(self, solver: Anderson, u0: Tensor) -> None:
@@ -138,7 +124,7 @@ class _AndersonHistory:
         self.residuals = u0.new_zeros(n, solver.memory, d)
         self.gram = u0.new_zeros(n, solver.memory, solver.memory)
 
-    def __call__(self, u: Tensor, step: Tensor, residual: Tensor) -> Tensor:
+    def next_iterate(self, u: Tensor, step: Tensor, residual: Tensor) -> Tensor:
         slot = self.count % self.solver.memory
         self.count += 1
         m = min(self.count, self.solver.memory)
@@ -233,7 +219,8 @@ def fixed_point(problem: FixedPointProblem | StepMap, u0: Tensor, solver: Solver
         layout = "(..., N, C, H, W)" if problem.restrict else "(..., C, H, W)"
         raise ValueError(f"`u0` must be a floating point {layout}, got {tuple(u0.shape)} of {u0.dtype}.")
     u = u0.reshape(-1, u0.shape[-3:].numel()).clone()
-    accelerate, evaluate = solver.start(u), _OnRunning(problem, u0)
+    history = _AndersonHistory(solver, u) if isinstance(solver, Anderson) else None
+    evaluate = _OnRunning(problem, u0)
     n, evaluations, limit = u.shape[0], 0, torch.empty(0)
     status = torch.full((n,), Status.MAX_STEPS, dtype=torch.int8, device=u.device)
     steps = torch.zeros(n, dtype=torch.int32, device=u.device)
@@ -241,7 +228,7 @@ def fixed_point(problem: FixedPointProblem | StepMap, u0: Tensor, solver: Solver
     best, smallest = u, relative
     running = torch.ones(n, dtype=torch.bool, device=u.device)
     # Allocated once: many small tensors would fragment the memory.
-    history, smallests, sizes = u.new_empty(3, solver.max_steps, n)
+    relatives, smallests, sizes = u.new_empty(3, solver.max_steps, n)
     for k in range(solver.max_steps):
         step = evaluate(u, running)
         evaluations, residual = k + 1, step - u
@@ -251,7 +238,7 @@ def fixed_point(problem: FixedPointProblem | StepMap, u0: Tensor, solver: Solver
             limit = DIVERGENCE_FACTOR * size
         steps += running
         relative = torch.where(running, torch.where(size == 0, size, size / scale), relative)
-        history[k] = relative
+        relatives[k] = relative
         finite = size.isfinite() & scale.isfinite()
         converged = running & finite & (size <= solver.tol * scale)
         diverged = running & ~converged & ~(finite & (size <= limit))
@@ -274,12 +261,12 @@ def fixed_point(problem: FixedPointProblem | StepMap, u0: Tensor, solver: Solver
         if problem.precondition is not None:
             residual = problem.precondition(residual.view(u0.shape)).reshape(u.shape)
             step = u + residual
-        u = _select(running, accelerate(u, step, residual), u)
+        u = _select(running, step if history is None else history.next_iterate(u, step, residual), u)
     batch = u0.shape[:-3]
     return Solution(
         value=best.view(u0.shape),
         residual=smallest.view(batch),
-        residuals=history[:evaluations].clone().view(-1, *batch),
+        residuals=relatives[:evaluations].clone().view(-1, *batch),
         steps=steps.view(batch),
         status=status.view(batch),
     )

@@ -123,16 +123,19 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def observe(operator: Operator, images: Tensor, noise: Tensor, n: Tensor) -> Tensor:
+def observe(operator: Operator, images: Tensor, noise: Tensor, n: Tensor | torch.Generator) -> Tensor:
     """Return the data `f = K u + noise n`, `(*stack, N, C, H, W)`, with the same `n` for all members.
 
     Args:
         operator: `K`.
         images: `u`, `(N, C, H, W)`.
         noise: standard deviations, `(*stack)`.
-        n: standard normal numbers of the shape of `K u`.
+        n: standard normal numbers of the shape of `K u`, or a generator that draws them.
     """
-    return operator.forward(images) + noise[..., None, None, None, None] * n
+    data = operator.forward(images)
+    if isinstance(n, torch.Generator):
+        n = torch.randn(data.shape, generator=n).to(images)
+    return data + noise[..., None, None, None, None] * n
 
 
 def psnr(mse: Tensor) -> Tensor:
@@ -221,7 +224,8 @@ class Training:
     ) -> None:
         self.model, self.images, self.test = model, images, test
         self.device, self.stacked = model.tau.device, model.tau.dim() > 0
-        self.noise = torch.as_tensor(noise, dtype=model.tau.dtype, device=self.device)
+        noise = torch.as_tensor(noise, dtype=model.tau.dtype, device=self.device)
+        self.noise = noise.expand(model.tau.shape)
         self.epochs, self.batch_size, self.test_every = epochs, batch_size or len(images), test_every
         self.steps_per_epoch = math.ceil(len(images) / self.batch_size)
         self.schedule, self.solver, self.adjoint = optimizer, solver, adjoint
@@ -290,25 +294,16 @@ class Training:
         meter = _Meter()
         for indices in order.split(self.batch_size):
             images = self.images[indices.to(self.device)]
-            self._train_step(images, self._draw(images, draws), meter)
+            self._train_step(images, draws, meter)
             if not self.alive:
                 break
             on_step()
         return meter
 
-    def _batch(self) -> int:
-        """Return the number of the batch in its epoch."""
-        return self.step - self.epoch * self.steps_per_epoch
-
-    def _draw(self, images: Tensor, draws: torch.Generator) -> Tensor:
-        """Draw the noise `n` of images, of the shape of their data."""
-        shape = self.model.operator.forward(images[:1]).shape[1:]
-        return torch.randn(len(images), *shape, generator=draws).to(images)
-
-    def _train_step(self, images: Tensor, n: Tensor, meter: _Meter) -> None:
+    def _train_step(self, images: Tensor, draws: torch.Generator, meter: _Meter) -> None:
         start = time.perf_counter()
-        f = observe(self.model.operator, images, self.noise, n)
-        step = self._batch()
+        f = observe(self.model.operator, images, self.noise, draws)
+        step = self.step % self.steps_per_epoch
         if self.precondition and step % PRECONDITIONER_AGE == 0:
             self.P = self.model.preconditioner(images.shape[-3:])
         if isinstance(self.schedule, LBFGS):
@@ -332,17 +327,15 @@ class Training:
         where = f"above {LOSS_LIMIT:g} in epoch {self.epoch + 1}, step {step + 1}"
         losses = enumerate(loss.tolist())
         diverged = {p: f"training loss {value:.3g} {where}" for p, value in losses if not value <= LOSS_LIMIT}
-        meter.keep([p for p in range(len(self.alive)) if p not in diverged])
-        self._end(DIVERGED, diverged)
+        self._end(DIVERGED, diverged, meter)
         reason = f"time budget of {self.time_budget:g} s spent in epoch {self.epoch + 1}"
         late = [p for p, index in enumerate(self.alive) if self.members[index].seconds > self.time_budget]
-        meter.keep([p for p in range(len(self.alive)) if p not in late])
-        self._end(OUT_OF_TIME, dict.fromkeys(late, reason))
+        self._end(OUT_OF_TIME, dict.fromkeys(late, reason), meter)
 
     def _evaluate_gradient(self, images: Tensor, f: Tensor) -> Evaluation:
         """Compute the gradient, and return the losses `(members,)` and both solutions."""
         problem, u0 = self.model.problem(f, self.P), self.start(f)
-        forward, backward = f"forward {self._batch()}", f"backward {self._batch()}"
+        forward, backward = (f"{name} {self.step % self.steps_per_epoch}" for name in ("forward", "backward"))
         if forward in self.solutions:
             w0, u0 = self.solutions[backward], self.solutions[forward]
             problem = replace(problem, first_adjoint=lambda g: w0)
@@ -354,9 +347,10 @@ class Training:
         # Members that diverged are left out of the sum: their NaN stay in their own slices.
         torch.where(loss.detach() <= LOSS_LIMIT, loss, 0).sum().backward()
         if self.warm_start:
-            zero = torch.zeros_like(solution.value)
-            self.solutions[forward] = _usable(solution, self.start(f))
-            self.solutions[backward] = _usable(adjoint[0], zero)
+            ends = ((forward, solution, self.start(f)), (backward, adjoint[0], torch.zeros_like(images)))
+            for name, end, otherwise in ends:
+                diverged = (end.status == Status.DIVERGED)[..., None, None, None]
+                self.solutions[name] = torch.where(diverged, otherwise, end.value.detach())
         return loss.detach().reshape(-1), solution, adjoint[0]
 
     def _search(self, images: Tensor, f: Tensor) -> Evaluation:
@@ -380,7 +374,8 @@ class Training:
     @torch.no_grad()
     def _evaluate(self, images: Tensor) -> _Meter:
         start, meter, steps = time.perf_counter(), _Meter(), torch.zeros(())
-        n = self._draw(images, generator(self.seed, "test noise"))
+        shape = len(images), *self.model.operator.forward(images[:1]).shape[1:]
+        n = torch.randn(shape, generator=generator(self.seed, "test noise")).to(images)
         P = self.model.preconditioner(images.shape[-3:]) if self.precondition else None
         for batch, batch_n in zip(images.split(TEST_BATCH), n.split(TEST_BATCH), strict=True):
             f = observe(self.model.operator, batch, self.noise, batch_n)
@@ -425,8 +420,8 @@ class Training:
         """Return a copy of a member's slice of a tensor."""
         return (tensor[position] if self.stacked else tensor).detach().cpu().clone()
 
-    def _end(self, status: str, reasons: dict[int, str]) -> None:
-        """End the members at these positions for these reasons, and remove them from the stack."""
+    def _end(self, status: str, reasons: dict[int, str], *meters: _Meter) -> None:
+        """End the members at these positions for these reasons, and remove them from stack and meters."""
         if not reasons:
             return
         weights = self.model.weights()
@@ -435,39 +430,29 @@ class Training:
             member.status, member.reason = status, reason
             member.weights = {name: self._slice(weight, position) for name, weight in weights.items()}
         left = [position for position in range(len(self.alive)) if position not in reasons]
+        states = [self.checkpoint(self.alive[position]) for position in left]
         self.alive = [self.alive[position] for position in left]
+        for meter in meters:
+            meter.sums = {name: total[left] for name, total in meter.sums.items()}
         if left:
-            self._restrict(left)
-
-    def _restrict(self, positions: Sequence[int]) -> None:
-        """Restrict the stack to the members at these positions."""
-        index = torch.tensor(positions, dtype=torch.long, device=self.device)
-        for parameter in self.model.parameters():
-            parameter.data = parameter.data[index]
-            parameter.grad = None
-            for name, value in self.optimizer.state[parameter].items():
-                if isinstance(value, Tensor) and value.dim() == parameter.dim():
-                    self.optimizer.state[parameter][name] = value[index]
-        for module in self.model.modules():
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, buffer[index])
-        self.noise = self.noise[index]
-        self.solutions = {name: solution[index] for name, solution in self.solutions.items()}
-        self.P = None if self.P is None else self.P[index]
+            self.noise = self.noise[left]
+            self.P = None if self.P is None else self.P[left]
+            self._load(states)
 
     def checkpoint(self, index: int) -> dict[str, Any]:
         """Return the state of the living member `index`, to resume it alone or in any stack."""
         position, member = self.alive.index(index), self.members[index]
-        adam, weights = isinstance(self.schedule, Adam), {}
+        weights = {}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state[parameter]
-            tensors = (parameter.data, *(state[moment] for moment in MOMENTS if adam))
+            tensors = (parameter.data, *(state[moment] for moment in MOMENTS if moment in state))
             weights[name] = [self._slice(tensor, position) for tensor in tensors]
         named = dict(self.model.named_buffers()) | self.solutions
         buffers = {name: self._slice(tensor, position) for name, tensor in named.items()}
         content = {"epoch": self.epoch, "seconds": member.seconds, "history": list(member.rows)}
-        # L-BFGS has one state for all parameters, and one member.
-        content |= {} if adam else {"search": deepcopy(self.optimizer.state_dict()["state"][0])}
+        if isinstance(self.schedule, LBFGS):
+            # One state for all parameters, and one member.
+            content["search"] = deepcopy(self.optimizer.state_dict()["state"][0])
         return content | {"weights": weights, "buffers": buffers}
 
     def restore(self, states: Sequence[dict[str, Any]]) -> None:
@@ -480,6 +465,15 @@ class Training:
         if any(state["epoch"] != self.epoch for state in states):
             raise ValueError(f"Checkpoints must be of one epoch, got {[s['epoch'] for s in states]}.")
         self.step = self.epoch * self.steps_per_epoch
+        self._load(states)
+        if "search" in states[0]:
+            search = {"state": {0: deepcopy(states[0]["search"])}}
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | search)
+        for member, state in zip(self.members, states, strict=True):
+            member.rows, member.seconds = list(state["history"]), state["seconds"]
+
+    def _load(self, states: Sequence[dict[str, Any]]) -> None:
+        """Replace the tensors of the stack by those of the checkpoints of its members."""
 
         def joined(slices: Sequence[Tensor]) -> Tensor:
             return (torch.stack(list(slices)) if self.stacked else slices[0].clone()).to(self.device)
@@ -487,12 +481,10 @@ class Training:
         for name, parameter in self.model.named_parameters():
             tensors = zip(*(state["weights"][name] for state in states), strict=True)
             parameter.data, *moments = map(joined, tensors)
+            parameter.grad = None
             if moments:
                 step = torch.tensor(float(self.step), device=self.device)
                 self.optimizer.state[parameter] = {"step": step} | dict(zip(MOMENTS, moments, strict=True))
-        if "search" in states[0]:
-            search = {"state": {0: deepcopy(states[0]["search"])}}
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | search)
         for name in states[0]["buffers"]:
             buffer = joined([state["buffers"][name] for state in states])
             if name.split()[0] in ("forward", "backward"):
@@ -500,8 +492,6 @@ class Training:
             else:
                 module, _, attribute = name.rpartition(".")
                 setattr(self.model.get_submodule(module), attribute, buffer)
-        for member, state in zip(self.members, states, strict=True):
-            member.rows, member.seconds = list(state["history"]), state["seconds"]
 
 
 class _Meter:
@@ -518,17 +508,7 @@ class _Meter:
             total = value.double().sum(-1) if value.dim() == 2 else value.double() * count
             self.sums[name] = self.sums.get(name, 0) + total
 
-    def keep(self, members: list[int]) -> None:
-        """Restrict the sums to the members at these positions."""
-        self.sums = {name: total[members] for name, total in self.sums.items()}
-
     def rows(self) -> list[Row]:
         """Return the means of each member."""
         means = [(total / self.count).tolist() for total in self.sums.values()]
         return [dict(zip(self.sums, row, strict=True)) for row in zip(*means, strict=True)]
-
-
-def _usable(solution: Solution, otherwise: Tensor) -> Tensor:
-    """Return the first iterates of the next epoch: the solution, or `otherwise` of samples that diverged."""
-    diverged = (solution.status == Status.DIVERGED)[..., None, None, None]
-    return torch.where(diverged, otherwise, solution.value.detach())

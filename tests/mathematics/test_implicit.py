@@ -176,10 +176,9 @@ def test_higher_and_forward_derivatives_are_rejected() -> None:
         return implicit_fixed_point(lambda u: 0.5 * u.tanh() + t.square(), u0, ANDERSON).value.sum()
 
     t = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    (first,) = torch.autograd.grad(solved(t), t, create_graph=True)
-    with pytest.raises(RuntimeError, match="got a second derivative"):
-        torch.autograd.grad(first, t)
-    with pytest.raises(RuntimeError, match="got a second derivative"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(solved(t), t, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.functional.hessian(solved, t.detach())
     with forward_ad.dual_level(), pytest.raises(NotImplementedError):
         solved(forward_ad.make_dual(t.detach(), torch.ones_like(t.detach())))
