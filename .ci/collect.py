@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib.experiments.build import load_images, make_operator, test_noise
 from lib.experiments.command import Parser, command
 from lib.experiments.config import parse_parameters
 from lib.experiments.data import DataError
@@ -25,8 +24,8 @@ from lib.experiments.provenance import write_with_provenance
 from lib.experiments.runs import get_run
 from lib.experiments.store import Results
 from lib.experiments.sweep import NOT_RUN, TABLES, load_sweep, table_folder
-from lib.figures.reconstructions import reconstruct
-from lib.training import COMPLETED, observe
+from lib.figures.reconstructions import reconstruct, test_data
+from lib.training import COMPLETED
 
 OBSERVED_BY = ["task", "noise", "seed", "size", "test_images"]
 """Runs with the same values of these parameters share their data `f`."""
@@ -58,8 +57,7 @@ def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
     images = []
     for _, group in tqdm(sweep.runs.groupby(OBSERVED_BY), desc="reconstructions", leave=False):
         config = by_key[group["key"].iloc[0]]
-        truth = load_images(config)["test"]
-        f = observe(make_operator(config), truth, torch.tensor(config.noise), test_noise(config))
+        truth, f = test_data(config)
         completed = group.loc[group["status"] == COMPLETED, "key"]
         runs = {key: get_run(by_key[key], results) for key in completed}
         result = reconstruct(runs) if runs else None

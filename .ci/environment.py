@@ -6,14 +6,35 @@ import fcntl
 import os
 import subprocess
 import sys
+from ast import literal_eval
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from lib.experiments.pip import sources  # noqa: E402
-
 LOCK = ROOT / "requirements.lock"
+
+SOURCES = {"index-url", "extra-index-url", "no-index", "find-links", "cert", "client-cert", "proxy"}
+SOURCES |= {"trusted-host", "timeout", "default-timeout", "retries", "cache-dir", "keyring-provider"}
+"""Options of pip for the sources of packages and the connection to them."""
+
+
+def sources(python: Path) -> dict[str, str]:
+    """Return the environment variables with the user's `SOURCES` as the only options of pip."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    # With `user = true` in a file, pip lists only the file in the home folder.
+    listed = subprocess.run(
+        [str(python), "-m", "pip", "config", "list"],
+        env=os.environ | {"PIP_USER": "0"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    options = dict(line.split("=", 1) for line in listed.stdout.splitlines())
+    for section in ("global", "install", ":env:"):
+        for name in SOURCES:
+            if value := options.get(f"{section}.{name}"):
+                variable = f"PIP_{name.upper().replace('-', '_')}"
+                variables[variable] = literal_eval(value).strip().replace("\n", " ")
+    return variables | {"PIP_CONFIG_FILE": os.devnull}
 
 
 def main(folder: str) -> None:

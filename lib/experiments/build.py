@@ -260,9 +260,3 @@ def solve(model: FixedPointModel, f: Tensor, config: TrainingConfig) -> Solution
     """Reconstruct the data `f`, `(*stack, N, C, H, W)`, with a trained model and its solver."""
     P = model.preconditioner(f.shape[-3:]) if is_preconditioned(config) else None
     return fixed_point(model.problem(f, P), first_iterate(config)(f), make_solver(config))
-
-
-def test_noise(config: Config) -> Tensor:
-    """Return the noise `n` of the test images, `(N, 1, H, W)`: the same in every epoch and every figure."""
-    shape = (config.test_images, 1, *image_shape(config))
-    return torch.randn(shape, generator=generator(config.seed, "test noise"))

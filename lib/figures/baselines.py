@@ -11,14 +11,13 @@ import skimage
 import torch
 from torch import Tensor
 
-from lib.experiments.build import load_images, make_operator
+from lib.experiments.build import make_operator
 from lib.experiments.config import FacesConfig
 from lib.kernels import difference_kernels
 from lib.models import FixedPointModel
 from lib.operators import Mask, Operator
 from lib.regularizer import ConvFieldsOfExperts, smoothed_sign
 from lib.solvers import Anderson, fixed_point
-from lib.training import generator, observe
 
 Method = Callable[[Tensor, float], Tensor]
 """Function of data `f` and a weight that returns images, all `(N, 1, H, W)`."""
@@ -50,22 +49,6 @@ def tv_model(operator: Operator, lam: float, sharpness: float = 100.0) -> FixedP
     return FixedPointModel(operator, ConvFieldsOfExperts(A, None, smoothed_sign(sharpness)), tau, lam, 1.0)
 
 
-def tv_reconstruction(operator: Operator, tol: float = 1e-5, max_steps: int = 500) -> Method:
-    """Return reconstruction by `tv_model` with the weight `lambda`: a larger one smooths less.
-
-    Solves are preconditioned unless `K` is a mask: the steps of deblurring are so short that otherwise the
-    residual reaches its tolerance half a decibel away from the minimiser.
-    """
-
-    @torch.no_grad()
-    def method(f: Tensor, weight: float) -> Tensor:
-        model = tv_model(operator, weight)
-        P = None if isinstance(operator, Mask) else model.preconditioner(f.shape[-3:])
-        return fixed_point(model.problem(f, P), f, Anderson(tol, max_steps, memory=10)).value
-
-    return method
-
-
 def best_weight(method: Method, f: Tensor, truth: Tensor, low: float, high: float) -> float:
     """Return the weight in `[low, high]` with the smallest mean squared error, to three digits."""
 
@@ -77,18 +60,23 @@ def best_weight(method: Method, f: Tensor, truth: Tensor, low: float, high: floa
     return float(f"{math.exp(best.x):.3g}")
 
 
-def tuning_data(config: FacesConfig) -> tuple[Tensor, Tensor]:
-    """Return the first training images of a configuration, `(N, 1, H, W)`, and their data."""
-    truth = load_images(config)["train"][:TUNING_IMAGES]
-    n = torch.randn(truth.shape, generator=generator(config.seed, "noise of the baseline"))
-    return truth, observe(make_operator(config), truth, torch.tensor(config.noise), n)
-
-
 def tv_method(config: FacesConfig, shape: tuple[int, int]) -> Method:
-    """Return total variation by scikit-image in denoising, otherwise by our lower level."""
+    """Return total variation by scikit-image in denoising, otherwise by `tv_model` with the weight `lambda`.
+
+    Solves are preconditioned unless `K` is a mask: the steps of deblurring are so short that otherwise the
+    residual reaches its tolerance half a decibel away from the minimiser.
+    """
     if config.task == "denoising":
         return chambolle
-    return tv_reconstruction(make_operator(config, shape))
+    operator = make_operator(config, shape)
+
+    @torch.no_grad()
+    def method(f: Tensor, weight: float) -> Tensor:
+        model = tv_model(operator, weight)
+        P = None if isinstance(operator, Mask) else model.preconditioner(f.shape[-3:])
+        return fixed_point(model.problem(f, P), f, Anderson(1e-5, 500, memory=10)).value
+
+    return method
 
 
 def best_tv_weight(config: FacesConfig, f: Tensor, truth: Tensor) -> float:

@@ -16,21 +16,21 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from lib.experiments.build import Weights, image_shape, make_model, solve
+from lib.experiments.build import Weights, image_shape, load_images, make_model, make_operator, solve
 from lib.experiments.config import MODELS, FacesConfig
-from lib.experiments.data import TEST_FACES
+from lib.experiments.data import SPLITS
 from lib.experiments.processes import cores
 from lib.experiments.profiles import FILTERS, faces_config, our_config, profile_seeds
 from lib.experiments.records import Run
 from lib.experiments.runs import get_runs, learned_start, train_runs
 from lib.experiments.store import Results
-from lib.figures.baselines import best_tv_weight, chambolle, tuning_data, tv_method
+from lib.figures.baselines import TUNING_IMAGES, best_tv_weight, chambolle, tv_method
 from lib.figures.comparison import paired_test
 from lib.figures.reconstructions import Reconstructions, image_quality, runs_by_seed, seed_by_seed, test_data
 from lib.figures.style import MODEL_COLORS, MODEL_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.kernels import spectral_norm
 from lib.regularizer import GRADIENT_NORM
-from lib.training import generator, one_thread
+from lib.training import generator, observe, one_thread
 
 
 def face_configs(profile: str, task: str, **values: Any) -> dict[str, FacesConfig]:
@@ -108,7 +108,7 @@ def photograph_by_photograph(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
         of total variation is the best one on training images.
     """
     first = next(iter(runs.values()))[0].config
-    images = TEST_FACES if first.dataset == "faces" else first.test_images
+    images = len(SPLITS["faces"]["test"]) if first.dataset == "faces" else first.test_images
 
     @torch.no_grad()
     def measured(same: Sequence[Run]) -> pd.DataFrame:
@@ -174,7 +174,8 @@ def total_variation(config: FacesConfig, observed: Tensor) -> tuple[Tensor, str]
     Returns:
         The reconstructions, `(N, 1, H, W)`, and the weight as text.
     """
-    truth, f = tuning_data(config)
+    truth, n = load_images(config)["train"][:TUNING_IMAGES], generator(config.seed, "noise of the baseline")
+    f = observe(make_operator(config), truth, torch.tensor(config.noise), n)
     weight = best_tv_weight(config, f, truth)
     method = tv_method(config, (observed.shape[-2], observed.shape[-1]))
     return method(observed[:, None], weight), f"{'weight' if method is chambolle else 'lambda'} {weight:g}"

@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lib.experiments.build import Config, load_images, make_operator, solve, test_noise
+from lib.experiments.build import Config, load_images, make_operator, solve
 from lib.experiments.processes import default_device, workers
 from lib.experiments.profiles import ARMS, profile_config, profile_seeds
 from lib.experiments.records import Run
@@ -26,7 +26,7 @@ from lib.experiments.store import Results
 from lib.experiments.sweep import NOT_RUN
 from lib.figures.style import ARM_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.solvers import Status
-from lib.training import COMPLETED, TEST_BATCH, observe, one_thread, psnr
+from lib.training import COMPLETED, TEST_BATCH, generator, observe, one_thread, psnr
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Reconstructions:
 
 
 def test_data(config: Config) -> tuple[Tensor, Tensor]:
-    """Return the test images `u` and their data `f`, `(N, 1, H, W)`."""
-    truth = load_images(config)["test"]
-    return truth, observe(make_operator(config), truth, torch.tensor(config.noise), test_noise(config))
+    """Return the test images `u` and their data `f`, `(N, 1, H, W)`, the same in every epoch and figure."""
+    truth, n = load_images(config)["test"], generator(config.seed, "test noise")
+    return truth, observe(make_operator(config), truth, torch.tensor(config.noise), n)
 
 
 @one_thread()

@@ -22,7 +22,7 @@ import torch
 from benches import save
 from tqdm import tqdm
 
-from lib.experiments.build import load_images, make_model, make_training, solve, test_noise
+from lib.experiments.build import load_images, make_model, make_training, solve
 from lib.experiments.profiles import our_config
 from lib.experiments.store import REPOSITORY
 from lib.training import Training, generator, observe, one_thread, psnr
@@ -52,7 +52,7 @@ def tensors() -> dict[str, Any]:
     model, noise = make_model([OURS]), torch.tensor(OURS.noise)
     n = torch.randn(data["train"].shape, generator=generator(OURS.seed, "noise"))
     data["f_train"] = observe(model.operator, data["train"], noise, n)
-    data["f_test"] = observe(model.operator, data["test"], noise, test_noise(OURS))
+    data["f_test"] = observe(model.operator, data["test"], noise, generator(OURS.seed, "test noise"))
     return data | {"kernels": model.weights()["A"].transpose(0, 1)}
 
 

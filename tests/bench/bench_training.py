@@ -186,7 +186,7 @@ def time_to_loss(task: str) -> dict[str, Any]:
         f = observe(operator, truth, noise, torch.randn(truth.shape, generator=draws))
         seconds += timeit.timeit(partial(textbook, replace(batch, truth=truth, f=f)), number=1)
         optimizer.step()
-    f = observe(operator, images["test"], noise, build.test_noise(config))
+    f = observe(operator, images["test"], noise, generator(config.seed, "test noise"))
     reached = (build.solve(batch.model, f, config).value - images["test"]).square().mean().item()
     # Evaluated after every ten steps at the textbook's learning rate, for as long as the textbook took.
     changes = {"train_images": 1000, "epochs": STEPS, "final_learning_rate": config.learning_rate}

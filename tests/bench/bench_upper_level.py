@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 from upper_level import ADJOINT, CountedModel, Problem, hoag, lower_level_solver, maid
 
-from lib.experiments.data import faces
+from lib.experiments.data import photographs
 from lib.figures.style import STYLE, TEXT_WIDTH
 from lib.kernels import cosine_kernels
 from lib.regularizer import ConvFieldsOfExperts, WeightedExperts, smoothed_sign
@@ -82,10 +82,10 @@ class State:
 
 
 def make_problem(seed: int) -> Problem:
-    draws, photographs = generator(seed, "pieces"), faces("train", PHOTOGRAPHS)
+    draws, faces = generator(seed, "pieces"), photographs("faces", PHOTOGRAPHS, 0)["train"]
     pieces = []
-    for index in torch.randperm(len(photographs), generator=draws)[:IMAGES]:
-        picture = photographs[index]
+    for index in torch.randperm(len(faces), generator=draws)[:IMAGES]:
+        picture = faces[index]
         top, left = (int(torch.randint(n - SIDE + 1, (), generator=draws)) for n in picture.shape[-2:])
         pieces.append(picture[:, top : top + SIDE, left : left + SIDE])
     A, t = cosine_kernels(KERNELS, KERNEL_SIDE).double(), torch.zeros(KERNELS, dtype=torch.float64)

@@ -19,7 +19,7 @@ from lib.kernels import cosine_kernels, difference_kernels
 from lib.operators import CircularBlur, Identity, Mask
 from lib.regularizer import LINEAR, RELU, SOFTSHRINK, ConvFieldsOfExperts, DenseFieldsOfExperts
 from lib.solvers import Anderson, PlainIteration
-from lib.training import LBFGS, Adam, observe
+from lib.training import LBFGS, Adam, generator, observe
 
 DIGITS: dict[str, Any] = {"size": 14, "train_images": 20, "test_images": 10, "batch_size": 10, "epochs": 1}
 FACES: dict[str, Any] = {"reduction": 8, "train_images": 2, "test_images": 2, "epochs": 1, "filter_size": 3}
@@ -162,7 +162,7 @@ def test_trained_model_has_last_test_loss() -> None:
     config = FacesConfig(learn_weight=True, tol=1e-5, sharpness=20.0, **FACES)
     (history,) = build.make_training([config]).run()
     model, images = build.trained_model(config, history.weights), build.load_images(config)["test"]
-    f = observe(model.operator, images, torch.tensor(config.noise), build.test_noise(config))
+    f = observe(model.operator, images, torch.tensor(config.noise), generator(config.seed, "test noise"))
     loss = (build.solve(model, f, config).value - images).square().mean().item()
     assert loss == pytest.approx(history.rows[-1]["test_loss"], rel=1e-2)
 

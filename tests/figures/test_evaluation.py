@@ -16,7 +16,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from lib.experiments.build import solve, trained_model
 from lib.experiments.config import ConfigError
-from lib.experiments.data import DataError, faces, photograph
+from lib.experiments.data import DataError, photograph, photographs
 from lib.experiments.profiles import faces_config
 from lib.experiments.records import committed_kernels
 from lib.experiments.runs import get_run
@@ -25,8 +25,8 @@ from lib.training import generator
 
 
 def save_face(path: Path, index: int, rows: slice, columns: slice, mode: str = "L") -> None:
-    pixels = ((faces("test", 10)[index, 0, rows, columns] + 1) * 127.5).round().byte().numpy()
-    Image.fromarray(pixels).convert(mode).save(path)
+    face = photographs("faces", 0, 10)["test"][index, 0, rows, columns]
+    Image.fromarray(((face + 1) * 127.5).round().byte().numpy()).convert(mode).save(path)
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from matplotlib.figure import Figure
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from lib.experiments import data
 from lib.experiments.build import load_images
 from lib.experiments.config import FacesConfig
 from lib.experiments.profiles import faces_config
@@ -49,13 +46,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def images_read_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "faces", cache(data.faces))
-        yield
-
-
 def smoke(task: str = "denoising", **values: Any) -> FacesConfig:
     return faces_config("smoke", task, **{"filters": 3, "filter_size": 3} | values)
 
@@ -66,7 +56,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(results: Path, images_read_once: None) -> dict[str, Run]:
+def trained(results: Path) -> dict[str, Run]:
     """Runs of both models on denoising, and one on deblurring from the DEQ's kernels."""
     configs = {
         "bilevel": smoke(model="bilevel"),

@@ -12,9 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
-from lib.experiments import build, records, runs
+from lib.experiments import records, runs
 from lib.experiments import sweep as sweeps
-from lib.experiments.build import load_images, make_operator
 from lib.experiments.config import ConfigError
 from lib.experiments.data import DataError
 from lib.experiments.profiles import grid
@@ -22,7 +21,7 @@ from lib.experiments.records import run_key
 from lib.experiments.runs import get_run
 from lib.experiments.store import REPOSITORY, DamagedFile
 from lib.experiments.sweep import get_sweep, load_sweep, load_table, table_folder
-from lib.figures.reconstructions import reconstruct
+from lib.figures.reconstructions import reconstruct, test_data
 from lib.pages import notebooks
 
 COLLECT = runpy.run_path(str(REPOSITORY / ".ci" / "collect.py"))
@@ -70,8 +69,7 @@ def test_table_has_stored_runs(trained: Path) -> None:
     assert ((table.runs["status"] == "completed") == table.runs["output"].notna()).all()
     rows = table.runs.set_index("key")
     for config in configs:
-        truth, row = load_images(config)["test"], rows.loc[run_key(config)]
-        f = make_operator(config).forward(truth) + config.noise * build.test_noise(config)
+        (truth, f), row = test_data(config), rows.loc[run_key(config)]
         assert_shown(row["truth"], truth[:, 0])
         assert_shown(row["input"], f[:, 0])
         if row["status"] == "completed":
