@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lib.experiments.config import RunConfig, require_name
@@ -183,14 +184,9 @@ def row_config(row: Mapping[Any, Any]) -> RunConfig:
 
 def status(configs: Sequence[RunConfig], results: Results = None) -> pd.DataFrame:
     """Count the configurations of each task and model by status."""
-
-    def state(config: RunConfig) -> str:
-        if record := read_record(config, results):
-            return str(record["status"])
-        return IN_PROGRESS if (run_folder(config, results) / "checkpoint.pt").exists() else NOT_RUN
-
-    rows = [(config.task, config.model, state(config)) for config in configs]
-    frame = pd.DataFrame(rows, columns=["task", "model", "state"])
-    states = [COMPLETED, DIVERGED, OUT_OF_TIME, IN_PROGRESS, NOT_RUN]
-    counts = pd.crosstab([frame["task"], frame["model"]], frame["state"], margins=True, margins_name="all")
-    return counts.reindex(columns=[*states, "all"], fill_value=0).rename_axis(columns=None)
+    runs = load_sweep("", configs, results).runs
+    started = np.array([(run_folder(config, results) / "checkpoint.pt").exists() for config in configs])
+    state = runs["status"].mask((runs["status"] == NOT_RUN) & started, IN_PROGRESS)
+    counts = pd.crosstab([runs["task"], runs["model"]], state, margins=True, margins_name="all")
+    states = [COMPLETED, DIVERGED, OUT_OF_TIME, IN_PROGRESS, NOT_RUN, "all"]
+    return counts.reindex(columns=states, fill_value=0).rename_axis(columns=None)

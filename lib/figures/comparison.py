@@ -32,9 +32,6 @@ PAIRED = tuple(name for name in RunConfig.model_fields if name not in ("model", 
 PAIRS = (("bilevel", "deq"), ("bilevel", "deq tied"), ("deq", "deq tied"))
 """Pairs of arms for the comparison of each configuration."""
 
-BEST_OF = ("task", "noise", "seed")
-"""Axes of the best configurations, chosen for each task and noise over all seeds."""
-
 YES, NO, NOT_DECIDED = "yes", "no", "not decided at this budget"
 ANSWERS = (YES, NO, NOT_DECIDED)
 
@@ -99,29 +96,6 @@ def paired_test(differences: NDArray[np.float64]) -> dict[str, float]:
     low, high = bootstrap.confidence_interval
     p = scipy.stats.wilcoxon(differences).pvalue
     return result | {"low": float(low), "high": float(high), "p": float(p)}
-
-
-def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs of the best configuration of each task, noise and arm: one per seed.
-
-    It has the lowest median over the seeds of the final test loss; a run without one counts as infinite.
-    """
-    configuration = ["task", "noise", "arm", *(n for n in PAIRED if n in runs and n not in BEST_OF)]
-    losses = runs["test_loss"].where(outcome(runs).isin([KEPT, DROPPED]), np.inf)
-    medians = losses.groupby([runs[name] for name in configuration], dropna=False).transform("median")
-    ended = medians[np.isfinite(medians)]
-    chosen = runs.loc[ended.groupby([runs[name] for name in ("task", "noise", "arm")]).idxmin()]
-    best = runs.merge(chosen[configuration], on=configuration)
-    best = best[outcome(best).isin([KEPT, DROPPED])]
-    return best.sort_values([name for name in (*BEST_OF[:2], "arm", "seed") if name in best])
-
-
-def epochs_within(sweep: Sweep, seconds: float, threshold: float = LOSS_THRESHOLD) -> pd.DataFrame:
-    """Return the kept runs with the number of epochs that each finished within some seconds."""
-    kept = kept_runs(sweep.runs, threshold)
-    trained = sweep.epochs[(sweep.epochs["epoch"] > 0) & (sweep.epochs["seconds"] <= seconds)]
-    finished = trained.groupby("key").size()
-    return kept.assign(epochs_within=kept["key"].map(finished).fillna(0).astype(int))
 
 
 @dataclass(frozen=True)

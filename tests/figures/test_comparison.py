@@ -24,9 +24,7 @@ from lib.figures.comparison import (
     OUTCOMES,
     YES,
     Question,
-    best_runs,
     check_sweep,
-    epochs_within,
     has_converged,
     kept_runs,
     outcome,
@@ -163,44 +161,6 @@ def test_statistics_of_too_few_differences_are_nan(differences: list[float], med
     assert result["pairs"] == len(differences)
     assert result["median"] == pytest.approx(median, nan_ok=True)
     assert all(math.isnan(result[name]) for name in ("low", "high", "p"))
-
-
-def test_best_run_has_lowest_loss() -> None:
-    """One run per task, noise and model; diverged, untrained and missing runs are ignored."""
-    losses = {0.1: 0.3, 0.5: 0.2, 0.9: 0.25}
-    runs = runs_table(
-        *({"tau": tau, "test_loss": loss} for tau, loss in losses.items()),
-        *({"tau": tau, "test_loss": loss / 2, "model": "deq"} for tau, loss in losses.items()),
-        {"tau": 1.1, "test_loss": 0.01, "status": "diverged"},
-        {"tau": 1.1, "test_loss": 0.01, "status": "out of time", "epochs_finished": 0},
-        {"tau": 1.1, "test_loss": math.nan, "status": "not run", "task": "deblurring"},
-    )
-    best = best_runs(runs).set_index(["task", "arm"])["test_loss"]
-    assert best.to_dict() == {("denoising", "bilevel"): 0.2, ("denoising", "deq"): 0.1}
-    assert best_runs(runs_table({"status": "diverged"}, {"status": "not run"})).empty
-
-
-def test_best_configuration_has_lowest_median_over_seeds() -> None:
-    losses = {0.1: (0.3, 0.05, 0.4), 0.5: (0.2, 0.25, 0.9), 0.9: (0.1, None, None)}
-    rows = [
-        {"tau": tau, "seed": seed, "test_loss": 0.01 if loss is None else loss}
-        | ({"status": "diverged"} if loss is None else {})
-        for tau, of_seeds in losses.items()
-        for seed, loss in enumerate(of_seeds)
-    ]
-    best = best_runs(runs_table(*rows))
-    assert set(best["tau"]) == {0.5}
-    assert sorted(best["seed"]) == [0, 1, 2]
-
-
-def test_epochs_within_time_limit() -> None:
-    """An epoch that ends at the limit counts; dropped runs do not."""
-    runs = runs_table({}, {}, {"test_loss": 0.9})
-    ends = {"run 0": (0.5, 2.0, 3.0, 4.0), "run 1": (0.1, 3.5, 4.0), "run 2": (0.0, 0.1, 0.2)}
-    rows = [(key, epoch, seconds) for key, times in ends.items() for epoch, seconds in enumerate(times)]
-    sweep = make_sweep(runs, pd.DataFrame(rows, columns=["key", "epoch", "seconds"]))
-    for seconds, counts in ((3.0, [2, 0]), (2.999, [1, 0]), (100.0, [3, 2])):
-        assert epochs_within(sweep, seconds)["epochs_within"].tolist() == counts
 
 
 CLEAR = np.linspace(0.1, 1.0, 30)
