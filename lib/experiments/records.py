@@ -15,11 +15,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile, ZipInfo
+from zipfile import BadZipFile, ZipFile
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from lib.experiments.build import SPLINE_STEP, Config, Weights, trained_model
 from lib.experiments.config import MODELS, ConfigError, FacesConfig, RunConfig, require_name, shown
@@ -44,9 +43,6 @@ NATURAL_NOISE = {"denoising": 2 * 25 / 255, "deblurring": 0.01}
 
 COMMITTED = {"quick": "reference", "overnight": "reference/overnight"}
 """Folders of committed figures in the results, by profile."""
-
-COMMITTED_BITS = 8
-"""Significant bits of dense weights in a committed run; rounding changes the test loss by about 0.02 %."""
 
 Record = TypeVar("Record")
 
@@ -115,7 +111,7 @@ def read_record(config: Config, results: Results = None) -> dict[str, Any] | Non
     path = run_folder(config, results) / "run.json"
 
     def read() -> dict[str, Any]:
-        record = _read_json(path, "run")
+        record = read_json(path, "run")
         if record_config(record) != config:
             raise DamagedFile(f"{path}: it belongs to another configuration")
         return record
@@ -128,7 +124,7 @@ def load_run(config: Config, results: Results = None) -> Run | None:
     record, folder = read_record(config, results), run_folder(config, results)
     if record is None:
         return None
-    return _usable(folder / "run.json", lambda: _run(folder.name, record, _read_weights(folder)))
+    return _usable(folder / "run.json", lambda: _run(folder.name, record, read_weights(folder)))
 
 
 def store_run(config: Config, member: History, results: Results = None) -> None:
@@ -147,14 +143,14 @@ def store_run(config: Config, member: History, results: Results = None) -> None:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     }
-    write_atomic(folder / "weights.pt", _packed(member.weights))
-    write_atomic(folder / "run.json", _json("run", record))
+    write_atomic(folder / "weights.pt", packed(member.weights))
+    write_atomic(folder / "run.json", sealed_json("run", record))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def write_checkpoint(config: Config, state: dict[str, Any], results: Results = None) -> None:
     """Write the state to resume a run from."""
-    write_atomic(run_folder(config, results) / "checkpoint.pt", _packed(state))
+    write_atomic(run_folder(config, results) / "checkpoint.pt", packed(state))
 
 
 def read_checkpoint(config: Config, results: Results = None) -> dict[str, Any] | None:
@@ -176,7 +172,7 @@ def stored_kernels(key: str, results: Results = None, **asked: object) -> Run:
     store = _store(results)
     if key not in {path.parent.name for path in store.glob("*/run.json")}:
         raise ConfigError(f"`run` must be the key of a run in {store}, got {shown(key)}.")
-    record = _read_json(store / key / "run.json", "run")
+    record = read_json(store / key / "run.json", "run")
     if not isinstance(record_config(record), FacesConfig):
         raise ConfigError(f"`run` must be the key of a run on photographs, got {key} on digits.")
     for name, value in asked.items():
@@ -186,7 +182,7 @@ def stored_kernels(key: str, results: Results = None, **asked: object) -> Run:
         raise ConfigError(f"`run` must not have diverged, got {key} ({record['reason']}).")
     if record["status"] != COMPLETED:
         notice(f"run {key} has not completed, but is {record['status']}: {record['reason']}")
-    return _run(key, record, _read_weights(store / key))
+    return _run(key, record, read_weights(store / key))
 
 
 def trained_on(run: Run, files: Sequence[Path]) -> list[str]:
@@ -224,12 +220,12 @@ def save_kernels(run: Run, folder: Path, name: str = KERNELS) -> None:
         "weights": {name: weight.tolist() for name, weight in run.weights.items()},
         "provenance": run.provenance | {"run": run.key},
     }
-    write_atomic(folder / name, _json("kernels", record))
+    write_atomic(folder / name, sealed_json("kernels", record))
 
 
 def load_kernels(path: Path) -> Run:
     """Return the run in a file of `save_kernels`, without a history."""
-    record = _read_json(path, "kernels")
+    record = read_json(path, "kernels")
     weights = {name: torch.tensor(weight) for name, weight in record["weights"].items()}
     return _run(record["provenance"]["run"], record | {"history": []}, weights)
 
@@ -293,32 +289,10 @@ def committed_kernels(
     return [known[name] for name in chosen if name in known]
 
 
-def keep_run(path: Path, results: Results = None) -> None:
-    """Write a stored run to a committed file, named by its key.
-
-    Args:
-        path: `<key>.zip`, with dense weights to `COMMITTED_BITS`, or `<key>.json`, without weights.
-        results: folder of the results with the stored run.
-    """
-    stored = _store(results) / path.stem
-    if path.suffix == ".json":
-        write_atomic(path, (stored / "run.json").read_bytes())
-        return
-    record, weights = _read_json(stored / "run.json", "run"), _read_weights(stored)
-    if isinstance(record_config(record), RunConfig):
-        weights = {name: _rounded(weight).half() for name, weight in weights.items()}
-    packed = io.BytesIO()
-    with ZipFile(packed, "w") as archive:
-        for name, content in (("run.json", _json("run", record)), ("weights.pt", _packed(weights))):
-            # Without the time, so that equal runs have equal files.
-            archive.writestr(ZipInfo(name), content, ZIP_DEFLATED)
-    write_atomic(path, sealed(packed.getvalue()))
-
-
 def load_kept_run(path: Path, configs: Collection[Config]) -> Run | None:
-    """Return the run in a file of `keep_run` if its configuration is one of `configs`."""
+    """Return the run in a committed file (`.ci/keep.py`) if its configuration is one of `configs`."""
     if path.suffix == ".json":
-        run = _run(path.stem, _read_json(path, "run"), {})
+        run = _run(path.stem, read_json(path, "run"), {})
         return run if run.config in configs else None
     with ZipFile(io.BytesIO(unsealed(path.read_bytes(), path))) as archive:
         record: dict[str, Any] = json.loads(archive.read("run.json"))["run"]
@@ -359,13 +333,8 @@ def _run(key: str, record: dict[str, Any], weights: Weights) -> Run:
     )
 
 
-def _rounded(weight: Tensor) -> Tensor:
-    """Round a weight to `COMMITTED_BITS`: the other bits of half precision do not compress."""
-    mantissa, exponent = torch.frexp(weight)
-    return torch.ldexp((mantissa * 2**COMMITTED_BITS).round() / 2**COMMITTED_BITS, exponent)
-
-
-def _packed(tensors: dict[str, Any]) -> bytes:
+def packed(tensors: dict[str, Any]) -> bytes:
+    """Return tensors as the content of a sealed file."""
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     return sealed(buffer.getvalue())
@@ -377,16 +346,19 @@ def _unpacked(file: bytes, path: Path) -> dict[str, Any]:
     return tensors
 
 
-def _read_weights(folder: Path) -> Weights:
+def read_weights(folder: Path) -> Weights:
+    """Return the weights in the folder of a stored run."""
     path = folder / "weights.pt"
     return _unpacked(path.read_bytes(), path)
 
 
-def _json(name: str, record: dict[str, Any]) -> bytes:
+def sealed_json(name: str, record: dict[str, Any]) -> bytes:
+    """Return a record as the content of a JSON file with its checksum."""
     return json.dumps({"sha256": _digest(record), name: record}, indent=1).encode()
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """Return the record in a file of `sealed_json`."""
     content = path.read_bytes()
     try:
         stored = json.loads(content)

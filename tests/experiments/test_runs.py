@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -435,8 +436,9 @@ def test_committed_runs_are_loaded_without_training(
     """Dense weights have eight bits and any method version; they never replace a training."""
     whole, alone, missing = stored[1][0], stored[1][1], STACK[4]
     folder = tmp_path / "reference" / "overnight" / "runs"
-    records.keep_run(folder / f"{whole.key}.zip", stored[0])
-    records.keep_run(folder / f"{alone.key}.json", stored[0])
+    keep_run = runpy.run_path(str(REPOSITORY / ".ci" / "keep.py"))["keep_run"]
+    keep_run(folder / f"{whole.key}.zip", stored[0])
+    keep_run(folder / f"{alone.key}.json", stored[0])
     monkeypatch.setattr(runs, "REFERENCE", tmp_path / "reference")
     monkeypatch.setattr(records, "METHOD_VERSION", METHOD_VERSION + 1)
     (run,) = get_runs([whole.config], tmp_path, train=False)
