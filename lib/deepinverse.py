@@ -128,14 +128,13 @@ class FieldPrior(deepinv.optim.Prior):
 
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return `R(x)` of images `(N, C, H, W)`, `(N,)`; for a DEQ `R` has `A` and `b`."""
-        return self.model.regularizer.energy(self._stacked(x), self.model.gamma, self.model.tau).view(-1)
+        u = x.reshape(*self.model.tau.shape, *x.shape)
+        return self.model.regularizer.energy(u, self.model.gamma, self.model.tau).view(-1)
 
     def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return `gamma C^T sigma(A x + b)`, `(N, C, H, W)` like `x`."""
-        return self.model.regularizer.field(self._stacked(x), self.model.gamma, self.model.tau).view_as(x)
-
-    def _stacked(self, x: Tensor) -> Tensor:
-        return x.reshape(*self.model.tau.shape, *x.shape)
+        u = x.reshape(*self.model.tau.shape, *x.shape)
+        return self.model.regularizer.field(u, self.model.gamma, self.model.tau).view_as(x)
 
 
 class Reconstructor(deepinv.models.Reconstructor):

@@ -33,8 +33,7 @@ class Identity:
     def adjoint(self, v: Tensor) -> Tensor:
         return v
 
-    def normal(self, u: Tensor) -> Tensor:
-        return u
+    normal = forward
 
 
 class Mask:
@@ -61,8 +60,7 @@ class Mask:
     def adjoint(self, v: Tensor) -> Tensor:
         return self.forward(v)
 
-    def normal(self, u: Tensor) -> Tensor:
-        return self.forward(u)
+    normal = forward
 
 
 class CircularBlur:

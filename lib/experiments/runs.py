@@ -201,9 +201,12 @@ def _train_in_worker(stack: list[Config], results: Results) -> None:
 
 
 def train_stack(configs: Sequence[Config], results: Results, report: Report) -> None:
-    """Train and store the configurations of a stack that no other process has stored or is training."""
+    """Train and store the configurations of a stack that no other process has stored or is training.
+
+    Those with checkpoints of the same epoch train together.
+    """
+    by_epoch: dict[int, list[tuple[Config, dict[str, Any]]]] = {}
     with ExitStack() as locks:
-        mine = []
         for config in configs:
             folder = run_folder(config, results)
             folder.mkdir(parents=True, exist_ok=True)
@@ -212,22 +215,14 @@ def train_stack(configs: Sequence[Config], results: Results, report: Report) -> 
             except Timeout:
                 continue
             if not is_stored(config, results):
-                mine.append(config)
-        _train(mine, results, report)
-
-
-def _train(configs: Sequence[Config], results: Results, report: Report) -> None:
-    """Train configurations of a stack, grouped by the epoch of their checkpoints, while holding locks."""
-    by_epoch: dict[int, list[tuple[Config, dict[str, Any]]]] = {}
-    for config in configs:
-        state = read_checkpoint(config, results) or {"epoch": 0}
-        by_epoch.setdefault(state["epoch"], []).append((config, state))
-    for epoch, pairs in sorted(by_epoch.items()):
-        members, states = zip(*pairs, strict=True)
-        training = make_training(members, default_device(), learned_start(members[0], results))
-        if epoch:
-            training.restore(states)
-        _run(training, members, results, report)
+                state = read_checkpoint(config, results) or {"epoch": 0}
+                by_epoch.setdefault(state["epoch"], []).append((config, state))
+        for epoch, pairs in sorted(by_epoch.items()):
+            members, states = zip(*pairs, strict=True)
+            training = make_training(members, default_device(), learned_start(members[0], results))
+            if epoch:
+                training.restore(states)
+            _run(training, members, results, report)
 
 
 def _run(training: Training, configs: Sequence[Config], results: Results, report: Report) -> None:
