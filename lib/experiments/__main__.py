@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from lib.experiments.build import Config
 from lib.experiments.cluster import Jobs, job_options, train_on_cluster
@@ -17,7 +16,7 @@ from lib.experiments.config import ConfigError, FacesConfig, RunConfig, parse_pa
 from lib.experiments.plan import duration, plan
 from lib.experiments.processes import default_device, workers
 from lib.experiments.profiles import faces_config, grid, profile_config
-from lib.experiments.records import is_stored, run_folder, take_runs
+from lib.experiments.records import is_stored, run_folder
 from lib.experiments.runs import get_run, train_runs
 from lib.experiments.sweep import load_sweep, status, write_tables
 
@@ -87,14 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m lib.experiments", description=__doc__)
     parser.add_argument("command", choices=("run", "status", "plan", "train"))
     parser.add_argument("--profile", default="quick")
-    parser.add_argument("--take", type=Path, help="first import the runs in this file of make gpu")
     parser.add_argument("--cluster", default="none", help="none (this process), local or slurm")
     options = parser.parse(arguments, "-p", "--job")
     if options.command == "train":
         return train_one(one_config(options.profile, options.p))
     configs = grid(options.profile, **parse_parameters(options.p))
-    if options.take is not None:
-        print(take_runs(options.take))
     if options.command == "run":
         return train(options.profile, configs, job_options(options.cluster, options.job))
     if options.command == "status":

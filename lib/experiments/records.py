@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import pandas as pd
 import torch
@@ -194,21 +194,6 @@ def trained_on(run: Run, files: Sequence[Path]) -> list[str]:
 def file_digest(path: Path) -> str:
     """Return the digest of an image file, as in the provenance of a run."""
     return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
-
-
-def take_runs(path: Path, results: Results = None) -> str:
-    """Unpack a zip file of runs of another machine into the store, and return the number of new ones as text.
-
-    Runs are verified when they are loaded. Raises `ConfigError` for other files.
-    """
-    store = _store(results)
-    try:
-        with ZipFile(path) as archive:
-            new = [name for name in archive.namelist() if not (store / name).exists()]
-            archive.extractall(store, new)
-    except (BadZipFile, OSError):
-        raise ConfigError(f"`take` must be a file written by make gpu, got {path}.") from None
-    return f"{sum(name.endswith('run.json') for name in new)} runs of {path} are new in the store"
 
 
 def save_kernels(run: Run, folder: Path, name: str = KERNELS) -> None:

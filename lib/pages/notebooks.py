@@ -59,30 +59,16 @@ class Page(NamedTuple):
     fixed: tuple[str, ...] = ()
 
 
-PAGES = {
-    "fig01": Page("fig01_mnist_losses", grid),
-    "fig02": Page("fig02_mnist_denoising", profile_config, ("model", "initial")),
-    "fig03": Page("fig03_mnist_inpainting", profile_config, ("model", "initial")),
-    "fig04": Page("fig04_mnist_deblurring", profile_config, ("model", "initial")),
-    "fig05": Page("fig05_mnist_best", grid),
-    "fig06": Page("fig06_mnist_epochs", grid),
-    "fig07": Page("fig07_faces_inpainting", faces_config),
-    "fig08": Page("fig08_faces_denoising", faces_config, ("model", "filters", "filter_size")),
-    "fig09": Page("fig09_kernels_denoising_11x11_bilevel", faces_config),
-    "fig10": Page("fig10_kernels_denoising_11x11_deq", faces_config),
-    "fig11": Page("fig11_kernels_denoising_3x3_bilevel", faces_config),
-    "fig12": Page("fig12_kernels_denoising_3x3_deq", faces_config),
-    "fig13": Page("fig13_faces_deblurring", faces_config, ("model", "filters", "filter_size")),
-    "fig14": Page("fig14_kernels_deblurring_11x11_bilevel", faces_config),
-    "fig15": Page("fig15_kernels_deblurring_11x11_deq", faces_config),
-    "fig16": Page("fig16_kernels_deblurring_3x3_bilevel", faces_config),
-    "fig17": Page("fig17_kernels_deblurring_3x3_deq", faces_config),
-    "theory": Page("theory_special_case"),
+MAKERS: dict[str, tuple[Any, ...]] = dict.fromkeys(("fig01", "fig05", "fig06"), (grid,))
+MAKERS |= dict.fromkeys(("fig02", "fig03", "fig04"), (profile_config, ("model", "initial")))
+MAKERS |= {f"fig{number:02}": (faces_config,) for number in range(7, 18)}
+MAKERS |= dict.fromkeys(("fig08", "fig13"), (faces_config, ("model", "filters", "filter_size")))
+"""Arguments of `Page` behind the file, of notebooks that train with a profile."""
+
+NAMES = {
+    path.stem: re.sub(r"^(fig\d\d|theory)_.*", r"\1", path.stem) for path in sorted(NOTEBOOKS.glob("*.ipynb"))
 }
-PAGES |= {name: Page(name) for name in ("first_steps", "your_own", "free_c", "weight", "hypergradients")}
-PAGES |= {
-    name: Page(name) for name in ("reconstruct", "evaluate", "bsd68", "tomography", "explore", "scaling")
-}
+PAGES = {name: Page(file, *MAKERS.get(name, ())) for file, name in NAMES.items()}
 
 
 def notebook_path(name: str) -> Path:

@@ -114,7 +114,7 @@ def sweep(profile: str, minutes: float, device: torch.device, out: Path) -> str:
         # A folder with a record holds a complete run, so the record comes last.
         for folder, name in product(ended, ("weights.pt", "run.json")):
             archive.write(folder / name, f"{folder.name}/{name}")
-    how = f'make sweep PROFILE={profile} ARGS="--take {path}"'
+    how = f"python -m zipfile -e {path} results/runs"
     return f"{len(ended)} of {len(configs)} runs of {profile} are trained: {how}"
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from zipfile import ZipFile
 
 import bench_gpu as gpu
 import pandas as pd
 import pytest
 import torch
 
-from lib.experiments.records import take_runs
+from lib.experiments.profiles import grid
+from lib.experiments.records import is_stored
 
 
 def test_gpu_measures_and_trains_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,4 +25,5 @@ def test_gpu_measures_and_trains_sweep(tmp_path: Path, monkeypatch: pytest.Monke
     assert (agreed.filter(like="loss") == 0).all(axis=None)
     assert gpu.sweep("smoke", 0.0, device, tmp_path).startswith("0 of 18 runs of smoke are trained: ")
     assert gpu.sweep("smoke", 60.0, device, tmp_path).startswith("18 of 18 runs of smoke are trained: ")
-    assert take_runs(tmp_path / "smoke.zip", tmp_path / "here").startswith("18 runs of ")
+    ZipFile(tmp_path / "smoke.zip").extractall(tmp_path / "here" / "runs")
+    assert all(is_stored(config, tmp_path / "here") for config in grid("smoke"))

@@ -25,7 +25,7 @@ from lib.experiments.data import DataError
 from lib.experiments.plan import STACK_NUMBERS, duration, stack_size, stacks
 from lib.experiments.processes import workers
 from lib.experiments.profiles import grid
-from lib.experiments.records import load_run, run_folder, run_key, take_runs
+from lib.experiments.records import load_run, run_folder, run_key
 from lib.experiments.store import REPOSITORY
 from lib.experiments.sweep import NOT_RUN, Sweep, get_sweep, load_sweep, status
 
@@ -308,19 +308,12 @@ def test_train_command_trains_one_configuration(
         command.one_config("quick", searched)
 
 
-def test_runs_of_another_machine_are_imported(
+def test_record_of_another_configuration_is_set_aside(
     trained: tuple[Path, Sweep], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Runs are stored once and unchanged; a record of another configuration is set aside."""
     here = tmp_path / "here"
-    path = Path(shutil.make_archive(str(tmp_path / "smoke"), "zip", trained[0] / "runs"))
-    shutil.copytree(run_folder(CONFIGS[0], trained[0]), run_folder(CONFIGS[0], here))
-    assert take_runs(path, here) == f"15 runs of {path} are new in the store"
-    pd.testing.assert_frame_equal(load_sweep("smoke", CONFIGS, here).runs, trained[1].runs)
-    assert take_runs(path, here).startswith("0 runs ")
-    with pytest.raises(ConfigError, match=r"^`take` must be a file written by make gpu, got "):
-        take_runs(here / "nothing", here)
-    other = run_folder(CONFIGS[-1], here)
-    (run_folder(CONFIGS[0], here) / "run.json").replace(other / "run.json")
+    for config in (CONFIGS[0], CONFIGS[-1]):
+        shutil.copytree(run_folder(config, trained[0]), run_folder(config, here))
+    (run_folder(CONFIGS[0], here) / "run.json").replace(run_folder(CONFIGS[-1], here) / "run.json")
     assert load_run(CONFIGS[-1], here) is None
     assert "it belongs to another configuration" in error_line(capsys)

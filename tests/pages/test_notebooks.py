@@ -41,11 +41,6 @@ def test_figure_notebook_has_all_parts(name: str) -> None:
     assert all(output.output_type != "error" for output in outputs)
 
 
-def test_pages_match_notebooks() -> None:
-    files = sorted(path.stem for path in notebooks.NOTEBOOKS.glob("*.ipynb"))
-    assert sorted(page.file for page in notebooks.PAGES.values()) == files
-
-
 @pytest.mark.parametrize("profile", PROFILES)
 def test_parameters_are_valid_and_described(profile: str, capsys: pytest.CaptureFixture[str]) -> None:
     for name in notebooks.PAGES:
