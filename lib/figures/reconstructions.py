@@ -242,7 +242,8 @@ def check_reconstructions(result: Reconstructions) -> None:
     # Four standard deviations of the estimate, or a percent.
     allowed = max(0.01, 4 / math.sqrt(2 * result.truth.numel())) * config.noise
     assert abs(noise - config.noise) <= allowed, f"noise in the input: {noise}"
-    print(f"the input is K u + noise, standard deviation {config.noise:g}")
+    level = f"{config.noise:g} ({127.5 * config.noise:.4g} of 255)"
+    print(f"the input is K u + noise, standard deviation {level}")
     check_weights(result.runs)
     for name, run in result.runs.items():
         if run.status == COMPLETED:
