@@ -21,7 +21,7 @@ from lib.experiments.records import run_key
 from lib.experiments.runs import get_run
 from lib.experiments.store import REPOSITORY, DamagedFile
 from lib.experiments.sweep import get_sweep, load_sweep, load_table, table_folder
-from lib.figures.reconstructions import reconstruct, test_data
+from lib.figures import reconstructions
 from lib.pages import notebooks
 
 COLLECT = runpy.run_path(str(REPOSITORY / ".ci" / "collect.py"))
@@ -69,11 +69,13 @@ def test_table_has_stored_runs(trained: Path) -> None:
     assert ((table.runs["status"] == "completed") == table.runs["output"].notna()).all()
     rows = table.runs.set_index("key")
     for config in configs:
-        (truth, f), row = test_data(config), rows.loc[run_key(config)]
+        (truth, f), row = reconstructions.test_data(config), rows.loc[run_key(config)]
         assert_shown(row["truth"], truth[:, 0])
         assert_shown(row["input"], f[:, 0])
         if row["status"] == "completed":
-            assert_shown(row["output"], reconstruct({"": get_run(config, trained)}).outputs[""])
+            assert_shown(
+                row["output"], reconstructions.reconstruct({"": get_run(config, trained)}).outputs[""]
+            )
 
 
 @pytest.mark.parametrize("name", ["provenance.json", *sweeps.TABLES])
