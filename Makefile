@@ -75,9 +75,9 @@ tomography: $(INSTALLED) ## a task beyond the paper, with an operator of DeepInv
 scaling: $(INSTALLED) ## cost of a training step by image, kernels, batch and stack
 
 # By default glibc returns every large tensor to the system; its pages then cost more time than the arithmetic.
-evaluate bsd68 test validate refresh: export MALLOC_MMAP_THRESHOLD_ := 4294967296
-evaluate bsd68 test validate refresh: export MALLOC_TRIM_THRESHOLD_ := 8589934592
-evaluate bsd68 test validate refresh: export MALLOC_ARENA_MAX := 1
+evaluate bsd68 test validate refresh bench: export MALLOC_MMAP_THRESHOLD_ := 4294967296
+evaluate bsd68 test validate refresh bench: export MALLOC_TRIM_THRESHOLD_ := 8589934592
+evaluate bsd68 test validate refresh bench: export MALLOC_ARENA_MAX := 1
 
 $(FIGURES) first_steps your_own theory free_c weight hypergradients reconstruct evaluate tomography scaling bsd68: $(INSTALLED)
 	@set -f; $(BIN)/python -m lib.pages.notebooks run $@ --profile $(PROFILE) $(ARGS)

@@ -29,14 +29,17 @@ from torch import Tensor
 from tqdm import tqdm
 from upper_level import ADJOINT, CountedModel, Problem, hoag, lower_level_solver, maid
 
-from lib.experiments.data import photographs
+from lib.experiments.data import photograph, split_files
 from lib.figures.style import STYLE, TEXT_WIDTH
 from lib.kernels import cosine_kernels
 from lib.regularizer import ConvFieldsOfExperts, WeightedExperts, smoothed_sign
 from lib.training import LBFGS, Adam, Training, generator, one_thread, psnr
 
 NOISE, SHARPNESS, LAMBDA = 2 * 25 / 255, 50.0, 40.0
-KERNELS, KERNEL_SIDE, PHOTOGRAPHS, IMAGES, SIDE = 24, 5, 300, 8, 36
+KERNELS, KERNEL_SIDE = 24, 5
+
+PIECES, TUNING_PIECES = (20, 96), (8, 36)
+"""Number and side of the pieces of photographs for the result, and for the choice of rates and tolerances."""
 
 SEEDS, TUNING = (0, 1, 2, 3, 4), 100
 """Seeds of pieces and noise for the result, and for the choice of rates and tolerances."""
@@ -82,12 +85,13 @@ class State:
 
 
 def make_problem(seed: int) -> Problem:
-    draws, faces = generator(seed, "pieces"), photographs("faces", PHOTOGRAPHS, 0)["train"]
-    pieces = []
-    for index in torch.randperm(len(faces), generator=draws)[:IMAGES]:
-        picture = faces[index]
-        top, left = (int(torch.randint(n - SIDE + 1, (), generator=draws)) for n in picture.shape[-2:])
-        pieces.append(picture[:, top : top + SIDE, left : left + SIDE])
+    draws, pieces = generator(seed, "pieces"), []
+    count, side = TUNING_PIECES if seed == TUNING else PIECES
+    photographs = [path for files in split_files("natural").values() for path in files]
+    for index in torch.randint(len(photographs), (count,), generator=draws).tolist():
+        picture = photograph(photographs[index], changes={}).squeeze(0)
+        top, left = (int(torch.randint(n - side + 1, (), generator=draws)) for n in picture.shape[-2:])
+        pieces.append(picture[:, top : top + side, left : left + side])
     A, t = cosine_kernels(KERNELS, KERNEL_SIDE).double(), torch.zeros(KERNELS, dtype=torch.float64)
     experts = ConvFieldsOfExperts(A, WeightedExperts(t), smoothed_sign(SHARPNESS))
     return Problem(CountedModel(experts, LAMBDA), torch.stack(pieces).double(), NOISE, seed)
@@ -186,7 +190,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 def draw(table: pd.DataFrame, tuning: pd.Series) -> bytes:
     with plt.rc_context(STYLE):
         figure, (left, middle, right) = plt.subplots(
-            1, 3, figsize=(TEXT_WIDTH, 2.5), sharey=True, layout="constrained"
+            1, 3, figsize=(TEXT_WIDTH, 2.7), sharey=True, layout="constrained"
         )
         for method, (color, style, marker) in LOOKS.items():
             mean = table[table["method"] == method].groupby("evaluations")[["seconds", "dB"]].mean()
@@ -200,7 +204,7 @@ def draw(table: pd.DataFrame, tuning: pd.Series) -> bytes:
         middle.set(xlabel="seconds of one core", title="five seeds")
         right.set(xlabel="tolerance, fixed or first", title="tuning: after all evaluations")
         left.set_ylim(bottom=table.loc[table["evaluations"] == 0, "dB"].mean())
-        right.legend(loc="lower center", ncols=2, columnspacing=1)
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(LOOKS))
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=200, metadata={"Software": None})
         plt.close(figure)
