@@ -11,9 +11,8 @@ import io
 import json
 import sys
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+from zipfile import ZIP_DEFLATED, ZIP_LZMA, ZipFile, ZipInfo
 
-import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,15 +22,16 @@ from lib.experiments.provenance import PROVENANCE
 from lib.experiments.records import COMMITTED, packed, read_json, read_weights, record_config, sealed_json
 from lib.experiments.store import RESULTS, sealed, write_atomic
 
-BITS = 8
-"""Significant bits of dense weights in a committed run; rounding changes the test loss by about 0.02 %."""
+LEVELS = 32
+"""Steps per standard deviation to which dense weights of committed runs are rounded; this changes the PSNR
+over the test images by less than 0.02 dB."""
 
 
 def keep_run(path: Path, results: Path) -> None:
     """Write a stored run to a committed file, named by its key.
 
     Args:
-        path: `<key>.zip`, with dense weights to `BITS`, or `<key>.json`, without weights.
+        path: `<key>.zip`, with rounded dense weights, or `<key>.json`, without weights.
         results: folder of the results with the stored run.
     """
     stored = results / "runs" / path.stem
@@ -43,16 +43,16 @@ def keep_run(path: Path, results: Path) -> None:
         weights = {name: _rounded(weight).half() for name, weight in weights.items()}
     buffer = io.BytesIO()
     with ZipFile(buffer, "w") as archive:
-        for name, content in (("run.json", sealed_json("run", record)), ("weights.pt", packed(weights))):
-            # Without the time, so that equal runs have equal files.
-            archive.writestr(ZipInfo(name), content, ZIP_DEFLATED)
+        # Without the time, so that equal runs have equal files.
+        archive.writestr(ZipInfo("run.json"), sealed_json("run", record), ZIP_DEFLATED)
+        archive.writestr(ZipInfo("weights.pt"), packed(weights), ZIP_LZMA)
     write_atomic(path, sealed(buffer.getvalue()))
 
 
 def _rounded(weight: Tensor) -> Tensor:
-    """Round a weight to `BITS`: the other bits of half precision do not compress."""
-    mantissa, exponent = torch.frexp(weight)
-    return torch.ldexp((mantissa * 2**BITS).round() / 2**BITS, exponent)
+    """Round a matrix of weights to `LEVELS`: numbers of few values compress."""
+    step = weight.std() / LEVELS
+    return (weight / step).round() * step if weight.ndim == 2 else weight
 
 
 def keep(name: str, profile: str, results: Path = RESULTS) -> Path:

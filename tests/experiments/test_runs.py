@@ -433,7 +433,7 @@ def test_kernels_of_natural_images_are_the_trained_numbers_of_a_level() -> None:
 def test_committed_runs_are_loaded_without_training(
     tmp_path: Path, stored: tuple[Path, list[Run]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dense weights have eight bits and any method version; they never replace a training."""
+    """Dense weights are rounded, of any method version; they never replace a training."""
     whole, alone, missing = stored[1][0], stored[1][1], STACK[4]
     folder = tmp_path / "reference" / "overnight" / "runs"
     keep_run = runpy.run_path(str(REPOSITORY / ".ci" / "keep.py"))["keep_run"]
@@ -444,7 +444,8 @@ def test_committed_runs_are_loaded_without_training(
     (run,) = get_runs([whole.config], tmp_path, train=False)
     assert (run.key, run.provenance) == (whole.key, whole.provenance)
     for name, weight in whole.weights.items():
-        assert ((run.weights[name] - weight).abs() <= 2**-8 * weight.abs() + 2**-25).all()
+        step = weight.std() / 32 if weight.ndim == 2 else 0
+        assert ((run.weights[name] - weight).abs() <= step / 2 + 2**-10 * weight.abs() + 2**-25).all()
     asked = [missing, alone.config, whole.config]
     assert [r and r.key for r in find_runs(asked, tmp_path)] == [None, None, whole.key]
     assert [r and r.key for r in find_runs(asked, tmp_path, weights=False)] == [None, alone.key, whole.key]

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from PIL import Image
 
 from lib.experiments.config import RunConfig
 from lib.experiments.method import METHOD_VERSION
@@ -50,6 +51,8 @@ def test_saved_files_have_digests_and_are_reproducible(tmp_path: Path) -> None:
         name: hashlib.sha256((folders[0] / name).read_bytes()).hexdigest() for name in files
     }
     assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in files)
+    with Image.open(folders[0] / "fig.png") as image:
+        assert (image.mode, round(image.info["dpi"][0])) == ("P", 300)
     assert (provenance["figure"], provenance["profile"]) == ("fig", "smoke")
     assert provenance["method"] == METHOD_VERSION
     assert (provenance["statuses"], provenance["settings"]) == ({"not run": len(CONFIGS)}, {"noise": 0.1})
