@@ -242,10 +242,12 @@ def _model(
     if "knots" in tensors:
         return FixedPointModel(operator, spline_experts(tensors), tau, lam, gamma)
     # The bilevel model is the special case C = A.
-    C = tensors.get("C", A) if config.model == "deq" else None
+    C: Tensor | WeightedExperts | None = tensors.get("C", A) if config.model == "deq" else None
     if isinstance(config, RunConfig):
         dense = DenseFieldsOfExperts(A, tensors["b"], C, ACTIVATIONS[config.sigma])
         return FixedPointModel(operator, dense, tau, lam, gamma)
+    if config.coupling == "weighted" and direction is not None:
+        C = WeightedExperts(A.new_zeros(A.shape[:-2]))
     sigma = smoothed_sign(config.sharpness)
     kernels = ConvFieldsOfExperts(A, C, sigma, direction, config.differentiate_norm)
     return FixedPointModel(operator, kernels, tau, lam, gamma, config.learn_weight)

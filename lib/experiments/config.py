@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import asdict
+from functools import partial
+from operator import eq
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
@@ -154,8 +156,11 @@ class RunConfig(TrainingConfig):
         MNIST_TEST, description="number of test images"
     )
     batch_size: Count = Field(100, description="images in an optimizer step")
+    # Without the defaults of parameters newer than the first stored runs, these keep their keys.
     initial: Literal["independent", "tied"] | RunConfig = Field(
-        "independent", description="initial C: independent random numbers, A, or the weights of a run"
+        "independent",
+        description="initial C: independent random numbers, A, or the weights of a run",
+        exclude_if=partial(eq, "independent"),
     )
 
     @model_validator(mode="after")
@@ -196,6 +201,11 @@ class FacesConfig(TrainingConfig):
     )
     initial: Literal["first", "second", "cosine", "random"] | FacesConfig = Field(
         "random", description="initial kernels: differences, cosines, random ones or those of a run"
+    )
+    coupling: Literal["free", "weighted"] = Field(
+        "free",
+        description="C of a DEQ: free, or P A with a positive weight for each kernel",
+        exclude_if=partial(eq, "free"),
     )
     sharpness: Positive = Field(100.0, le=1e6, description="s of sigma(z) = tanh(s z)")
     learn_weight: bool = Field(False, description="learn lambda too; the step size then depends on it")
@@ -246,10 +256,13 @@ class FacesConfig(TrainingConfig):
             most = side**2 - 1 if self.initial == "cosine" else count_differences(order, side)
             if self.filters > most:
                 raise ValueError(f"`filters` must be at most {most} for these kernels, got {self.filters}.")
+        if (weighted := self.coupling == "weighted") and self.model == "bilevel":
+            raise ValueError("`coupling` must be 'free' with model = bilevel, where C = A, got 'weighted'.")
         if isinstance(self.initial, FacesConfig):
-            for name in ("model", "filters", "filter_size"):
-                ours, theirs = getattr(self, name), getattr(self.initial, name)
-                if ours != theirs:
+            # With P = 1 the DEQ of a weighted C is bilevel learning.
+            own = {name: getattr(self, name) for name in ("model", "filters", "filter_size")}
+            for name, ours in (own | {"model": "bilevel"} if weighted else own).items():
+                if ours != (theirs := getattr(self.initial, name)):
                     raise ValueError(f"`initial` must have {name} = {ours!r}, got {theirs!r}.")
         return self
 

@@ -58,11 +58,8 @@ SPLITS = {
 }
 """Photographs that come in wheels; those of `natural` which are not in its wheel are in scikit-image's."""
 
-IMAGE_SUFFIXES = {
-    suffix
-    for suffix, kind in Image.registered_extensions().items()
-    if Image.MIME.get(kind, "").startswith("image/")
-}
+_KINDS = Image.registered_extensions().items()
+IMAGE_SUFFIXES = {suffix for suffix, kind in _KINDS if Image.MIME.get(kind, "").startswith("image/")}
 """Suffixes of images; PIL also registers those of videos, documents and numerical data."""
 
 LARGEST_SIDE = 256

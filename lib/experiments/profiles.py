@@ -89,7 +89,7 @@ def faces_config(profile: str, /, task: str, **values: Any) -> FacesConfig:
     """The configuration of a profile for a task on photographs, with the given values on top.
 
     A value of None is the profile's. An `initial` of `denoising` stands for the kernels that the same profile
-    and parameters learn on denoising.
+    and parameters learn on denoising, for a weighted `C` by bilevel learning.
 
     Raises:
         ConfigError: the profile is unknown, or a value is refused by `FacesConfig`.
@@ -100,6 +100,7 @@ def faces_config(profile: str, /, task: str, **values: Any) -> FacesConfig:
     given = {name: value for name, value in values.items() if value is not None}
     if given.get("initial") == "denoising":
         common = {name: given[name] for name in DENOISING_SHARES if name in given}
+        common |= {"model": "bilevel"} if given.get("coupling") == "weighted" else {}
         given["initial"] = faces_config(profile, "denoising", **common)
     return FacesConfig(**chosen | {"task": task} | given)
 

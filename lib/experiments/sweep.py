@@ -80,7 +80,7 @@ def load_sweep(
         key, record = run_key(config), read_record(config, results)
         if record is None and config in known:
             key, record = known[config]
-        row = {"key": key} | config.model_dump() | {"status": NOT_RUN, "reason": "", "epochs_finished": 0}
+        row = {"key": key} | dict(config) | {"status": NOT_RUN, "reason": "", "epochs_finished": 0}
         if record is not None:
             origin = record["provenance"]
             row |= {"status": record["status"], "reason": record["reason"], "seconds": origin["seconds"]}

@@ -144,10 +144,7 @@ def ahead_of(table: pd.DataFrame) -> pd.DataFrame:
 
 def seeds_by_size(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     """Return `seed_by_seed` for each of `FILTERS`, from the seeds' runs of `get_runs_and_ours`."""
-    tables = {
-        size: seed_by_seed({model: runs[f"{MODEL_NAMES[model]} {size}"] for model in MODELS})
-        for size in FILTERS
-    }
+    tables = {z: seed_by_seed({m: runs[f"{MODEL_NAMES[m]} {z}"] for m in MODELS}) for z in FILTERS}
     return pd.concat(tables, names=["kernels"])
 
 

@@ -99,12 +99,9 @@ def _quality(images: Tensor, truth: Tensor) -> dict[str, float]:
 
 def with_images(result: Reconstructions, name: str, images: Tensor) -> Reconstructions:
     """Return the result together with another method's reconstructions, `(N, 1, H, W)`."""
-    rows = result.table.to_dict("index") | {name: _quality(images, result.truth[:, None])}
-    return replace(
-        result,
-        outputs=result.outputs | {name: images.squeeze(1)},
-        table=pd.DataFrame.from_dict(rows, orient="index").rename_axis("image"),
-    )
+    table = result.table.copy()
+    table.loc[name] = pd.Series(_quality(images, result.truth[:, None]))
+    return replace(result, outputs=result.outputs | {name: images.squeeze(1)}, table=table)
 
 
 def training_table(runs: Mapping[str, Run]) -> pd.DataFrame:
@@ -121,10 +118,10 @@ def ending(run: Run) -> str:
 
 
 TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "steps": "solver steps", "unconverged": "share unconverged"}
-TITLES |= {"ending": "training", "seconds": "time, s"}
-TITLES |= {"train_loss": "training loss", "test_loss": "test loss"}
-TITLES |= {"bilevel": "bilevel, dB", "deq": "DEQ, dB", "deq tied": "DEQ from C = A, dB", "ahead": "ahead, dB"}
-TITLES |= {"tied ahead": "DEQ from C = A ahead, dB", "low": "95 % interval from, dB", "high": "to, dB"}
+TITLES |= {"ending": "training", "seconds": "time, s", "train_loss": "training loss"}
+TITLES |= {"test_loss": "test loss", "bilevel": "bilevel, dB", "deq": "DEQ, dB", "ahead": "ahead, dB"}
+TITLES |= {"deq tied": "DEQ from C = A, dB", "tied ahead": "DEQ from C = A ahead, dB"}
+TITLES |= {"low": "95 % interval from, dB", "high": "to, dB"}
 DIGITS = {"ssim": 3, "steps": 0, "seconds": 0, "train_loss": 4, "test_loss": 4}
 """Titles of columns on a page, and their numbers of digits if not two."""
 
@@ -180,19 +177,20 @@ def get_runs_of_seeds(
 
 
 def runs_by_seed(
-    configs: Mapping[str, Sequence[Config]], results: Results = None, train: bool = True
+    configs: Mapping[str, Sequence[Config]], results: Results = None, train: bool = True, weights: int = 1
 ) -> dict[str, list[Run]]:
-    """Return the runs of several seeds by name; only the first seed's run needs weights.
+    """Return the runs of several seeds by name.
 
     Args:
         configs: by name, in the order of their seeds.
-        train: False takes only stored or committed runs; later seeds that are missing are "not run".
+        train: False takes only stored or committed runs; missing ones are "not run".
+        weights: number of first seeds whose runs must exist, with weights.
 
     Raises:
-        ConfigError: nothing may be trained, and the run of a first seed is missing.
+        ConfigError: `train` is False, and a run that must exist is missing.
     """
-    first = [same[0] for same in configs.values()]
-    later = [config for same in configs.values() for config in same[1:]]
+    first = [config for same in configs.values() for config in same[:weights]]
+    later = [config for same in configs.values() for config in same[weights:]]
     if train:
         runs = get_runs([*first, *later], results)
     else:
@@ -203,10 +201,10 @@ def runs_by_seed(
     return {name: [by_config[config] for config in same] for name, same in configs.items()}
 
 
-def later_seeds(runs: Mapping[str, Sequence[Run]]) -> dict[str, Run]:
-    """Return the runs of all seeds but the first by model and seed, without missing ones."""
-    later = [(model, run) for model, same in runs.items() for run in same[1:]]
-    return {f"{model}, seed {run.config.seed}": run for model, run in later if run.status != NOT_RUN}
+def later_seeds(runs: Mapping[str, Sequence[Run]], first: int = 1) -> dict[str, Run]:
+    """Return the runs of all seeds but the first ones by model and seed, without missing ones."""
+    later = [(model, run) for model, same in runs.items() for run in same[first:] if run.status != NOT_RUN]
+    return {f"{model}, seed {run.config.seed}": run for model, run in later}
 
 
 def seed_by_seed(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:

@@ -103,11 +103,14 @@ def test_initial_selects_kernels(initial: str) -> None:
 
 
 def test_kernels_start_from_another_run() -> None:
-    """The weights of that run are required and copied exactly."""
+    """The weights of that run are required and copied exactly; a weighted `C` starts as `A`."""
     config = FacesConfig(initial=FacesConfig(**FACES), task="deblurring", blur=3, **FACES)
     A = torch.randn(2, 3, 3)
     model = build.make_model([config], {"A": A})
     assert torch.equal(model.regularizer.A[0], A)
+    weighted = FacesConfig(**dict(config) | {"model": "deq", "coupling": "weighted"})
+    field = build.make_model([weighted], {"A": A}).regularizer
+    assert torch.equal(field.acting("C"), field.acting("A"))
     with pytest.raises(ValueError, match=r"^`start` must be the weights of the run"):
         build.make_model([config])
 
@@ -157,9 +160,10 @@ def test_mixed_stacks_are_rejected(values: dict[str, Any]) -> None:
         build.make_training([RunConfig(**DIGITS), RunConfig(**DIGITS | values)])
 
 
-def test_trained_model_has_last_test_loss() -> None:
+@pytest.mark.parametrize("values", [{"learn_weight": True}, {"model": "deq", "coupling": "weighted"}])
+def test_trained_model_has_last_test_loss(values: dict[str, Any]) -> None:
     """Recompute the mean squared error on the test images with the test noise."""
-    config = FacesConfig(learn_weight=True, tol=1e-5, sharpness=20.0, **FACES)
+    config = FacesConfig(tol=1e-5, sharpness=20.0, **FACES, **values)
     (history,) = build.make_training([config]).run()
     model, images = build.trained_model(config, history.weights), build.load_images(config)["test"]
     f = observe(model.operator, images, torch.tensor(config.noise), generator(config.seed, "test noise"))

@@ -111,6 +111,11 @@ def test_several_errors_share_one_line() -> None:
         (lambda: grid("smoke", tau=[]), "`tau` must have at least one value, got an empty list."),
         (lambda: grid("smoke", tau=[0.5, None]), "`tau` must be a number, got None."),
         (lambda: grid("smoke", size=[14, 10]), "`size` must be a divisor of 28, got 10."),
+        (lambda: FacesConfig(coupling="weighted"), "`coupling` must be 'free' with model = bilevel, where "),
+        (
+            lambda: FacesConfig(model="deq", coupling="weighted", initial=FacesConfig(model="deq")),
+            "`initial` must have model = 'bilevel', got 'deq'.",
+        ),
     ],
 )
 def test_invalid_combinations_profiles_and_axes_are_rejected(call: Callable[[], object], line: str) -> None:

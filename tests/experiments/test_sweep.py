@@ -110,7 +110,7 @@ def test_tables_and_provenance_are_restored(trained: tuple[Path, Sweep]) -> None
     provenance = json.loads((folder / "sweep_provenance.json").read_text())
     axes = {"model", "task", "tau", "start", "adjoint", "time_budget"}
     assert provenance["axes"].keys() == axes
-    expected = CONFIGS[0].model_dump()
+    expected = dict(CONFIGS[0])
     assert provenance["shared"] == {name: expected[name] for name in expected if name not in axes}
     assert provenance["statuses"] == {"completed": 4, "diverged": 8, "out of time": 4}
     assert len(provenance["trained_on"]) == 1
