@@ -20,9 +20,9 @@ from torch import Tensor
 from lib.experiments.build import Config, load_images, make_operator, solve
 from lib.experiments.processes import default_device, workers
 from lib.experiments.profiles import ARMS, profile_config, profile_seeds
-from lib.experiments.records import Run
+from lib.experiments.records import COMMITTED, Run
 from lib.experiments.runs import find_runs, get_runs
-from lib.experiments.store import Results
+from lib.experiments.store import RESULTS, Results
 from lib.experiments.sweep import NOT_RUN
 from lib.figures.style import ARM_NAMES, STYLE, TEXT_WIDTH, budget, note
 from lib.solvers import Status
@@ -223,6 +223,14 @@ def seed_by_seed(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
         if arm in table:
             table[column] = numbers[arm] - numbers["bilevel"]
     return table
+
+
+def committed_seeds(name: str) -> pd.DataFrame:
+    """Return the committed table over seeds of a figure at `overnight` (see `seed_by_seed`)."""
+    table = pd.read_csv(RESULTS / COMMITTED["overnight"] / name / "seeds.csv")
+    table = table.set_index([column for column in ("kernels", "seed") if column in table])
+    numbers = table.apply(pd.to_numeric, errors="coerce").astype(object)
+    return pd.DataFrame(numbers.where(numbers.notna(), table))
 
 
 def check_weights(runs: Mapping[str, Run]) -> None:

@@ -57,16 +57,12 @@ STYLE: Any = {k: v for k, v in mpl.rcParamsDefault.items() if not k.startswith((
 STYLE |= {
     "font.family": "STIXGeneral",
     "mathtext.fontset": "stix",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "legend.fontsize": 8,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
     "pdf.fonttype": 42,
     "savefig.dpi": 300,
     "hatch.linewidth": 0.5,
 }
+STYLE |= dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9)
+STYLE |= dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 8)
 """Defaults of matplotlib without user settings, fonts that fit a column, text as text in PDFs."""
 
 TEXT_WIDTH = 6.9
