@@ -228,10 +228,9 @@ def photograph_figure(
                     x += side
         corner = (left - 0.5, top - 0.5)
         fig.axes[0].add_patch(Rectangle(corner, right - left, bottom - top, fill=False, edgecolor="w"))
-        text = budget(next(iter(result.runs.values())), profile, "kernels as above")
         configs: list[Any] = [run.config for run in result.runs.values()]
         learned = {f"; {c.epochs} iterations with a learned weight" for c in configs if c.learn_weight}
-        note(fig, text + "".join(learned))
+        note(fig, budget(next(iter(result.runs.values())), profile, "kernels as above") + "".join(learned))
     return fig
 
 
@@ -295,11 +294,8 @@ def kernel_table(run: Run, before: Weights) -> pd.DataFrame:
     rows = {}
     for label, weights in (("before", before), ("after", run.weights)):
         with one_thread():
-            norms = {
-                f"norm of {name}": spectral_norm(kernels, direction, 500, 1e-4)[0].item()
-                for name, kernels in weights.items()
-                if name != "lam"
-            }
+            acting = [(name, kernels) for name, kernels in weights.items() if name != "lam"]
+            norms = {f"norm of {n}": spectral_norm(k, direction, 500, 1e-4)[0].item() for n, k in acting}
         rows[label] = norms | {"||A - C|| / ||A||": distance(weights)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("kernels")
 
