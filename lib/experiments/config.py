@@ -156,11 +156,8 @@ class RunConfig(TrainingConfig):
         MNIST_TEST, description="number of test images"
     )
     batch_size: Count = Field(100, description="images in an optimizer step")
-    # Without the defaults of parameters newer than the first stored runs, these keep their keys.
     initial: Literal["independent", "tied"] | RunConfig = Field(
-        "independent",
-        description="initial C: independent random numbers, A, or the weights of a run",
-        exclude_if=partial(eq, "independent"),
+        "independent", description="initial C: independent random numbers, A, or the weights of a run"
     )
 
     @model_validator(mode="after")
@@ -202,6 +199,7 @@ class FacesConfig(TrainingConfig):
     initial: Literal["first", "second", "cosine", "random"] | FacesConfig = Field(
         "random", description="initial kernels: differences, cosines, random ones or those of a run"
     )
+    # Newer than the first stored runs: without its default these keep their keys.
     coupling: Literal["free", "weighted"] = Field(
         "free",
         description="C of a DEQ: free, or P A with a positive weight for each kernel",

@@ -76,7 +76,10 @@ class Run:
 
 def run_key(config: Config) -> str:
     """Return the key of a run: a digest of its configuration, its data and the version of the method."""
-    identity = {"config": config.model_dump(), "data": data_digests(config), "method": METHOD_VERSION}
+    # A parameter newer than the first stored runs: its default keeps their keys.
+    newer = {"initial"} if isinstance(config, RunConfig) and config.initial == "independent" else None
+    values = config.model_dump(exclude=newer)
+    identity = {"config": values, "data": data_digests(config), "method": METHOD_VERSION}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
 
