@@ -1,6 +1,7 @@
 """Write the explorer's table: a trained sweep with some reconstructions, for use without runs and data.
 
-`python .ci/collect.py --profile quick` makes the table from the stored runs; `nbs/explore.ipynb` shows it.
+`python .ci/collect.py --profile quick` makes the table from the stored runs, else from the committed table;
+`nbs/explore.ipynb` shows it.
 """
 
 from __future__ import annotations
@@ -21,22 +22,23 @@ from lib.experiments.config import parse_parameters
 from lib.experiments.data import DataError
 from lib.experiments.profiles import grid
 from lib.experiments.provenance import write_with_provenance
+from lib.experiments.records import read_record
 from lib.experiments.runs import get_run
 from lib.experiments.store import Results
-from lib.experiments.sweep import NOT_RUN, TABLES, load_sweep, table_folder
+from lib.experiments.sweep import NOT_RUN, TABLES, load_sweep, load_table, table_folder
 from lib.figures.reconstructions import reconstruct, test_data
 from lib.training import COMPLETED
 
 OBSERVED_BY = ["task", "noise", "seed", "size", "test_images"]
 """Runs with the same values of these parameters share their data `f`."""
 
-DIGITS = 4
-"""Number of test images per run. `truth`, `input` (`f`) and `output` (`u*`, None if it did not complete) are
-strips of them in bytes, row by row, 0 for -1 and 255 for 1."""
+DIGITS, GREYS = 4, 32
+"""Number of test images per run and of their grey levels. `truth`, `input` (`f`) and `output` (`u*`, None
+if the run did not complete) are strips of them in bytes, row by row, 0 for -1 and 255 for 1."""
 
 
 def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
-    """Write a profile's table from the stored runs; runs with damaged weights are trained again.
+    """Write a profile's table from the stored and committed runs; damaged weights are trained again.
 
     Args:
         profile: name of the profile.
@@ -47,22 +49,25 @@ def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
 
     Raises:
         ConfigError: a value is invalid.
-        DataError: no run is stored.
+        DataError: no run is stored or committed.
     """
     configs = grid(profile, **values)
-    sweep = load_sweep(profile, configs, results)
+    sweep = load_sweep(profile, configs, results, committed=True)
     if (sweep.runs["status"] == NOT_RUN).all():
         raise DataError(f"no {profile} run is stored; run `make sweep PROFILE={profile}`")
     by_key = dict(zip(sweep.runs["key"], configs, strict=True))
+    stored = {key for key, config in by_key.items() if read_record(config, results)}
+    borrowed = (sweep.runs["status"] != NOT_RUN) & ~sweep.runs["key"].isin(stored)
+    shown = load_table(profile).runs.set_index("key")["output"] if borrowed.any() else {}
     images = []
     for _, group in tqdm(sweep.runs.groupby(OBSERVED_BY), desc="reconstructions", leave=False):
         config = by_key[group["key"].iloc[0]]
         truth, f = test_data(config)
         completed = group.loc[group["status"] == COMPLETED, "key"]
-        runs = {key: get_run(by_key[key], results) for key in completed}
+        runs = {key: get_run(by_key[key], results) for key in completed if key in stored}
         result = reconstruct(runs) if runs else None
         for key in group["key"]:
-            output = _strip(result.outputs[key]) if result and key in runs else None
+            output = _strip(result.outputs[key]) if result and key in runs else shown.get(key)
             images.append((key, _strip(truth[:, 0]), _strip(f[:, 0]), output))
     strips = pd.DataFrame(images, columns=["key", "truth", "input", "output"])
     frames = (sweep.runs.merge(strips), sweep.epochs)
@@ -75,7 +80,8 @@ def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
 def _strip(images: Tensor) -> bytes:
     """Return the first images `(N, H, W)` side by side as bytes."""
     strip = torch.cat(list(images[:DIGITS]), dim=-1).clamp(-1, 1)
-    return ((strip + 1) * 127.5).round().to(torch.uint8).numpy().tobytes()
+    levels = ((strip + 1) / 2 * (GREYS - 1)).round() / (GREYS - 1)
+    return (levels * 255).round().to(torch.uint8).numpy().tobytes()
 
 
 @command

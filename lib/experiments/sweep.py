@@ -34,7 +34,8 @@ class Sweep:
     Attributes:
         profile: name of its profile.
         runs: a row per configuration: `key`, parameters, `arm` (see `ARMS`), `status` (also `not run`),
-            `reason`, `epochs_finished`, `seconds`, the metrics of the last epoch (`lib.training.History`).
+            `reason`, `epochs_finished`, `seconds`, `accelerator` ("none" for a CPU), the metrics of the
+            last epoch (`lib.training.History`).
         epochs: a row per run and epoch: `key` and metrics.
         provenance: axes, data digests, environments, counts and seconds.
     """
@@ -85,6 +86,7 @@ def load_sweep(
             origin = record["provenance"]
             row |= {"status": record["status"], "reason": record["reason"], "seconds": origin["seconds"]}
             machines = origin.get("environments") or [origin["environment"]]
+            row["accelerator"] = ", ".join(sorted({machine["accelerator"] for machine in machines}))
             environments += [machine for machine in machines if machine not in environments]
             methods.add(origin["method"])
             for metrics in record["history"]:
@@ -92,7 +94,8 @@ def load_sweep(
                 row["epochs_finished"] = metrics["epoch"]
                 row |= {name: metrics[name] for name in metrics if name not in ("epoch", "seconds")}
         rows.append(row)
-    runs = with_arms(pd.DataFrame(rows))
+    runs = pd.DataFrame(rows)
+    runs["arm"] = runs["model"].mask(runs["initial"] == "tied", "deq tied")
     runs = runs.reindex(columns=list(dict.fromkeys([*runs, "seconds", "test_loss", "test_psnr"])))
     varied = [name for name in RunConfig.model_fields if runs[name].nunique() > 1]
     provenance = {
@@ -147,13 +150,7 @@ def load_table(profile: str = "quick", results: Results = None) -> Sweep:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedFile(f"{folder / PROVENANCE}: it does not list the table's checksums") from None
     runs, epochs = map(pd.read_parquet, files)
-    return Sweep(profile, with_arms(runs), epochs, provenance)
-
-
-def with_arms(runs: pd.DataFrame) -> pd.DataFrame:
-    """Add the column `arm` (see `ARMS`) to a table of runs, with or without a column `initial`."""
-    starts = runs["initial"] if "initial" in runs else pd.Series("independent", runs.index)
-    return runs.assign(arm=runs["model"].mask(starts == "tied", "deq tied"))
+    return Sweep(profile, runs, epochs, provenance)
 
 
 def _committed_records(profile: str) -> dict[RunConfig, tuple[str, dict[str, Any]]]:
@@ -165,12 +162,13 @@ def _committed_records(profile: str) -> dict[RunConfig, tuple[str, dict[str, Any
     except DataError:
         return {}
     histories = dict(list(table.epochs.groupby("key")))
-    origin = {"environments": table.provenance["trained_on"], "method": table.provenance["method"]}
+    machines, method = table.provenance["trained_on"], table.provenance["method"]
     records = {}
     for row in table.runs[table.runs["status"] != NOT_RUN].to_dict("records"):
         history = histories.get(row["key"], table.epochs[:0]).drop(columns="key").to_dict("records")
         record = {"status": row["status"], "reason": row["reason"], "history": history}
-        record |= {"provenance": origin | {"seconds": row["seconds"]}}
+        own = [machine for machine in machines if machine["accelerator"] == row["accelerator"]]
+        record |= {"provenance": {"environments": own, "method": method, "seconds": row["seconds"]}}
         records[row_config(row)] = row["key"], record
     return records
 

@@ -130,7 +130,7 @@ def questions_per_task(pairs: pd.DataFrame, question: str) -> list[Question]:
         answer = decide(significant and test["low"] > 0, significant and test["high"] < 0)
         numbers, count = f"median {test['median']:+.2g}", f"{test['pairs']:.0f} pairs"
         if math.isnan(test["p"]):
-            numbers += f"; {count}, too few or none that differs"
+            numbers = f"{numbers}; {count}, too few or none that differs" if test["pairs"] else "no pairs"
         else:
             numbers += f" [{test['low']:+.2g}, {test['high']:+.2g}]; {count}, p = {test['p']:.1g}"
         questions.append(Question(f"{task}: {question}", answer, numbers, rule))

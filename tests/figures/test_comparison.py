@@ -17,7 +17,7 @@ from scipy import stats
 from lib.experiments.config import TASKS
 from lib.experiments.profiles import ARMS
 from lib.experiments.records import REFERENCE
-from lib.experiments.sweep import Sweep, load_table, with_arms
+from lib.experiments.sweep import Sweep, load_table
 from lib.figures.comparison import (
     NO,
     NOT_DECIDED,
@@ -37,6 +37,7 @@ from lib.figures.comparison import (
 
 RUN: dict[str, Any] = {
     "model": "bilevel",
+    "initial": "independent",
     "task": "denoising",
     "noise": 0.1,
     "tau": 0.5,
@@ -62,7 +63,8 @@ LOSSES = st.floats(0, 1)
 
 def runs_table(*rows: dict[str, Any]) -> pd.DataFrame:
     """A table of runs, `RUN` with some values replaced in each row."""
-    return with_arms(pd.DataFrame([{"key": f"run {i}"} | RUN | row for i, row in enumerate(rows)]))
+    runs = pd.DataFrame([{"key": f"run {i}"} | RUN | row for i, row in enumerate(rows)])
+    return runs.assign(arm=runs["model"].mask(runs["initial"] == "tied", "deq tied"))
 
 
 def make_sweep(runs: pd.DataFrame, epochs: pd.DataFrame | None = None) -> Sweep:
@@ -103,7 +105,7 @@ def test_outcome_of_run(run: dict[str, Any], expected: str) -> None:
 )
 def test_pairs_share_their_configuration(losses: dict[Any, Any]) -> None:
     """Pairs are configurations with both losses, with medians over several seeds."""
-    arms = (ARMS["bilevel"] | {"initial": "independent"}, ARMS["deq tied"])
+    arms = (ARMS["bilevel"], ARMS["deq tied"])
     rows = [
         dict(zip(SHARED, configuration, strict=True)) | arm | {"test_loss": loss}
         for configuration, both in losses.items()
