@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lib.experiments.build import solve
 from lib.experiments.command import Parser, command
 from lib.experiments.config import parse_parameters
 from lib.experiments.data import DataError
@@ -26,7 +27,7 @@ from lib.experiments.records import read_record
 from lib.experiments.runs import get_run
 from lib.experiments.store import Results
 from lib.experiments.sweep import NOT_RUN, TABLES, load_sweep, load_table, table_folder
-from lib.figures.reconstructions import reconstruct, test_data
+from lib.figures.reconstructions import test_data
 from lib.training import COMPLETED
 
 OBSERVED_BY = ["task", "noise", "seed", "size", "test_images"]
@@ -59,18 +60,19 @@ def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
     stored = {key for key, config in by_key.items() if read_record(config, results)}
     borrowed = (sweep.runs["status"] != NOT_RUN) & ~sweep.runs["key"].isin(stored)
     shown = load_table(profile).runs.set_index("key")["output"] if borrowed.any() else {}
-    images = []
+    strips = []
     for _, group in tqdm(sweep.runs.groupby(OBSERVED_BY), desc="reconstructions", leave=False):
         config = by_key[group["key"].iloc[0]]
-        truth, f = test_data(config)
-        completed = group.loc[group["status"] == COMPLETED, "key"]
-        runs = {key: get_run(by_key[key], results) for key in completed if key in stored}
-        result = reconstruct(runs) if runs else None
-        for key in group["key"]:
-            output = _strip(result.outputs[key]) if result and key in runs else shown.get(key)
-            images.append((key, _strip(truth[:, 0]), _strip(f[:, 0]), output))
-    strips = pd.DataFrame(images, columns=["key", "truth", "input", "output"])
-    frames = (sweep.runs.merge(strips), sweep.epochs)
+        truth, f = (images[:DIGITS] for images in test_data(config))
+        for key, state in zip(group["key"], group["status"], strict=True):
+            output = shown.get(key)
+            if key in stored and state == COMPLETED:
+                run = get_run(by_key[key], results)
+                with torch.no_grad():
+                    output = _strip(solve(run.model(), f, run.config).value)
+            strips.append((key, _strip(truth), _strip(f), output))
+    shown_digits = pd.DataFrame(strips, columns=["key", "truth", "input", "output"])
+    frames = (sweep.runs.merge(shown_digits), sweep.epochs)
     contents = [frame.to_parquet(index=False, compression="zstd") for frame in frames]
     folder = table_folder(profile, results)
     write_with_provenance(folder, dict(zip(TABLES, contents, strict=True)), sweep.provenance)
@@ -78,8 +80,8 @@ def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
 
 
 def _strip(images: Tensor) -> bytes:
-    """Return the first images `(N, H, W)` side by side as bytes."""
-    strip = torch.cat(list(images[:DIGITS]), dim=-1).clamp(-1, 1)
+    """Return images `(N, 1, H, W)` side by side as bytes."""
+    strip = torch.cat(list(images[:, 0]), dim=-1).clamp(-1, 1)
     levels = ((strip + 1) / 2 * (GREYS - 1)).round() / (GREYS - 1)
     return (levels * 255).round().to(torch.uint8).numpy().tobytes()
 
