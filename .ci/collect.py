@@ -65,7 +65,7 @@ def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
         config = by_key[group["key"].iloc[0]]
         truth, f = (images[:DIGITS] for images in test_data(config))
         for key, state in zip(group["key"], group["status"], strict=True):
-            output = shown.get(key)
+            output = None if key in stored else shown.get(key)
             if key in stored and state == COMPLETED:
                 run = get_run(by_key[key], results)
                 with torch.no_grad():
