@@ -22,7 +22,7 @@ class NeumannSeries:
     """Truncated series `sum_(j = 0)^steps (J^T)^j dL/du*` in place of the solution of the adjoint equation.
 
     With `steps = 0` it is `dL/du*`: Jacobian-free backpropagation (Fung et al., AAAI 2022). It ends early if
-    the equation's relative residual is at most `tol`. Where that residual grows, it is the partial sum with the
+    the equation's relative residual is at most `tol`. If that residual grows, it is the partial sum with the
     smallest one.
     """
 

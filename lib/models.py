@@ -168,9 +168,9 @@ class FixedPointModel(nn.Module):
         curvature = field.activation.steepest / 2 * field.curvature(shape)
         tau, lam, gamma = (value[..., None, None] for value in (self.tau, self.lam, self.gamma))
         if conv:
-            impulse = curvature.new_zeros(shape)
+            impulse = curvature.new_zeros(1, *shape)
             impulse[..., 0, 0] = 1
-            data = torch.fft.rfft2(self.operator.normal(impulse))[0].abs() + PRECONDITIONER_RIDGE
+            data = torch.fft.rfft2(self.operator.normal(impulse))[0, 0].abs() + PRECONDITIONER_RIDGE
             transfer: Tensor = 1 / (tau * (lam * data + gamma * curvature))
             return transfer
         identity = torch.eye(curvature.shape[-1]).to(curvature)

@@ -161,7 +161,7 @@ class WeightedExperts(nn.Module):
 
     def __init__(self, t: Tensor) -> None:
         super().__init__()
-        self.t = nn.Parameter(t)
+        self.t = nn.Parameter(t.clone())
 
     def weights(self, A: Tensor) -> Tensor:
         """Return `p`, `(*stack, m)`."""
@@ -204,7 +204,7 @@ class TiedOnKernel(nn.Module):
 
     def __init__(self, operator: Operator, E: Tensor) -> None:
         super().__init__()
-        self.operator, self.E = operator, nn.Parameter(E)
+        self.operator, self.E = operator, nn.Parameter(E.clone())
 
     def forward(self, A: Tensor) -> Tensor:
         return A + self.operator.adjoint(self.E).flatten(-3)
@@ -230,10 +230,10 @@ class FieldsOfExperts(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.register_buffer("coupled", None)
-        self.A = nn.Parameter(A)
-        # A copy: `C` may be the same tensor as `A`.
+        # Copies: training changes no tensor of the caller, and `C` may be the same one as `A`.
+        self.A = nn.Parameter(A.clone())
         self.C = nn.Parameter(C.clone()) if isinstance(C, Tensor) else C
-        self.b = None if b is None else nn.Parameter(b)
+        self.b = None if b is None else nn.Parameter(b.clone())
         self.activation = activation
 
     @abstractmethod

@@ -201,7 +201,8 @@ def make_model(configs: Sequence[Config], start: Weights | None = None) -> Fixed
     if start is None:
         raise ValueError("`start` must be the weights of the run in `initial`, got None.")
     numbers = {name: torch.tensor([getattr(c, name) for c in configs]) for name in ("tau", "lam", "gamma")}
-    weights = {name: stacked(weight) for name, weight in start.items()}
+    learned = isinstance(first, FacesConfig) and first.learn_weight
+    weights = {name: stacked(weight) for name, weight in start.items() if name != "lam" or learned}
     direction = stacked(torch.randn(1, 1, *shape, generator=generator(first.seed, "direction")))
     return _model(first, numbers | weights, make_operator(first, shape), direction)
 

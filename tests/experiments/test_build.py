@@ -103,11 +103,17 @@ def test_initial_selects_kernels(initial: str) -> None:
 
 
 def test_kernels_start_from_another_run() -> None:
-    """The weights of that run are required and copied exactly; a weighted `C` starts as `A`."""
+    """The weights of that run are required and copied exactly; a weighted `C` starts as `A`.
+
+    Its learned `lam` starts a run that learns it too, and replaces no fixed one.
+    """
     config = FacesConfig(initial=FacesConfig(**FACES), task="deblurring", blur=3, **FACES)
     A = torch.randn(2, 3, 3)
     model = build.make_model([config], {"A": A})
     assert torch.equal(model.regularizer.A[0], A)
+    for learned, lam in ((False, config.lam), (True, 3.0)):
+        own = FacesConfig(**dict(config) | {"learn_weight": learned})
+        assert build.make_model([own], {"A": A, "lam": torch.tensor(3.0)}).lam.item() == pytest.approx(lam)
     weighted = FacesConfig(**dict(config) | {"model": "deq", "coupling": "weighted"})
     field = build.make_model([weighted], {"A": A}).regularizer
     assert torch.equal(field.acting("C"), field.acting("A"))

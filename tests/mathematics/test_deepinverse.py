@@ -222,6 +222,14 @@ def test_field_as_prior_gives_same_model() -> None:
         theirs.preconditioner(u.shape[-3:])
 
 
+@pytest.mark.parametrize("name", ["denoising", "blur"])
+def test_preconditioner_of_physics_is_that_of_our_operator(name: str) -> None:
+    operators, field = (OURS[name], PhysicsOperator(PHYSICS[name]())), small_model(True).regularizer
+    ours, theirs = (FixedPointModel(K, field, 1 / 50, 20.0, 1.0) for K in operators)
+    shape = (1, SIDE, SIDE)
+    torch.testing.assert_close(theirs.preconditioner(shape), ours.preconditioner(shape), rtol=1e-9, atol=0)
+
+
 def test_step_follows_norm_of_physics() -> None:
     """With a physics of norm 5 the map diverges, unless the norm is passed."""
     model, f, impulse = small_model(True), normal(1, 1, SIDE, SIDE), torch.zeros(1, 1, 3, 3).double()

@@ -109,6 +109,17 @@ def test_tied_field_is_gradient_of_energy(kind: str, stack: tuple[int, ...], see
     torch.testing.assert_close(field.field(u, gamma, tau), gradient, rtol=1e-10, atol=1e-10)
 
 
+def test_training_changes_no_tensor_of_the_caller() -> None:
+    weights = {name: normal(PIXELS, PIXELS, seed=seed) for seed, name in enumerate("AC")}
+    weights["b"] = normal(PIXELS, seed=2)
+    before = {name: weight.clone() for name, weight in weights.items()}
+    field = DenseFieldsOfExperts(weights["A"], weights["b"], weights["C"], DENSE["relu"])
+    with torch.no_grad():
+        for parameter in field.parameters():
+            parameter.zero_()
+    assert all(torch.equal(weights[name], before[name]) for name in weights)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.booleans(), SEEDS)
 def test_field_matches_formula(kind: str, tied: bool, seed: int) -> None:
