@@ -243,17 +243,13 @@ def claims() -> str:
         cases = (seeds > psnr["input"]).to_numpy().ravel().tolist()
         text = f"Figure {int(name[3:])}: both models {verb} digits"
         rows.append((text, name, verdict(cases), number, f"{budget(OVERNIGHT / name)}, {len(seeds)} seeds"))
-    best = pd.read_csv(OVERNIGHT / "fig05" / "fig05.csv").rename(columns={"model": "arm"})
+    best = pd.read_csv(OVERNIGHT / "fig05" / "fig05.csv")
     losses = best.pivot_table(index=["task", "noise"], columns="arm", values="test_loss")
     ahead = (losses["deq"] < losses["bilevel"]).sum()
     number = f"all {len(losses)} panels; the best DEQ has the lower loss in {ahead}"
     text = "Figure 5: test loss of the best configurations after each epoch, for each noise and task"
     rows.append((text, "fig05", HOLDS if whole else IN_PART, number, grid_budget))
-    steps = (
-        pd.read_csv(OVERNIGHT / "fig06" / "fig06.csv")
-        .rename(columns={"model": "arm"})
-        .set_index(["task", "arm"])
-    )
+    steps = pd.read_csv(OVERNIGHT / "fig06" / "fig06.csv").set_index(["task", "arm"])
     within = steps["epochs_within"].unstack()
     number = "median epochs, bilevel / DEQ: " + ", ".join(
         f"{task} {within.loc[task, 'bilevel']:g} / {within.loc[task, 'deq']:g}" for task in TASKS
