@@ -168,8 +168,8 @@ def spectral_norm(
             # A zero vector if only rounding errors are left: the space is then complete.
             more = size(image(rest)) > 100 * torch.finfo(v.dtype).eps * size(image(images[..., j, :]))
             v = image(rest) / size(image(rest)) * more
-        # Symmetric up to rounding; `eigh` reads one triangle.
-        eigenvalues, eigenvectors = torch.linalg.eigh(space @ images.mT)
+        # Symmetric up to rounding; `eigh` reads one triangle, and refuses the NaN of kernels that overflowed.
+        eigenvalues, eigenvectors = torch.linalg.eigh((space @ images.mT).nan_to_num())
         best = eigenvectors[..., None, :, -1]
         v, squared = image(best @ space), eigenvalues[..., -1, None, None, None, None]
         residual = size(image(best @ images) - squared * v)

@@ -47,6 +47,8 @@ class Mask:
     """
 
     def __init__(self, mask: Tensor) -> None:
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"`mask` must be 0 or 1 at every pixel, got {mask.unique().tolist()}.")
         self.mask = mask
 
     def forward(self, u: Tensor) -> Tensor:

@@ -222,7 +222,6 @@ class FieldsOfExperts(nn.Module, ABC):
     """
 
     weight_dims: ClassVar[int]
-
     coupled: Tensor
 
     def __init__(
@@ -457,14 +456,9 @@ class ConvFieldsOfExperts(FieldsOfExperts):
 
 
 def initial_weights(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw `A`, `b` and an independent `C` from U(-1, 1) / sqrt(n), as torch initializes linear layers.
+    """Draw `A` `(n, n)`, `b` `(n,)` and an independent `C` `(n, n)` for `n` experts on `n` pixels.
 
-    Args:
-        n: number of pixels, and of experts.
-        generator: source of the random numbers.
-
-    Returns:
-        `A` `(n, n)`, `b` `(n,)` and `C` `(n, n)`.
+    All numbers are from U(-1, 1) / sqrt(n), as torch initializes linear layers.
     """
     bound = n**-0.5
     A, b, C = (torch.empty(s).uniform_(-bound, bound, generator=generator) for s in ((n, n), (n,), (n, n)))

@@ -185,7 +185,7 @@ class Training:
         penalty: added to the loss, `(model, u*) -> (*stack)`; its gradient goes to the weights alone.
         precondition: whether both solves are preconditioned (`FixedPointModel.preconditioner`).
         warm_start: whether solves start from the solutions of the last epoch; every image then keeps its
-            batch and its noise. Otherwise each epoch draws order and noise.
+            batch and its noise, as L-BFGS always has it. Otherwise each epoch draws order and noise.
         test: images of the evaluation, of any size if the weights are kernels; None skips it.
         test_every: epochs from one evaluation to the next.
         time_budget: seconds after which a member ends as `out of time`.
@@ -198,7 +198,7 @@ class Training:
         epoch, step: number of finished epochs and optimizer steps.
 
     Raises:
-        ValueError: L-BFGS with batches or with a stack.
+        ValueError: L-BFGS with batches or with a stack; a stack that shares a parameter (`LearnedSpline`).
     """
 
     def __init__(
@@ -230,10 +230,13 @@ class Training:
         self.steps_per_epoch = math.ceil(len(images) / self.batch_size)
         self.schedule, self.solver, self.adjoint = optimizer, solver, adjoint
         self.start, self.penalty = start or model.operator.adjoint, penalty
-        self.precondition, self.warm_start, self.precision = precondition, warm_start, precision
+        self.precondition, self.precision = precondition, precision
+        self.warm_start = warm_start or isinstance(optimizer, LBFGS)
         self.time_budget, self.seed = time_budget, seed
         self.members = [History() for _ in range(model.tau.numel())]
         self.alive = list(range(len(self.members)))
+        if any(p.shape[: model.tau.dim()] != model.tau.shape for p in model.parameters()):
+            raise ValueError(f"Each model of a stack of {len(self.members)} must have its own parameters.")
         if self.steps_per_epoch > 1 and isinstance(optimizer, LBFGS):
             raise ValueError(f"`batch_size` must be all images for L-BFGS, got {batch_size}.")
         if isinstance(optimizer, LBFGS):
@@ -359,9 +362,9 @@ class Training:
 
         def closure() -> float:
             # A line search may extrapolate to weights that overflow.
-            if not all(parameter.abs().max() <= FARTHEST for parameter in self.model.parameters()):
+            if evaluations and not all(p.abs().max() <= FARTHEST for p in self.model.parameters()):
                 self.optimizer.zero_grad()
-                return math.inf
+                return LOSS_LIMIT
             self.model.refresh()
             if self.precondition:
                 self.P = self.model.preconditioner(images.shape[-3:])
@@ -398,11 +401,15 @@ class Training:
         """Add a row to the history of every living member, or end it if its test loss exceeds the limit."""
         diverged = {}
         measured = [meter.rows() for meter in (test, training) if meter is not None]
+        weights = [weight.reshape(len(self.alive), -1) for weight in self.model.weights().values()]
+        finite = torch.stack([weight.isfinite().all(1) for weight in weights]).all(0).tolist()
         for position, index in enumerate(self.alive):
             row = {"epoch": self.epoch, "seconds": self.members[index].seconds}
             for rows in measured:
                 row |= rows[position]
-            if test is None or row["test_loss"] <= LOSS_LIMIT:
+            if not finite[position]:
+                diverged[position] = f"weights that are not finite in epoch {self.epoch}"
+            elif test is None or row["test_loss"] <= LOSS_LIMIT:
                 self.members[index].rows.append(row)
             else:
                 loss = f"test loss {row['test_loss']:.3g}"

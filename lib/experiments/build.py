@@ -247,8 +247,8 @@ def _model(
     if isinstance(config, RunConfig):
         dense = DenseFieldsOfExperts(A, tensors["b"], C, ACTIVATIONS[config.sigma])
         return FixedPointModel(operator, dense, tau, lam, gamma)
-    if config.coupling == "weighted" and direction is not None:
-        C = WeightedExperts(A.new_zeros(A.shape[:-2]))
+    if config.coupling == "weighted" and isinstance(C, Tensor):
+        C = WeightedExperts(((C * A).sum((-2, -1)) / A.square().sum((-2, -1))).log())
     sigma = smoothed_sign(config.sharpness)
     kernels = ConvFieldsOfExperts(A, C, sigma, direction, config.differentiate_norm)
     return FixedPointModel(operator, kernels, tau, lam, gamma, config.learn_weight)

@@ -253,9 +253,6 @@ def kernel_figure(run: Run, before: Weights, profile: str, chosen: Sequence[int]
     that tied kernels look alike.
 
     Args:
-        run: the training.
-        before: the kernels that it started from.
-        profile: name of the profile, for the line below.
         chosen: indices of the kernels; None draws all.
     """
     chosen = list(range(len(run.weights["A"])) if chosen is None else chosen)

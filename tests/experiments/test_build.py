@@ -166,15 +166,20 @@ def test_mixed_stacks_are_rejected(values: dict[str, Any]) -> None:
         build.make_training([RunConfig(**DIGITS), RunConfig(**DIGITS | values)])
 
 
-@pytest.mark.parametrize("values", [{"learn_weight": True}, {"model": "deq", "coupling": "weighted"}])
+WEIGHTED = {"model": "deq", "coupling": "weighted"}
+
+
+@pytest.mark.parametrize("values", [{"learn_weight": True}, WEIGHTED, WEIGHTED | {"learn_weight": True}])
 def test_trained_model_has_last_test_loss(values: dict[str, Any]) -> None:
-    """Recompute the mean squared error on the test images with the test noise."""
+    """Recompute the mean squared error on the test images with the test noise, and the step size."""
     config = FacesConfig(tol=1e-5, sharpness=20.0, **FACES, **values)
-    (history,) = build.make_training([config]).run()
+    training = build.make_training([config])
+    (history,) = training.run()
     model, images = build.trained_model(config, history.weights), build.load_images(config)["test"]
     f = observe(model.operator, images, torch.tensor(config.noise), generator(config.seed, "test noise"))
     loss = (build.solve(model, f, config).value - images).square().mean().item()
     assert loss == pytest.approx(history.rows[-1]["test_loss"], rel=1e-2)
+    assert model.tau.item() == pytest.approx(training.model.tau.item(), rel=1e-4)
 
 
 def test_photographs_of_folder_are_split_cropped_and_averaged(tmp_path: Path) -> None:

@@ -120,5 +120,7 @@ def test_images_of_wrong_size_are_rejected() -> None:
     image: Tensor = torch.zeros(4, 28)
     with pytest.raises(ValueError, match="at least the kernel's 5x5 pixels, got 4x28"):
         CircularBlur(diagonal_motion_kernel(5)).forward(image)
+    with pytest.raises(ValueError, match=r"`mask` must be 0 or 1 at every pixel, got \[0.5, 1.0\]"):
+        Mask(torch.tensor([[1.0, 0.5]]))
     with pytest.raises(ValueError, match="the mask's 5x5 pixels, got 4x28"):
         Mask(torch.ones(5, 5)).forward(image)

@@ -17,7 +17,14 @@ from torch import Tensor
 from lib import training
 from lib.implicit import NeumannSeries
 from lib.models import FixedPointModel
-from lib.regularizer import RELU, ConvFieldsOfExperts, DenseFieldsOfExperts, TiedOnKernel, smoothed_sign
+from lib.regularizer import (
+    RELU,
+    ConvFieldsOfExperts,
+    DenseFieldsOfExperts,
+    LearnedSpline,
+    TiedOnKernel,
+    smoothed_sign,
+)
 from lib.solvers import Anderson, PlainIteration
 from lib.training import LBFGS, Adam, History, Training, generator, observe, psnr, train
 
@@ -219,6 +226,22 @@ def test_diverging_members_do_not_affect_others(case: str, monkeypatch: pytest.M
     assert_same(completed, alone, options["kind"])
 
 
+@pytest.mark.parametrize("kind", ["dense", "kernels"])
+def test_weights_that_overflow_are_a_divergence(kind: str) -> None:
+    """The first member's rate is far too large, so that its parameters overflow; the second one ends."""
+    stack = make_training(kind, members=(0, 1), operator="identity", epochs=2, solver=PLAIN)
+    parameter = stack.model.weight if kind == "kernels" else stack.model.regularizer.b
+
+    def overflow() -> None:
+        if len(stack.alive) == 2:
+            parameter.data[0] = math.inf
+
+    first, second = stack.run(on_step=overflow)
+    assert (first.status, second.status) == ("diverged", "completed")
+    assert first.reason == "weights that are not finite in epoch 1"
+    assert all(weight.isfinite().all() for weight in second.weights.values())
+
+
 def test_time_is_shared_by_solver_steps() -> None:
     """Active members share all of it; one that exceeds its budget ends alone, also after a checkpoint."""
     options: dict[str, Any] = {"kind": "tied", "operator": "identity", "solver": PLAIN, "batch_size": None}
@@ -342,3 +365,9 @@ def test_invalid_combinations_are_rejected() -> None:
         make_training(optimizer=LBFGS())
     with pytest.raises(ValueError, match="`model` must be a single model for L-BFGS, got 3"):
         make_training(batch_size=None, optimizer=LBFGS())
+    spline = LearnedSpline(torch.ones(2).cumsum(0), torch.ones(2), concave=False)
+    stack = FixedPointModel(
+        OPERATORS["identity"](), ConvFieldsOfExperts(torch.ones(3, 2, 3, 3), None, spline), *torch.ones(3, 3)
+    )
+    with pytest.raises(ValueError, match="Each model of a stack of 3 must have its own parameters"):
+        Training(stack, TRAIN, torch.ones(3), epochs=1)
