@@ -1,4 +1,4 @@
-# `make` prints the targets. All others first install the environment if it is missing.
+# `make` prints the targets. Those that need the environment first install it if it is missing.
 
 PROFILE ?= quick
 CLUSTER ?= none
@@ -41,7 +41,7 @@ EXECUTE := $(BIN)/python -m nbconvert --to notebook --execute --inplace --Kernel
 .DEFAULT_GOAL := help
 PAGES := first_steps your_own theory free_c weight hypergradients reconstruct evaluate tomography explore scaling bsd68
 
-# Notebooks that `make test` executes with their defaults; the tests execute the other figures with `smoke`.
+# Notebooks that `make test` executes with their defaults; the tests execute a sample of the figures with `smoke`.
 VALIDATED := first_steps your_own theory_special_case reconstruct evaluate explore fig03_mnist_inpainting \
   fig09_kernels_denoising_11x11_bilevel
 VALIDATED := $(addsuffix .ipynb,$(VALIDATED))
@@ -147,7 +147,7 @@ refresh: $(INSTALLED) ## execute the notebooks in place with their defaults, to 
 	@$(EXECUTE) $$(git ls-files 'nbs/*.ipynb' ':!nbs/fig*')
 	@$(BIN)/python .ci/keep.py $(FIGURES) free_c weight hypergradients evaluate tomography scaling bsd68
 
-keep: $(INSTALLED) ## copy the figures of PROFILE=overnight and their runs to the committed folders
+keep: $(INSTALLED) ## copy the figures of a profile to the committed folders; with PROFILE=overnight their runs too
 	@$(BIN)/python .ci/keep.py $(FIGURES) free_c --profile $(PROFILE)
 
 lock: ## resolve environment.yml into requirements.lock for all versions of Python (PYTHONS: their paths)

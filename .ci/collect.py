@@ -34,7 +34,7 @@ OBSERVED_BY = ["task", "noise", "seed", "size", "test_images"]
 """Runs with the same values of these parameters share their data `f`."""
 
 DIGITS, GREYS = 4, 32
-"""Number of test images per run and of their grey levels. `truth`, `input` (`f`) and `output` (`u*`, None
+"""Number of test images per run, and number of grey levels. `truth`, `input` (`f`) and `output` (`u*`, None
 if the run did not complete) are strips of them in bytes, row by row, 0 for -1 and 255 for 1."""
 
 
@@ -55,7 +55,7 @@ def collect(profile: str, /, results: Results = None, **values: Any) -> Path:
     configs = grid(profile, **values)
     sweep = load_sweep(profile, configs, results, committed=True)
     if (sweep.runs["status"] == NOT_RUN).all():
-        raise DataError(f"no {profile} run is stored; run `make sweep PROFILE={profile}`")
+        raise DataError(f"no {profile} run is stored or committed; run `make sweep PROFILE={profile}`")
     by_key = dict(zip(sweep.runs["key"], configs, strict=True))
     stored = {key for key, config in by_key.items() if read_record(config, results)}
     borrowed = (sweep.runs["status"] != NOT_RUN) & ~sweep.runs["key"].isin(stored)

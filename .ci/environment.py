@@ -1,4 +1,4 @@
-"""Make the environment: `python3.11 .ci/environment.py .venv`."""
+"""Create the environment: `python3.11 .ci/environment.py .venv`."""
 
 from __future__ import annotations
 

@@ -43,14 +43,14 @@ def keep_run(path: Path, results: Path) -> None:
         weights = {name: _rounded(weight).half() for name, weight in weights.items()}
     buffer = io.BytesIO()
     with ZipFile(buffer, "w") as archive:
-        # Without the time, so that equal runs have equal files.
+        # Omit the time, so that equal runs give identical files.
         archive.writestr(ZipInfo("run.json"), sealed_json("run", record), ZIP_DEFLATED)
         archive.writestr(ZipInfo("weights.pt"), packed(weights), ZIP_LZMA)
     write_atomic(path, sealed(buffer.getvalue()))
 
 
 def _rounded(weight: Tensor) -> Tensor:
-    """Round a matrix of weights to `LEVELS`: numbers of few values compress."""
+    """Round a matrix of weights to `LEVELS`: weights with few distinct values compress well."""
     step = weight.std() / LEVELS
     return (weight / step).round() * step if weight.ndim == 2 else weight
 

@@ -16,20 +16,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def resolve(python: str, pins: list[str], wanted: set[str]) -> tuple[str, set[str]]:
+def resolve(python: str, pins: list[str], constraints: set[str]) -> tuple[str, set[str]]:
     """Return the version of a Python, and the packages that pip would install in a new environment.
 
     Args:
         python: path of the interpreter.
         pins: direct dependencies.
-        wanted: versions of the other packages that are preferred.
+        constraints: required versions of other packages, from the versions of Python before.
     """
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([python, "-m", "venv", folder], check=True)
-        constraints = Path(folder, "constraints.txt")
-        constraints.write_text("\n".join(wanted))
+        file = Path(folder, "constraints.txt")
+        file.write_text("\n".join(constraints))
         pip = [str(Path(folder, "bin", "python")), "-m", "pip", "install", "--disable-pip-version-check"]
-        ask = ["--quiet", "--dry-run", "--ignore-installed", "--report", "-", "-c", str(constraints)]
+        ask = ["--quiet", "--dry-run", "--ignore-installed", "--report", "-", "-c", str(file)]
         report = json.loads(subprocess.run([*pip, *ask, *pins], check=True, stdout=subprocess.PIPE).stdout)
     packages = (each["metadata"] for each in report["install"])
     lines = {f"{each['name']}=={each['version'].partition('+')[0]}" for each in packages}

@@ -12,7 +12,7 @@ from hypothesis import Phase, settings
 # Processes that a shell starts in the background ignore interrupts, and so do their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Small tensors gain nothing from more threads, and pytest runs on every core.
+# Small tensors gain nothing from more threads, and pytest runs several processes.
 torch.set_num_threads(1)
 
 settings.register_profile("repeatable", deadline=None, max_examples=20, derandomize=True)

@@ -26,8 +26,8 @@ from lib.figures.comparison import ANSWERS, has_converged
 MADE = RESULTS / "quick"
 
 LOSS, PSNR, SSIM = 0.02, 0.1, 0.01
-"""Three times the largest spread in `results/bench/reproducibility.csv` where solves converge (bilevel
-learning, and denoising): 0.63 % of the loss and 0.031 dB."""
+"""The first two are about three times the largest spread in `results/bench/reproducibility.csv` where solves
+converge (bilevel learning, and denoising): 0.63 % of the loss and 0.031 dB."""
 
 TOLERANCES = {
     "test_loss": (LOSS, 1e-6),

@@ -21,7 +21,7 @@ PROGRAMS = {
         { pwd -P; cat requirements.lock; } > "$2/installed" ;; esac""",
     "tool": 'case "$0" in *mypy) exit 3 ;; esac',
 }
-"""A Python that fails, one that makes an environment, and the tools in it, of which mypy fails."""
+"""Stubs: a Python that fails, a Python that creates an environment, and its tools, of which mypy fails."""
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def train(profile: str, configs: Sequence[RunConfig], jobs: Jobs | None) -> int:
         else:
             train_on_cluster(configs, jobs)
     except KeyboardInterrupt as stop:
-        stopped = str(stop) or "stopped; the same command goes on from here"
+        stopped = str(stop) or "interrupted; run the same command again to resume"
     sweep = load_sweep(profile, configs)
     for path in write_tables(sweep):
         print(path)

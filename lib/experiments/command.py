@@ -50,7 +50,7 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
             status = main(arguments)
             sys.stdout.flush()
         except KeyboardInterrupt:
-            return fail(STOPPED, "stopped; the same command goes on from here")
+            return fail(STOPPED, "interrupted; run the same command again to resume")
         except BrokenPipeError:
             # The reader, such as `head`, has closed the pipe; discard what Python writes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,8 +1,8 @@
 """Execute the notebooks: `python -m lib.pages.notebooks run fig02 --profile quick -p gamma 0.5`.
 
 papermill runs a notebook with other parameters and stores the executed copy beside the figure. A notebook
-that fails leaves the figure's folder as it was. The parameters of a notebook are the variables of its first
-cell, with their types, defaults and comments, and those of its training (`lib.experiments.config`).
+that fails leaves the figure's folder as it was. The parameters of a notebook are the variables of its
+tagged cell, with their types, defaults and comments, and those of its training (`lib.experiments.config`).
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def _figure(name: str, results: Path, problems: list[str]) -> dict[str, Any]:
     origin, contents = _contents(folder, problems)
     # A sweep has counts, other figures have their runs.
     ends = origin.get("statuses") or Counter(run["status"] for run in origin.get("runs", {}).values())
-    problems += [f"{name}: {n:,} runs with status {end!r}" for end, n in ends.items() if end != COMPLETED]
+    problems += [f"{name}: runs with status {end!r}: {n:,}" for end, n in ends.items() if end != COMPLETED]
     if executed.exists():
         page = _page(nbformat.read(executed, as_version=4), name, figure["title"])
         write_atomic(folder / f"{name}.html", page.encode())

@@ -1,8 +1,8 @@
 """Solvers of the adjoint equation where `K` loses information (`make bench`).
 
-Anderson acceleration with the textbook's absolute ridge and with our relative one, and Neumann series. The
-table has the error of the hypergradient, its cosine with the exact one and with the textbook's, the time of a
-training step, and the test loss after a hundred optimizer steps.
+The benchmark compares Anderson acceleration with an absolute ridge (textbook) and a relative one (ours), and
+Neumann series. The table has the error of the hypergradient, its cosine with the exact one and with the
+textbook's, the time of a training step, and the test loss after a hundred optimizer steps.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Comparison of upper-level methods: L-BFGS, Adam, gradient descent, MAID and HOAG (`make bench`).
 
 All train the same denoising model, a convex field of experts with a weight for each kernel, on the same
-pieces of photographs with the same noise and start, in float64. The currency is the number of evaluations of
+pieces of photographs with the same noise and start, in float64. Cost is counted in evaluations of
 the step map and of its transposed Jacobian, as multiples of all images. A method is measured by its exact
 training loss, computed afterwards. Rates and tolerances are chosen in the same way on a seed that is not in
 the result.
 
 Rule, written before the result: after the last evaluation, one method beats another if the 95 % interval of
-the paired difference over the seeds is above 0 and its mean is at least `TIE`. Adaptive accuracy is judged by
-MAID beside gradient descent with Armijo's rule, the same method at a fixed tolerance; the quasi-Newton method
-by L-BFGS beside all others.
+the paired difference over the seeds is above 0 and its mean is at least `TIE`. To judge adaptive accuracy,
+MAID is compared with gradient descent with Armijo's rule, the same method at a fixed tolerance. L-BFGS is
+compared with all others.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ SEEDS, TUNING = (0, 1, 2, 3, 4), 100
 
 BUDGET = 800.0
 MARKS = (0.0, 50.0, 100.0, 200.0, 400.0, 600.0, BUDGET)
-"""Evaluations of a training, and those after which it is measured."""
+"""Evaluations per training, and numbers of evaluations at which it is measured."""
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """Learning rates of Adam; the first steps of other methods are as long as Adam's. L-BFGS has no rate."""
 
 TRIED = slice(1, 4)
-"""Rates of the first trials; then neighbours of the best rate until it is between two worse ones."""
+"""Rates that are tried first. Neighbours of the best rate follow until both are worse or the list ends."""
 
 EXACT = 1e-8
 """Tolerance of the exact loss."""
@@ -60,14 +60,14 @@ EXACT = 1e-8
 TIE = 0.01
 """Smallest difference in dB that counts."""
 
-LINES = [(method, tol) for method in ("L-BFGS", "descent") for tol in (1e-3, 1e-4, 1e-5)]
-LINES += [("Adam", tol) for tol in (1e-2, 1e-3, 1e-4)]
-LINES += [(method, tol) for method in ("MAID", "HOAG") for tol in (1e-2, 1e-4)]
+CANDIDATES = [(method, tol) for method in ("L-BFGS", "descent") for tol in (1e-3, 1e-4, 1e-5)]
+CANDIDATES += [("Adam", tol) for tol in (1e-2, 1e-3, 1e-4)]
+CANDIDATES += [(method, tol) for method in ("MAID", "HOAG") for tol in (1e-2, 1e-4)]
 """Methods and tolerances, the initial ones for MAID and HOAG. In short trials L-BFGS and descent did not
 leave their start at 1e-2, where Adam was fastest."""
 
-LOOKS = {"L-BFGS": ("k", "-", "o"), "Adam": ("#0072b2", "-.", "s"), "HOAG": ("#56b4e9", ":", "v")}
-LOOKS |= {"descent": ("#999999", "-", "D"), "MAID": ("#d55e00", "--", "^")}
+LINE_STYLES = {"L-BFGS": ("k", "-", "o"), "Adam": ("#0072b2", "-.", "s"), "HOAG": ("#56b4e9", ":", "v")}
+LINE_STYLES |= {"descent": ("#999999", "-", "D"), "MAID": ("#d55e00", "--", "^")}
 """Color, line and marker of each method."""
 
 
@@ -160,10 +160,10 @@ def tune() -> pd.Series:
         if (method, tol, rate) not in dB:
             dB[method, tol, rate] = measure(method, tol, rate, TUNING)[-1]["dB"]
 
-    for method, tol in tqdm(LINES, desc="rates"):
+    for method, tol in tqdm(CANDIDATES, desc="rates"):
         for rate in RATES[:1] if method == "L-BFGS" else RATES[TRIED]:
             attempt(method, tol, rate)
-    for method in sorted(LOOKS.keys() - {"L-BFGS"}):
+    for method in sorted(LINE_STYLES.keys() - {"L-BFGS"}):
         tried = 0
         while tried < len(dB):
             tried = len(dB)
@@ -192,7 +192,7 @@ def draw(table: pd.DataFrame, tuning: pd.Series) -> bytes:
         figure, (left, middle, right) = plt.subplots(
             1, 3, figsize=(TEXT_WIDTH, 2.7), sharey=True, layout="constrained"
         )
-        for method, (color, style, marker) in LOOKS.items():
+        for method, (color, style, marker) in LINE_STYLES.items():
             mean = table[table["method"] == method].groupby("evaluations")[["seconds", "dB"]].mean()
             look: dict[str, Any] = {"color": color, "linestyle": style, "label": method}
             look |= {"marker": marker, "markersize": 3, "linewidth": 1.2}
@@ -204,7 +204,7 @@ def draw(table: pd.DataFrame, tuning: pd.Series) -> bytes:
         middle.set(xlabel="seconds of one core", title="five seeds")
         right.set(xlabel="tolerance, fixed or first", title="tuning: after all evaluations")
         left.set_ylim(bottom=table.loc[table["evaluations"] == 0, "dB"].mean())
-        figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(LOOKS))
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(LINE_STYLES))
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=200, metadata={"Software": None})
         plt.close(figure)

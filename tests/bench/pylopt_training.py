@@ -3,10 +3,14 @@
     python tests/bench/pylopt_training.py DATA OPTIONS
 
 DATA is a file of tensors `train`, `test` and their data `f_train`, `f_test`, `(N, 1, H, W)` with images in
-[-1, 1], and `kernels` to start from, `(8, 1, 3, 3)`. OPTIONS are JSON: `noise`, the standard deviation of the
-data; the `least` and the `most` seconds of processor time; `dct` for PyLOpt's kernels instead of those, their
-`scale`, the `weight` of every expert, and the options of the `lower` level, of `cg` and of the `upper` level
-with its `method`.
+[-1, 1], and `kernels` to start from, `(8, 1, 3, 3)`. OPTIONS are JSON:
+
+    noise           standard deviation of the data
+    least, most     limits of the training in seconds of processor time
+    dct, scale      whether to start from PyLOpt's kernels instead of `kernels`, and their factor
+    weight          weight of every expert
+    lower, cg       options of the lower level and of its conjugate gradients
+    upper           options of the upper level, with its `method`
 """
 
 from __future__ import annotations
@@ -62,8 +66,8 @@ GAIN = 0.01
 """Smallest gain in dB in the second half of the time; below it a training has stalled."""
 
 
-class Observed(MeasurementModel):
-    """The stored data, where PyLOpt draws new noise in every iteration."""
+class StoredData(MeasurementModel):
+    """Use the stored data; PyLOpt draws new noise in every iteration."""
 
     def make_noisy_observation(self) -> Tensor:
         split = "train" if torch.equal(self.u_clean, DATA["train"]) else "test"
@@ -72,7 +76,7 @@ class Observed(MeasurementModel):
 
 
 class Photographs(IterableDataset[Tensor]):
-    """The same whole images in every batch, where PyLOpt cuts random pieces."""
+    """Yield the same whole images in every batch; PyLOpt crops them at random."""
 
     def __iter__(self) -> Iterator[Tensor]:
         return itertools.cycle(image[None] for image in DATA["train"])
@@ -83,14 +87,14 @@ class Finished(Exception):
 
 
 class Clock(Callback):
-    """Processor time of the training alone, and the PSNR of the test images in dB."""
+    """Measure the processor time of the training alone, and the test PSNR in dB."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.evaluations: list[tuple[float, float]] = []
 
     def evaluate(self, step: int, regulariser: FieldsOfExperts) -> None:
-        energy = Energy(Observed(DATA["test"], IDENTITY, NOISE), regulariser, 1.0)
+        energy = Energy(StoredData(DATA["test"], IDENTITY, NOISE), regulariser, 1.0)
         u = solve_lower(energy, METHOD, LOWER).solution.detach()
         mse = (u - DATA["test"]).square().mean((-3, -2, -1))
         psnr = -10 * torch.log10(mse).mean().item()
@@ -121,7 +125,7 @@ class Clock(Callback):
 
 def main() -> None:
     torch.set_num_threads(1)
-    solve_bilevel.MeasurementModel = Observed
+    solve_bilevel.MeasurementModel = StoredData
     filters = ImageFilter(3, 1, init_options={"mode": "dct", "multiplier": OPTIONS["scale"]}).float()
     if not OPTIONS["dct"]:
         filters.filter_tensor.data.copy_(OPTIONS["scale"] * DATA["kernels"])

@@ -68,7 +68,7 @@ def minimum() -> float:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_minimum_matches_lbfgs(name: str, minimum: float) -> None:
-    """Up to a thousandth of the decrease from the start."""
+    """The losses differ by at most 0.1 % of the decrease from the start."""
     problem = Problem(make_model(weights_alone=True), IMAGES, NOISE)
     start = exact(problem, problem.theta())
     end = exact(problem, run(problem, METHODS[name], 40)[-1])

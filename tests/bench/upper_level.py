@@ -1,8 +1,8 @@
 """Upper-level methods of bilevel learning, written from their papers for comparison with `lib.training`.
 
-Both take a `Problem`: the mean squared error of the reconstructions as a function of the parameters, to a
-chosen accuracy. The lower level is `lambda`-strongly convex, so that the residual of the step map bounds the
-distance of a reconstruction from the exact one.
+`maid` and `hoag` minimize a `Problem`: the mean squared error of the reconstructions as a function of the
+parameters, at a chosen accuracy. The lower level is `lambda`-strongly convex, so the residual of the step map
+bounds the distance of a reconstruction from the exact one.
 """
 
 from __future__ import annotations

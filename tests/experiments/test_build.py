@@ -105,7 +105,7 @@ def test_initial_selects_kernels(initial: str) -> None:
 def test_kernels_start_from_another_run() -> None:
     """The weights of that run are required and copied exactly; a weighted `C` starts as `A`.
 
-    Its learned `lam` starts a run that learns it too, and replaces no fixed one.
+    Its learned `lam` starts a run that learns it too; a fixed one is kept.
     """
     config = FacesConfig(initial=FacesConfig(**FACES), task="deblurring", blur=3, **FACES)
     A = torch.randn(2, 3, 3)

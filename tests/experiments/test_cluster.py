@@ -29,8 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 VALUES: dict[str, Any] = {"task": "denoising", "initial": "independent", "epochs": 200}
 CONFIGS = grid("smoke", **VALUES)
-RUN = ["run", "--profile", "smoke", *(text for name in VALUES for text in ("-p", name, str(VALUES[name])))]
 """Two stacks, one of each model."""
+RUN = ["run", "--profile", "smoke", *(text for name in VALUES for text in ("-p", name, str(VALUES[name])))]
 LOCAL = [*RUN, "--cluster", "local", "--job", "jobs", "2"]
 
 COMMAND = """
@@ -159,7 +159,7 @@ def test_invalid_job_options_are_rejected(cluster: str, pairs: list[tuple[str, s
         job_options(cluster, pairs)
 
 
-def test_valid_job_options() -> None:
+def test_valid_job_options_are_parsed() -> None:
     assert job_options("none", []) is None
     assert job_options("local", []) == Jobs(cluster="local")
     assert job_options("slurm", [("gpus", "1"), ("memory", "2.5")]) == Jobs(

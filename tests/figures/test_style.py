@@ -25,7 +25,7 @@ CONFIGS = grid("smoke", task="denoising", epochs=[2, 5])
 SWEEP = load_sweep("smoke", CONFIGS, "no results")
 
 
-def test_budget_line_of_sweep() -> None:
+def test_budget_line_states_configurations_images_and_epochs() -> None:
     line = sweep_budget("smoke", SWEEP.provenance)
     side, images = CONFIGS[0].size, CONFIGS[0].train_images
     assert line.startswith(f"MNIST {side}x{side}; profile smoke: {len(CONFIGS)} configurations, {images:,} ")

@@ -124,6 +124,9 @@ def test_bounded_weights_follow_normalized_kernels() -> None:
     u = normal(BATCH, 1, HEIGHT, WIDTH, seed=2).requires_grad_()
     (gradient,) = torch.autograd.grad(field.energy(u, ONE, ONE).sum(), u)
     torch.testing.assert_close(field.field(u, ONE, ONE), gradient, rtol=1e-10, atol=1e-10)
+    steepest = SHARPNESS * C.weights(field.weights()["A"]).max()
+    torch.testing.assert_close(field.steepest(), steepest)
+    assert steepest < 0.9 * SHARPNESS * C.weights(A).max()
 
 
 def test_hypergradient_of_learned_potentials_matches_differences() -> None:
@@ -188,7 +191,7 @@ def test_hypergradient_of_coupling_matches_differences(name: str, operator: str)
 @given(st.floats(0.1, 2), st.floats(0.1, 2), st.floats(0, 1), SEEDS)
 @settings(max_examples=10)
 def test_tied_on_kernel_is_monotone(operator: str, lam: float, gamma: float, share: float, seed: int) -> None:
-    """`lambda K^T K + gamma C^T D A` for any slopes in [0, s] if `gamma s ||E||^2 <= 4 lambda`."""
+    """`lambda K^T K + gamma C^T D A` is monotone for slopes in [0, 1] if `gamma ||E||^2 <= 4 lambda`."""
     K = OPERATORS[operator]()
     M = matrix_of(K)
     A, E = normal(9, PIXELS, seed=seed), normal(9, len(M), seed=seed + 1)

@@ -135,7 +135,7 @@ def test_adjoint_failure_is_a_status() -> None:
 
 @pytest.mark.parametrize("solver", [PlainIteration(1e-2, 20), Anderson(1e-2, 20)], ids=["plain", "anderson"])
 def test_value_is_iterate_of_solver(solver: Solver) -> None:
-    """Equal to the last bit; without gradients nothing is recorded."""
+    """The value equals the solver's iterate to the last bit; without gradients nothing is recorded."""
     problem = make_problem("softshrink", "blur", tied=False)
     model, f = problem.build()
     T, u0 = model.step_map(f), problem.start(f)

@@ -119,7 +119,7 @@ def test_spectral_norm_of_gradient_matches_closed_form(k: int, height: int, widt
 
 @pytest.mark.parametrize("tol", [1e-1, 1e-2, 1e-3])
 def test_spectral_norm_satisfies_tolerance(tol: float) -> None:
-    """`||A^T A v - s v|| <= tol s`, and the norm is within that of the largest singular value."""
+    """`||A^T A v - s v|| <= tol s`, and the norm has a relative error of at most `tol`."""
     kernels, start = normal(2, 7, 7), normal(1, 1, 20, 17, seed=1)
     norm, v = spectral_norm(kernels, start, 500, tol)
     product = correlate_adjoint(kernels, correlate(kernels, v), 20, 17)
@@ -129,7 +129,7 @@ def test_spectral_norm_satisfies_tolerance(tol: float) -> None:
     assert (1 - tol) * exact <= norm <= (1 + 1e-11) * exact
 
 
-def test_spectral_norm_leaves_orthogonal_start() -> None:
+def test_spectral_norm_converges_from_orthogonal_start() -> None:
     """A symmetric start is orthogonal to the maximizer of a kernel with alternating signs.
 
     Products with `A^T A` map symmetric images to symmetric ones, with a smaller singular value.

@@ -188,7 +188,7 @@ def test_preconditioned_map_is_nonexpansive(kind: str, operator: str, tau: float
 @TIED
 @pytest.mark.parametrize("operator", ["identity", "blur"])
 def test_preconditioner_of_kernels_inverts_circulant(operator: str, tied: bool) -> None:
-    """The circulant is that of periodic images, with the modulus of `C^T A` for a DEQ."""
+    """Compare with the circulant matrix for periodic images; a DEQ uses the modulus of `C^T A`."""
     problem = make_problem("kernels", operator, tied)
     model, _ = problem.build()
     units = torch.eye(PIXELS, dtype=torch.float64).view(PIXELS, *SHAPE)

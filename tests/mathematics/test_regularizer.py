@@ -109,7 +109,7 @@ def test_tied_field_is_gradient_of_energy(kind: str, stack: tuple[int, ...], see
     torch.testing.assert_close(field.field(u, gamma, tau), gradient, rtol=1e-10, atol=1e-10)
 
 
-def test_training_changes_no_tensor_of_the_caller() -> None:
+def test_fields_copy_weights_of_caller() -> None:
     weights = {name: normal(PIXELS, PIXELS, seed=seed) for seed, name in enumerate("AC")}
     weights["b"] = normal(PIXELS, seed=2)
     before = {name: weight.clone() for name, weight in weights.items()}
@@ -222,7 +222,7 @@ def test_kernels_are_scaled_to_norm_of_gradient(tied: bool) -> None:
 @given(st.booleans(), SEEDS)
 @settings(max_examples=5)
 def test_norm_is_constant_or_differentiated(tied: bool, seed: int) -> None:
-    """The gradient is the scale times that at the scaled kernels, or orthogonal to the kernels."""
+    """A constant norm scales the gradient at the scaled kernels; else it is orthogonal to the kernels."""
     A, C = normal(2, 2, 3, 3, seed=seed)
     u, start = normal(2, 1, 1, HEIGHT, WIDTH, seed=seed + 1)
     gamma = tau = torch.tensor(1.0, dtype=torch.float64)

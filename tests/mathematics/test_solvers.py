@@ -178,7 +178,7 @@ def test_non_finite_values_diverge(solver: Solver, dtype: torch.dtype, step_map:
 
 @SOLVERS
 def test_start_at_fixed_point_converges_in_one_step(solver: Solver) -> None:
-    """Also if `T(u) = u = 0`. A constant map needs two steps."""
+    """This includes the fixed point 0. A constant map needs two steps."""
     c = torch.tensor([[[[2.0, -4.0]]], [[[0.0, 0.0]]]], dtype=torch.float64)
     solution = fixed_point(lambda u: u / 2 + c, 2 * c, solver)
     assert torch.equal(solution.value, 2 * c)

@@ -175,7 +175,7 @@ def test_stack_matches_separate_trainings(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", [*CASES, "lbfgs"])
-def test_resumed_training_has_same_bits(case: str) -> None:
+def test_resumed_training_matches_uninterrupted_training(case: str) -> None:
     """Checkpoints of any epoch resume alone and together with members of other stacks."""
     lbfgs = {"kind": "kernels", "batch_size": None, "warm_start": True, "optimizer": LBFGS(5)}
     options, members = CASES.get(case, lbfgs), (0,) if case == "lbfgs" else (0, 1)
@@ -188,7 +188,7 @@ def test_resumed_training_has_same_bits(case: str) -> None:
     expected = dict(zip(members, make_training(members=members, **options).run(save), strict=True))
     stacks: list[tuple[int, ...]] = [(0,)]
     if case != "lbfgs":
-        expected[2] = make_training(members=(2,), **options | {}).run(
+        expected[2] = make_training(members=(2,), **options).run(
             lambda run: checkpoints[run.epoch].update({2: run.checkpoint(0)})
         )[0]
         stacks.append((2, 0))
@@ -207,7 +207,7 @@ def test_resumed_training_has_same_bits(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["dense", "warm"])
 def test_diverging_members_do_not_affect_others(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One diverges before the first epoch and one in the second; the third ends as alone."""
+    """Member 1 diverges before the first epoch, member 2 in the second; member 0 trains as it does alone."""
     options = CASES[case] | {"operator": "identity", "solver": PLAIN}
     alone = make_training(members=(0,), **options).run()[0]
     stack = make_training(**options)
@@ -228,7 +228,7 @@ def test_diverging_members_do_not_affect_others(case: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("kind", ["dense", "kernels"])
 def test_weights_that_overflow_are_a_divergence(kind: str) -> None:
-    """The first member's rate is far too large, so that its parameters overflow; the second one ends."""
+    """Set a parameter of the first member to infinity after a step; the second member completes."""
     stack = make_training(kind, members=(0, 1), operator="identity", epochs=2, solver=PLAIN)
     parameter = stack.model.weight if kind == "kernels" else stack.model.regularizer.b
 

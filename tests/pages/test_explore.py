@@ -99,7 +99,7 @@ def test_command_writes_table(store: Path, capsys: pytest.CaptureFixture[str]) -
     assert main([]) == 1
     err = capsys.readouterr().err.splitlines()
     assert err[0] == "`tau` must be a number above 0, got -1.0."
-    assert err[1] == "no quick run is stored; run `make sweep PROFILE=quick`"
+    assert err[1] == "no quick run is stored or committed; run `make sweep PROFILE=quick`"
 
 
 def test_page_shows_selection(trained: Path) -> None:

@@ -140,7 +140,7 @@ def test_missing_and_damaged_files_are_reported(results: Path) -> None:
     assert [item.get_text() for item in page.select("#missing li")] == [
         f"quick/fig01 is damaged: [Errno 2] No such file or directory: '{missing}'.",
         f"quick/fig02 is damaged: {changed}: it is not the file that its provenance describes.",
-        "fig02: 1 runs with status 'diverged'.",
+        "fig02: runs with status 'diverged': 1.",
         "the last execution of fig03 failed; see quick/fig03.failed.ipynb.",
         "fig03 is missing; run make fig03 PROFILE=quick.",
     ]
