@@ -119,10 +119,10 @@ def result_rows() -> list[Row]:
     free = OVERNIGHT / "free_c"
     stop = pd.read_csv(free / "stop.csv", index_col=["task", "arm"])
     sizes = origin(free)["settings"]["sizes"]["until they stop improving"]
-    images, count = re.findall(r"([\d,]+) images to train|(\d+) seeds", sizes)
+    images, count = re.findall(r"([\d,]+) images to train.* (\d+) seeds", sizes)[0]
     for task in DIGITS:
         ahead, low, high = map(signed, stop.loc[(task, "DEQ, tied on the kernel"), ["ahead", "low", "high"]])
-        row = (f"{ahead} ({low}\u00a0to\u00a0{high})", count[1], f"free_c: {images[0]} images, until the stop")
+        row = (f"{ahead} ({low}\u00a0to\u00a0{high})", count, f"free_c: {images} images, until the stop")
         rows.append((f"digits of 14x14, {task}", "C tied on the kernel of K, ours", *row))
     for task, name in PHOTOGRAPHS.items():
         own = pd.read_csv(OVERNIGHT / name / "seeds.csv", index_col="kernels")
