@@ -126,7 +126,7 @@ def test_bounded_weights_follow_normalized_kernels() -> None:
     torch.testing.assert_close(field.field(u, ONE, ONE), gradient, rtol=1e-10, atol=1e-10)
     steepest = SHARPNESS * C.weights(field.weights()["A"]).max()
     torch.testing.assert_close(field.steepest(), steepest)
-    assert steepest < 0.9 * SHARPNESS * C.weights(A).max()
+    assert steepest > 2 * SHARPNESS * C.weights(A).max()
 
 
 def test_hypergradient_of_learned_potentials_matches_differences() -> None:
