@@ -81,14 +81,17 @@ def signed(value: float) -> str:
     return f"{value:+.2f}"
 
 
+def interval(mean: float, low: float, high: float) -> str:
+    """Return a mean with an interval, in which unbreakable spaces prevent line breaks."""
+    return f"{signed(mean)} ({signed(low)}\u00a0to\u00a0{signed(high)})"
+
+
 def difference(values: Sequence[float]) -> str:
     """Return the mean of differences with its 95 % interval by Student's t."""
-    mean = signed(float(np.mean(values)))
+    mean = float(np.mean(values))
     if len(values) < 2:
-        return f"{mean} (no interval)"
-    low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
-    # Unbreakable spaces keep an interval on one line.
-    return f"{mean} ({signed(low)}\u00a0to\u00a0{signed(high)})"
+        return f"{signed(mean)} (no interval)"
+    return interval(mean, *scipy.stats.ttest_1samp(values, 0).confidence_interval(CONFIDENCE))
 
 
 def of_seeds(seeds: pd.DataFrame, arm: str = "deq") -> tuple[str, str]:
@@ -121,9 +124,9 @@ def result_rows() -> list[Row]:
     sizes = origin(free)["settings"]["sizes"]["until they stop improving"]
     images, count = re.findall(r"([\d,]+) images to train.* (\d+) seeds", sizes)[0]
     for task in DIGITS:
-        ahead, low, high = map(signed, stop.loc[(task, "DEQ, tied on the kernel"), ["ahead", "low", "high"]])
-        row = (f"{ahead} ({low}\u00a0to\u00a0{high})", count, f"free_c: {images} images, until the stop")
-        rows.append((f"digits of 14x14, {task}", "C tied on the kernel of K, ours", *row))
+        ahead = interval(*stop.loc[(task, "DEQ, tied on the kernel"), ["ahead", "low", "high"]])
+        trained = f"free_c: {images} images, until the stop"
+        rows.append((f"digits of 14x14, {task}", "C tied on the kernel of K, ours", ahead, count, trained))
     for task, name in PHOTOGRAPHS.items():
         own = pd.read_csv(OVERNIGHT / name / "seeds.csv", index_col="kernels")
         trained = source(OVERNIGHT / name)

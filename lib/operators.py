@@ -48,7 +48,7 @@ class Mask:
 
     def __init__(self, mask: Tensor) -> None:
         if not ((mask == 0) | (mask == 1)).all():
-            raise ValueError(f"`mask` must be 0 or 1 at every pixel, got {mask.unique().tolist()}.")
+            raise ValueError(f"`mask` must be 0 or 1 at every pixel, got {mask.unique().tolist()[:3]}.")
         self.mask = mask
 
     def forward(self, u: Tensor) -> Tensor:

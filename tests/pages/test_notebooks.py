@@ -42,9 +42,11 @@ def test_figure_notebook_has_all_parts(name: str) -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_defaults_are_valid_and_help_is_printed(profile: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parameters_are_valid_and_described(profile: str, capsys: pytest.CaptureFixture[str]) -> None:
     for name in notebooks.PAGES:
         notebooks.require(name, profile, {})
+        known = notebooks.cell_parameters(name)
+        assert all(field.description for key, (_, field) in known.items() if key == "train")
     assert notebooks.main(["run", "fig03", "--profile", profile, "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("noise", "float <= 10, >= 0", "standard deviation", "digits"))
